@@ -1,0 +1,113 @@
+"""What the HTTP side sees of the node: frozen values, swapped in whole by `bridge.py`.
+
+The trio side builds a new `NodeSnapshot` whenever something changes; handlers in the HTTP thread read the newest one
+and never wait for it. Everything here is immutable, so no lock is needed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """One llama-server that this node can send requests to.
+
+    Attributes:
+        peer: peer id of the node that runs it; this node's own id if local.
+        base_url: `http://127.0.0.1:PORT` of the server itself or of the local end of a tunnel to it. No slash.
+        local: it runs on this machine's node, without a tunnel.
+        slots: requests it answers at once.
+        rtt: seconds to the peer, `None` if local or not yet measured.
+    """
+
+    peer: str
+    base_url: str
+    local: bool
+    slots: int = 1
+    rtt: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model:
+    """A model that somebody in the mesh serves or wants.
+
+    `name` is what requests say in `model`. `servers` is sorted by peer id and empty while nobody serves it.
+    `context_length` is the largest among the servers, in tokens; 0 if unknown. `size_bytes` is the file's size.
+    """
+
+    name: str
+    digest: str
+    size_bytes: int
+    context_length: int
+    servers: tuple[Server, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peer:
+    """Another node, as status shows it. Names follow `/api/status`; see `http/console.py` for their meaning."""
+
+    id: str
+    hostname: str
+    role: str
+    scope: str
+    state: str
+    since_unix: float
+    version: str
+    vram_gb: float
+    models: tuple[str, ...]
+    serving: tuple[str, ...]
+    path: str | None
+    address: str
+    rtt_ms: float | None
+    inflight: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Process:
+    """A llama.cpp process of this node. `status`: starting, loading, ready, restarting, failed or stopping.
+
+    `failure` is the reason of the last exit, in words, while the process is not ready; empty otherwise.
+    """
+
+    name: str
+    pid: int | None
+    port: int
+    model: str
+    status: str
+    restarts: int = 0
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tunnel:
+    """A TCP forward that a person asked for. `direction`: `expose` or `connect`; `target` is HOST:PORT."""
+
+    direction: str
+    name: str
+    target: str
+    peer: str = ""
+    port: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSnapshot:
+    """Everything that the API and the console can show, at one instant."""
+
+    node_id: str
+    mesh_id: str
+    version: str
+    hostname: str
+    node_status: str  # Client, Serving, Serving (split), Worker (split), Standby, Idle
+    is_client: bool
+    scope: str
+    token: str  # an invite to this mesh, or empty if this node may not invite
+    api_port: int
+    console_port: int
+    my_vram_gb: float
+    addresses: tuple[str, ...] = ()
+    models: tuple[Model, ...] = ()
+    peers: tuple[Peer, ...] = ()
+    processes: tuple[Process, ...] = ()
+    tunnels: tuple[Tunnel, ...] = ()
+    notices: tuple[str, ...] = field(default=())  # what the operator should know now, in words

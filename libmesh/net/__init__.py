@@ -1,0 +1,1 @@
+"""Everything that moves bytes between peers, behind the seam in `base.py`."""

@@ -1,0 +1,156 @@
+"""The seam: all that the rest of libmesh knows about networks.
+
+Two implementations live behind it, `net.libp2p.Libp2pNetwork` for real use and `testing.MemoryHub` for tests, and
+`testing.check_network` holds both to the same contract. The rest of libmesh never sees a socket or a libp2p object.
+
+A `Network` moves bytes and reports what happened. It decides nothing: whom to connect to, whom to admit and what
+a message means is decided above it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+
+import trio
+
+from libmesh.errors import NetworkError
+from libmesh.peers import Path, PeerId
+
+
+class StreamReset(NetworkError, trio.BrokenResourceError):
+    """A stream ended abruptly: the peer reset it, or its connection died. Never an end of file."""
+
+
+class Stream(trio.abc.HalfCloseableStream):
+    """A bidirectional byte stream to one service of one peer.
+
+    The contract of `trio.abc.HalfCloseableStream`, and beyond it:
+
+    - Cancelling any call at any point harms no other stream and not the connection. A cancelled `receive_some`
+      loses nothing. After a cancelled `send_all` an unknown prefix was sent; reset or close the stream.
+    - A reader that stops reading stops only its own writer, for as long as it likes.
+    - `send_eof` reaches the reader as `b""` after all data. A reset, or the death of the connection, reaches it as
+      `StreamReset`, never as an end of file; bytes that had arrived before are delivered first.
+    - `aclose` sends an end of file if none was sent, and tells the peer that nothing more will be read.
+    - One task may send while another receives. Two senders, or two receivers, get `trio.BusyResourceError`.
+
+    Attributes:
+        peer: the peer at the other end, authenticated by the connection.
+        protocol: the protocol id that was negotiated.
+    """
+
+    peer: PeerId
+    protocol: str
+
+    @abstractmethod
+    def reset(self) -> None:
+        """End the stream abruptly in both directions, now. Never blocks, never raises, harmless to repeat.
+
+        Bytes not yet sent are dropped. The peer's next call on the stream raises `StreamReset`.
+        """
+
+
+StreamHandler = Callable[[Stream], Awaitable[None]]
+"""Called in a task of its own for each inbound stream. Owns the stream; whatever it raises, other than
+cancellation, is logged and resets the stream. A stream that is still open when it returns is closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerConnected:
+    """The first connection to `peer` stands. It may open only the protocols that need no admission."""
+
+    peer: PeerId
+    path: Path
+    inbound: bool
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDisconnected:
+    """The last connection to `peer` is gone, and all streams over it have failed."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class PathChanged:
+    """Traffic for `peer` now takes another way, or the addresses at which we can be reached changed."""
+
+    peer: PeerId
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """A message published on `topic`. `origin` signed it; who passed it on is not told."""
+
+    topic: str
+    origin: PeerId
+    data: bytes
+
+
+NetworkEvent = PeerConnected | PeerDisconnected | PathChanged | Message
+
+
+class Network(ABC):
+    """What a mesh needs from a transport. All coroutines may be cancelled at any point without harm.
+
+    Obtained open, from an async context manager; leaving that closes every listener, connection and stream.
+    """
+
+    @property
+    @abstractmethod
+    def peer(self) -> PeerId:
+        """This node's own id."""
+
+    @abstractmethod
+    def addresses(self) -> tuple[str, ...]:
+        """Multiaddrs as text, without `/p2p/…`, that others may be able to reach us at. Best first; no 0.0.0.0."""
+
+    @abstractmethod
+    def events(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[NetworkEvent]]:
+        """The network's events, in order. May be entered once.
+
+        Bounded: a reader that falls behind by more than the bound loses `Message`s, oldest first, never the others.
+        """
+
+    @abstractmethod
+    async def connect(self, peer: PeerId, addresses: Sequence[str]) -> Path:
+        """Return the path to `peer`, connecting at any of `addresses` if there is no connection yet.
+
+        The peer's identity is proved by the handshake. Raises `PeerUnreachable`, with the reason per address.
+        """
+
+    @abstractmethod
+    async def disconnect(self, peer: PeerId) -> None:
+        """Close all connections to `peer`; its streams see `StreamReset`. No error if there are none."""
+
+    @abstractmethod
+    def path(self, peer: PeerId) -> Path | None:
+        """The path in use, with the current round-trip estimate; `None` if not connected."""
+
+    @abstractmethod
+    def admit(self, peer: PeerId) -> None:
+        """From now on `peer` may open any protocol and takes part in topics. Ends when it disconnects."""
+
+    @abstractmethod
+    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+        """Open a stream to a connected peer.
+
+        May return before the peer has agreed to the protocol; if it does not, the first receive raises
+        `ServiceRefused` with reason `unknown_protocol`. Raises `PeerUnreachable` when there is no connection.
+        """
+
+    @abstractmethod
+    def set_handler(self, protocol: str, handler: StreamHandler, *, admitted_only: bool = True) -> None:
+        """Handle inbound streams of `protocol`. With `admitted_only`, streams of others are reset unseen."""
+
+    @abstractmethod
+    async def subscribe(self, topic: str) -> None:
+        """Receive `topic`'s messages as events from now on. Own messages are not delivered back."""
+
+    @abstractmethod
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Publish to all subscribers, at most once each, best effort. `data` is at most 64 KiB."""

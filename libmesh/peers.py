@@ -1,0 +1,110 @@
+"""The nouns that every room shares: peers, scopes, services, paths and views of the mesh.
+
+Plain frozen values. Nothing here does I/O, reads a clock or knows a wire format.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import NewType
+
+PeerId = NewType("PeerId", str)
+"""A libp2p peer id in its base58 text form (libp2p specs, `peer-ids`). Only Ed25519 keys are used, so the
+public key can be read back from the id itself."""
+
+MeshId = NewType("MeshId", str)
+"""32 lower-case hex digits: the first 16 bytes of SHA-256 over the mesh's Ed25519 public key."""
+
+
+class Scope(IntEnum):
+    """What a member may do. Each scope includes the ones below it.
+
+    The order is the authority: a link in a chain can never give more than its parent has.
+    """
+
+    CLIENT = 1  # use the services that others offer
+    WORKER = 2  # also be lent work: run another member's computation, reach worker services
+    INVITE = 3  # also let others in, with this scope or a lower one
+
+
+class PathKind(Enum):
+    """How bytes reach a peer."""
+
+    DIRECT = "direct"
+    PUNCHED = "punched"
+    RELAYED = "relayed"
+
+
+class PeerState(Enum):
+    """What is believed of a peer. `LEFT` said goodbye, `DEAD` fell silent."""
+
+    ALIVE = "alive"
+    SUSPECT = "suspect"
+    DEAD = "dead"
+    LEFT = "left"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Path:
+    """The way in use to a peer.
+
+    Attributes:
+        kind: direct, punched or relayed.
+        address: the remote multiaddr as text, without the peer id; empty if unknown.
+        rtt: smoothed round-trip time in seconds; `None` until measured.
+    """
+
+    kind: PathKind
+    address: str
+    rtt: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Service:
+    """A name that a peer offers streams to, and the scope a member needs to open one.
+
+    `name` is 1 to 255 bytes of UTF-8, without control characters.
+    """
+
+    name: str
+    scope: Scope = Scope.CLIENT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerView:
+    """What this node knows of one other peer.
+
+    Attributes:
+        scope: what the peer's credential allows it.
+        services: sorted by name.
+        attributes: the application's own bytes, exactly as the peer announced them.
+        addresses: multiaddrs as text that the peer says it can be reached at, without `/p2p/…`.
+        path: `None` while there is no connection.
+        since_unix: when `state` last changed, in seconds since the epoch, by this node's clock.
+        incarnation: grows with each restart of the peer.
+    """
+
+    peer: PeerId
+    scope: Scope
+    state: PeerState
+    services: tuple[Service, ...]
+    attributes: bytes
+    addresses: tuple[str, ...]
+    path: Path | None
+    since_unix: float
+    incarnation: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """An immutable picture of the mesh. `peers` is sorted by peer id and never contains this node."""
+
+    mesh_id: MeshId
+    me: PeerId
+    scope: Scope
+    peers: tuple[PeerView, ...]
+
+    def get(self, peer: PeerId) -> PeerView | None:
+        """The entry of `peer`, or `None`."""
+        return next((entry for entry in self.peers if entry.peer == peer), None)
