@@ -1,0 +1,1 @@
+"""Decides, and never awaits: no trio, no clock, no I/O, no logging. Time and randomness are arguments."""
