@@ -28,6 +28,7 @@ encoding of it (protobuf does not promise one). The idea of chains that can only
 from __future__ import annotations
 
 import hashlib
+import itertools
 import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
@@ -234,7 +235,7 @@ def verify(
 
 
 def _narrowing_broken(links: tuple[Link, ...]) -> str | None:
-    for parent, child in zip(links, links[1:], strict=False):
+    for parent, child in itertools.pairwise(links):
         if child.scope > parent.scope:
             return "a link has a wider scope than the one above it"
         if parent.not_after_unix is not None and (

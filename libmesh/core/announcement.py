@@ -1,0 +1,59 @@
+"""Announcements: what a peer says of itself, signed, and how one is told from a forgery or an older one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from libmesh import keys
+from libmesh.core import credentials
+from libmesh.core.credentials import Credential
+from libmesh.peers import MeshId, PeerId, Service
+
+SIGNING_CONTEXT = b"libmesh announcement 1\0"
+"""What an announcement's signature covers, before its body."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Announcement:
+    """What a peer says of itself; the fields are those of `Announcement` in mesh.proto."""
+
+    peer: PeerId
+    credential: Credential
+    incarnation: int
+    sequence: int
+    leaving: bool = False
+    services: tuple[Service, ...] = ()
+    addresses: tuple[str, ...] = ()
+    attributes: bytes = b""
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Orders announcements of one peer; higher is newer."""
+        return (self.incarnation, self.sequence)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """An announcement with the bytes that were signed, to be passed on unchanged."""
+
+    announcement: Announcement
+    body: bytes
+    signature: bytes
+
+
+Seal = Callable[[Announcement], Record]
+"""Encodes and signs an announcement of our own. Pure."""
+
+
+def authentic(record: Record, *, mesh_id: MeshId, now_unix: float) -> bool:
+    """Whether `record` was signed by the peer that it speaks for, and that peer is a member of the mesh now."""
+    announcement = record.announcement
+    try:
+        peer_key = keys.public_key_of(announcement.peer)
+    except ValueError:
+        return False
+    refusal = credentials.verify(
+        announcement.credential, mesh_id=mesh_id, peer_key=peer_key, now_unix=now_unix
+    )
+    return refusal is None and keys.verify(peer_key, SIGNING_CONTEXT + record.body, record.signature)

@@ -1,0 +1,391 @@
+"""Who is in the mesh: each peer's newest announcement, and whether it is believed to be alive.
+
+Theory of operation
+-------------------
+Every peer signs announcements of itself. Of two announcements of one peer the one with the higher
+`(incarnation, sequence)` holds, so it does not matter by which way, how often or in which order they come. A peer
+raises its sequence with each change and every `refresh` seconds, and its incarnation with each restart.
+
+======== ============================ ===================================================================
+state    meaning                      how it is left
+======== ============================ ===================================================================
+ALIVE    connected, or heard of       connection lost → SUSPECT; silent and unreachable → SUSPECT
+SUSPECT  may be gone                  connected again or newer announcement → ALIVE; `suspicion` over → DEAD
+DEAD     fell silent                  connected or newer announcement → ALIVE; `tombstone` over → forgotten
+LEFT     said goodbye                 a higher incarnation → ALIVE; `tombstone` over → forgotten
+======== ============================ ===================================================================
+
+Only the peer itself can announce, change or end itself: every announcement carries its own signature and its chain
+of credentials, both checked here. What others say of a peer changes nothing but the connection attempts made.
+
+The machine wants a connection to every peer that it believes in. It asks for one with `Dial` and hears the outcome
+as `Connected` or `DialFailed`. Of two peers that learn of each other at once, the one with the lower id dials first.
+
+The driver calls `handle` for everything that happens and again at `deadline()`. `now` is seconds since the epoch,
+from a clock that never jumps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from libmesh.core.announcement import Announcement, Record, Seal, authentic
+from libmesh.core.credentials import CLOCK_TOLERANCE, Credential
+from libmesh.core.membership_io import (
+    Changed,
+    Connected,
+    Dial,
+    DialFailed,
+    Disconnected,
+    Drop,
+    Effect,
+    Event,
+    Leave,
+    Publish,
+    RecordHeard,
+    SelfChanged,
+    Wake,
+)
+from libmesh.peers import MeshId, Path, PeerId, PeerState, PeerView, Scope, Service, View
+
+MAX_PEERS = 4096
+"""Peers remembered, the dead included. Announcements of further ones are ignored until tombstones end."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MembershipConfig:
+    """The machine's times, in seconds, each greater than 0.
+
+    Attributes:
+        refresh: how often an unchanged announcement is repeated. Less costs every peer a message each time.
+        silence: an unconnected peer of which nothing new was heard for so long is suspected. Must be well over
+            `refresh`; twice and a half survives two lost messages.
+        suspicion: how long a suspect has to come back. A lost TCP connection to a live peer is up again within a
+            second on a LAN; five allow for a router's hiccup.
+        tombstone: how long the dead are remembered, and dialled now and then.
+        coalesce: changes of one's own announcement within this time go out as one.
+        dial_first: how long the peer with the higher id leaves the first dial to the other.
+        dial_min, dial_max: back-off between attempts to reach a peer, doubling.
+    """
+
+    refresh: float = 30.0
+    silence: float = 75.0
+    suspicion: float = 5.0
+    tombstone: float = 600.0
+    coalesce: float = 0.1
+    dial_first: float = 0.5
+    dial_min: float = 0.5
+    dial_max: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
+        if self.silence <= self.refresh:
+            raise ValueError(f"silence ({self.silence}) must be greater than refresh ({self.refresh})")
+
+
+_BELIEVED = (PeerState.ALIVE, PeerState.SUSPECT)
+
+
+@dataclass(slots=True)
+class _Entry:
+    record: Record
+    state: PeerState
+    since: float
+    heard: float
+    connected: bool
+    dialling: bool = False
+    failures: int = 0
+    next_dial: float = 0.0
+    state_ends: float = field(default=float("inf"))
+
+    @property
+    def announcement(self) -> Announcement:
+        return self.record.announcement
+
+
+class Membership:
+    """The peer table of one mesh, as one of its peers sees it.
+
+    Args:
+        me: this node's first announcement; its sequence counts up from there.
+        mesh_id: the mesh. Announcements whose credentials are for another one are ignored.
+        seal: signs our own announcements.
+        config: the times.
+    """
+
+    def __init__(
+        self, me: Announcement, *, mesh_id: MeshId, seal: Seal, config: MembershipConfig | None = None
+    ) -> None:
+        self.mesh_id = mesh_id
+        self.config = config or MembershipConfig()
+        self._seal = seal
+        self._me = seal(me)
+        self._pending: Announcement | None = None
+        self._announced_at = float("-inf")
+        self._peers: dict[PeerId, _Entry] = {}
+        self._connected: set[PeerId] = set()
+        self._left = False
+
+    @property
+    def me(self) -> Record:
+        """This node's own newest record."""
+        return self._me
+
+    # ── the two calls of every machine ───────────────────────────────────────────────────────────────────────────
+
+    def handle(self, event: Event, now: float) -> list[Effect]:
+        """Take in one event and say what to do. Never raises because of what a peer sent."""
+        match event:
+            case RecordHeard(record, gossiped):
+                return self._heard(record, gossiped, now)
+            case Connected(peer):
+                return self._connect(peer, now)
+            case Disconnected(peer):
+                return self._disconnect(peer, now)
+            case DialFailed(peer):
+                return self._dial_failed(peer, now)
+            case SelfChanged(services, addresses, attributes):
+                return self._self_changed(services, addresses, attributes, now)
+            case Leave():
+                return self._leave()
+            case Wake():
+                return self._wake(now)
+
+    def deadline(self) -> float | None:
+        """When `handle(Wake(), …)` is next needed; always later than the `now` of the last one."""
+        if self._left:
+            return None
+        times = [self._announce_due]
+        for peer, entry in self._peers.items():
+            times.append(entry.state_ends)
+            if entry.state in _BELIEVED:
+                times.append(_end_of(entry.announcement.credential))
+                if not entry.connected and entry.state is PeerState.ALIVE:
+                    times.append(entry.heard + self.config.silence)
+            if self._wants_dial(peer, entry):
+                times.append(entry.next_dial)
+        return min(times)
+
+    # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def digest(self) -> dict[PeerId, tuple[int, int]]:
+        """The age of each record held, this node's own included."""
+        ages = {peer: entry.announcement.age for peer, entry in self._peers.items()}
+        return ages | {self._me.announcement.peer: self._me.announcement.age}
+
+    def newer_than(self, digest: Mapping[PeerId, tuple[int, int]]) -> list[Record]:
+        """The records that somebody with `digest` lacks. The dead are not told of; goodbyes are."""
+        records = [self._me, *(e.record for e in self._peers.values() if e.state is not PeerState.DEAD)]
+        return [r for r in records if digest.get(r.announcement.peer, (-1, -1)) < r.announcement.age]
+
+    def scope_of(self, peer: PeerId) -> Scope | None:
+        """What a peer's announced credential allows it; `None` if nothing is known of it."""
+        entry = self._peers.get(peer)
+        return entry.announcement.credential.scope if entry else None
+
+    def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
+        """Where a peer says that it can be reached; empty if unknown."""
+        entry = self._peers.get(peer)
+        return entry.announcement.addresses if entry else ()
+
+    def view(self, path_of: Callable[[PeerId], Path | None]) -> View:
+        """A picture of the mesh now. The forgotten are not in it, the dead and the left are."""
+        mine = self._me.announcement
+        return View(
+            mesh_id=self.mesh_id,
+            me=mine.peer,
+            scope=mine.credential.scope,
+            peers=tuple(
+                PeerView(
+                    peer=peer,
+                    scope=entry.announcement.credential.scope,
+                    state=entry.state,
+                    services=entry.announcement.services,
+                    attributes=entry.announcement.attributes,
+                    addresses=entry.announcement.addresses,
+                    path=path_of(peer) if entry.connected else None,
+                    since_unix=entry.since,
+                    incarnation=entry.announcement.incarnation,
+                )
+                for peer, entry in sorted(self._peers.items())
+            ),
+        )
+
+    # ── our own announcement ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _self_changed(
+        self, services: Iterable[Service], addresses: tuple[str, ...], attributes: bytes, now: float
+    ) -> list[Effect]:
+        wanted = replace(
+            self._pending or self._me.announcement,
+            services=tuple(sorted(services, key=lambda service: service.name)),
+            addresses=addresses,
+            attributes=attributes,
+        )
+        if self._left or wanted == (self._pending or self._me.announcement):
+            return []
+        self._pending = wanted
+        return self._announce_if_due(now)
+
+    @property
+    def _announce_due(self) -> float:
+        return self._announced_at + (self.config.refresh if self._pending is None else self.config.coalesce)
+
+    def _announce_if_due(self, now: float) -> list[Effect]:
+        if now < self._announce_due:
+            return []
+        base = self._pending or self._me.announcement
+        self._pending = None
+        self._me = self._seal(replace(base, sequence=self._me.announcement.sequence + 1))
+        self._announced_at = now
+        return [Publish(self._me)]
+
+    def _leave(self) -> list[Effect]:
+        if self._left:
+            return []
+        self._left = True
+        mine = self._me.announcement
+        self._me = self._seal(
+            replace(mine, sequence=mine.sequence + 1, leaving=True, services=(), attributes=b"")
+        )
+        return [Publish(self._me)]
+
+    # ── what others announce ─────────────────────────────────────────────────────────────────────────────────────
+
+    def _heard(self, record: Record, gossiped: bool, now: float) -> list[Effect]:
+        new = record.announcement
+        if new.peer == self._me.announcement.peer:
+            return self._heard_of_myself(new, now)
+        entry = self._peers.get(new.peer)
+        if entry is not None and not self._supersedes(new, entry):
+            return []
+        if (entry is None and len(self._peers) >= MAX_PEERS) or not authentic(
+            record, mesh_id=self.mesh_id, now_unix=now
+        ):
+            return []
+        if entry is None:
+            before = None
+            entry = self._peers[new.peer] = _Entry(
+                record, PeerState.ALIVE, now, now, new.peer in self._connected, next_dial=now
+            )
+            if new.peer < self._me.announcement.peer:
+                entry.next_dial = now + self.config.dial_first
+        else:
+            before = entry.state
+            if new.addresses != entry.announcement.addresses:
+                entry.next_dial = min(entry.next_dial, now)
+            entry.record, entry.heard = record, now
+        effects: list[Effect] = [] if gossiped else [Publish(record)]
+        if new.leaving:
+            self._set_state(entry, PeerState.LEFT, now)
+            return [*effects, Changed(new.peer, before, PeerState.LEFT, "left")]
+        if entry.state is not PeerState.ALIVE:
+            self._set_state(entry, PeerState.ALIVE, now)
+        reason = "joined" if before is None else "announced"
+        return [*effects, Changed(new.peer, before, entry.state, reason), *self._dials(now)]
+
+    def _heard_of_myself(self, claimed: Announcement, now: float) -> list[Effect]:
+        """An earlier run of this node got further than this one: speak with a higher incarnation than that."""
+        mine = self._me.announcement
+        if self._left or claimed.age <= mine.age:
+            return []
+        self._pending = replace(self._pending or mine, incarnation=claimed.incarnation + 1)
+        return self._announce_if_due(now)
+
+    @staticmethod
+    def _supersedes(new: Announcement, entry: _Entry) -> bool:
+        if entry.state is PeerState.LEFT:
+            return new.incarnation > entry.announcement.incarnation
+        return new.age > entry.announcement.age
+
+    # ── connections ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _connect(self, peer: PeerId, now: float) -> list[Effect]:
+        self._connected.add(peer)
+        entry = self._peers.get(peer)
+        if entry is None:
+            return []
+        before = entry.state
+        entry.connected, entry.dialling, entry.failures, entry.heard = True, False, 0, now
+        if before in (PeerState.SUSPECT, PeerState.DEAD):
+            self._set_state(entry, PeerState.ALIVE, now)
+        return [Changed(peer, before, entry.state, "connected")]
+
+    def _disconnect(self, peer: PeerId, now: float) -> list[Effect]:
+        self._connected.discard(peer)
+        entry = self._peers.get(peer)
+        if entry is None or not entry.connected:
+            return []
+        before = entry.state
+        entry.connected, entry.next_dial, entry.failures = False, now, 0
+        if before is PeerState.ALIVE:
+            self._set_state(entry, PeerState.SUSPECT, now)
+        return [Changed(peer, before, entry.state, "connection lost"), *self._dials(now)]
+
+    def _dial_failed(self, peer: PeerId, now: float) -> list[Effect]:
+        entry = self._peers.get(peer)
+        if entry is None or not entry.dialling:
+            return []
+        entry.dialling = False
+        entry.failures += 1
+        delay = self.config.dial_min * 2.0 ** min(entry.failures - 1, 16)
+        entry.next_dial = now + min(delay, self.config.dial_max)
+        return []
+
+    def _wants_dial(self, peer: PeerId, entry: _Entry) -> bool:
+        return (
+            not self._left
+            and not entry.connected
+            and not entry.dialling
+            and entry.state is not PeerState.LEFT
+            and bool(entry.announcement.addresses)
+        )
+
+    def _dials(self, now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        for peer, entry in self._peers.items():
+            if self._wants_dial(peer, entry) and entry.next_dial <= now:
+                entry.dialling = True
+                effects.append(Dial(peer, entry.announcement.addresses))
+        return effects
+
+    # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _wake(self, now: float) -> list[Effect]:
+        if self._left:
+            return []
+        effects: list[Effect] = []
+        for peer, entry in list(self._peers.items()):
+            effects += self._age(peer, entry, now)
+        return [*effects, *self._announce_if_due(now), *self._dials(now)]
+
+    def _age(self, peer: PeerId, entry: _Entry, now: float) -> list[Effect]:
+        before = entry.state
+        if before in _BELIEVED and now >= _end_of(entry.announcement.credential):
+            self._set_state(entry, PeerState.DEAD, now)
+            reason = "its membership expired"
+            return [Drop(peer, reason), Changed(peer, before, PeerState.DEAD, reason)]
+        if before is PeerState.ALIVE and not entry.connected and now >= entry.heard + self.config.silence:
+            self._set_state(entry, PeerState.SUSPECT, now)
+            return [Changed(peer, before, PeerState.SUSPECT, "nothing heard of it")]
+        if now < entry.state_ends:
+            return []
+        if before is PeerState.SUSPECT:
+            self._set_state(entry, PeerState.DEAD, now)
+            return [Changed(peer, before, PeerState.DEAD, "no answer")]
+        del self._peers[peer]
+        return [Changed(peer, before, None, "forgotten")]
+
+    def _set_state(self, entry: _Entry, state: PeerState, now: float) -> None:
+        entry.state, entry.since = state, now
+        lasts = {PeerState.ALIVE: float("inf"), PeerState.SUSPECT: self.config.suspicion}
+        entry.state_ends = now + lasts.get(state, self.config.tombstone)
+
+
+def _end_of(credential: Credential) -> float:
+    if credential.not_after_unix is None:
+        return float("inf")
+    return credential.not_after_unix + CLOCK_TOLERANCE
