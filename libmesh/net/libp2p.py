@@ -1,0 +1,394 @@
+"""The adapter: `Network` on py-libp2p 0.8.1.
+
+What is used of py-libp2p: the swarm's book-keeping and its upgrade of connections (with our Noise and our yamux in
+its plug points), identify, ping and gossipsub. What is ours, and why, is told in `tcp.py`, `muxer.py`, `noise.py`,
+`negotiate.py` and `gossip.py`.
+
+Foreign exceptions end here: everything that leaves is one of `libmesh.errors` or a `trio` stream error.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+from libp2p import new_swarm
+from libp2p.abc import INetConn, INetwork, INotifee
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.host.basic_host import BasicHost
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.config import ConnectionConfig
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.peer.id import ID
+from multiaddr import Multiaddr
+
+from libmesh.errors import PeerUnreachable
+from libmesh.net import tcp
+from libmesh.net.base import (
+    Message,
+    Network,
+    NetworkEvent,
+    PeerConnected,
+    PeerDisconnected,
+    Stream,
+    StreamHandler,
+)
+from libmesh.net.gossip import PROTOCOLS as GOSSIP_PROTOCOLS
+from libmesh.net.gossip import Gossip
+from libmesh.net.muxer import YamuxConnection, install_muxer
+from libmesh.net.negotiate import accept_stream, open_lazy_stream
+from libmesh.net.noise import Noise
+from libmesh.peers import Path, PathKind, PeerId
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Libp2pConfig:
+    """Limits of the adapter.
+
+    Attributes:
+        hosts: IP addresses to listen on.
+        port: TCP port, the same on all hosts; 0 takes a free one.
+        announce: multiaddrs at which others reach us besides, or despite, our interfaces' own. Told first.
+        max_connections: more are refused at once, so that those there are keep working.
+        max_handshakes: inbound connections that have not proved a key yet. When full, the oldest one is dropped: in
+            a flood the honest, who need milliseconds, get through between the others.
+        handshake_limit: seconds for an inbound connection to prove its key and agree on a muxer.
+        admission_limit: seconds that a stream of a peer which is not yet admitted is held.
+        max_waiting: streams of one such peer that are held; more are reset.
+        max_events: events not yet read, beyond which gossip messages are dropped. Never other events.
+    """
+
+    hosts: tuple[str, ...] = ("0.0.0.0", "::")
+    port: int = 0
+    announce: tuple[str, ...] = ()
+    max_connections: int = 2048
+    max_handshakes: int = 256
+    handshake_limit: float = 10.0
+    admission_limit: float = 5.0
+    max_waiting: int = 32
+    max_events: int = 1024
+
+
+@dataclass(slots=True)
+class _Peer:
+    """A peer with at least one connection. Its first stream may come before py-libp2p tells of the connection."""
+
+    admitted: trio.Event = field(default_factory=trio.Event)
+    announced: bool = False
+    waiting: int = 0
+
+
+class Libp2pNetwork(Network):
+    """See `Network`. Obtained from `open_libp2p_network`."""
+
+    def __init__(self, seed: bytes, config: Libp2pConfig) -> None:
+        self._config = config
+        key_pair = create_new_key_pair(seed)
+        self._swarm: Any = new_swarm(
+            key_pair=key_pair,
+            sec_opt={TProtocol("/noise"): Noise(key_pair)},
+            muxer_opt={TProtocol("/yamux/1.0.0"): YamuxConnection},
+            transports=[],
+            connection_config=ConnectionConfig(
+                min_connections=0,
+                low_watermark=0,
+                high_watermark=config.max_connections,
+                max_connections=config.max_connections,
+                inbound_upgrade_timeout=config.handshake_limit,
+            ),
+        )
+        install_muxer(self._swarm.upgrader)
+        self._host = BasicHost(
+            self._swarm,
+            addrs_factory=lambda _: [Multiaddr(address) for address in self.addresses()],
+            disable_identify_address_discovery=True,
+        )
+        self._swarm.auto_connector.maybe_connect = _connect_nobody
+        self._swarm.set_stream_handler(self._serve_stream)
+        self._swarm.register_notifee(_Notifee(self))
+        self._gossip = Gossip(self._host, self._deliver)
+        self._me = PeerId(str(self._host.get_id()))
+        self._handlers: dict[str, tuple[StreamHandler, bool]] = {}
+        self._peers: dict[PeerId, _Peer] = {}
+        self._dialling: dict[PeerId, trio.Lock] = {}
+        self._handshakes: OrderedDict[trio.CancelScope, None] = OrderedDict()
+        self._port = 0
+        self._events, self._event_reader = trio.open_memory_channel[NetworkEvent](float("inf"))
+        self._tasks: trio.Nursery | None = None
+
+    # ── what we are ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def peer(self) -> PeerId:
+        """This node's own id."""
+        return self._me
+
+    @property
+    def port(self) -> int:
+        """The TCP port that is listened on."""
+        return self._port
+
+    def addresses(self) -> tuple[str, ...]:
+        """See `Network.addresses`: announced ones first, then global, private and loopback ones."""
+        interfaces = tcp.interface_hosts()
+        hosts: list[str] = []
+        for host in self._config.hosts:
+            if host in ("0.0.0.0", "::"):
+                hosts += [h for h in interfaces if (":" in h) == (":" in host)]
+            else:
+                hosts.append(host)
+        order = {host: rank for rank, host in enumerate(interfaces)}
+        hosts.sort(key=lambda host: order.get(host, -1))
+        own = [tcp.multiaddr_of(host, self._port) for host in hosts]
+        return tuple(dict.fromkeys((*self._config.announce, *own)))
+
+    def events(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[NetworkEvent]]:
+        """See `Network.events`."""
+        return self._event_reader
+
+    def _emit(self, event: NetworkEvent) -> None:
+        full = self._events.statistics().current_buffer_used >= self._config.max_events
+        if full and isinstance(event, Message):
+            return
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # the mesh is closing
+            self._events.send_nowait(event)
+
+    def _deliver(self, topic: str, origin: ID, data: bytes) -> None:
+        self._emit(Message(topic, PeerId(str(origin)), data))
+
+    # ── connections ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _connections(self, peer: PeerId) -> list[Any]:
+        connections = self._swarm.connections.get(ID.from_base58(peer), [])
+        return [c for c in connections if not c.is_closed and not c.muxed_conn.is_closed]
+
+    def path(self, peer: PeerId) -> Path | None:
+        """See `Network.path`."""
+        connections = self._connections(peer)
+        return _path_of(connections[0]) if connections else None
+
+    async def connect(self, peer: PeerId, addresses: Sequence[str]) -> Path:
+        """See `Network.connect`."""
+        lock = self._dialling.setdefault(peer, trio.Lock())
+        async with lock:
+            if (path := self.path(peer)) is not None:
+                return path
+            peer_id = ID.from_base58(peer)
+
+            async def attempt(address: str) -> None:
+                stream = await tcp.dial(address)
+                try:
+                    raw = RawConnection(TrioTCPStream(stream), True)
+                    await self._swarm.upgrade_outbound_raw_conn(raw, peer_id)
+                except BaseException:
+                    stream.socket.close()
+                    raise
+
+            _, failures = await tcp.first_success(addresses, attempt)
+            if lock.statistics().tasks_waiting == 0:
+                self._dialling.pop(peer, None)
+            if (path := self.path(peer)) is not None:
+                return path
+        tried = "; ".join(f"{address}: {why}" for address, why in failures.items()) or "no address is known"
+        raise PeerUnreachable(f"cannot reach the peer {peer} ({tried})", failures)
+
+    async def disconnect(self, peer: PeerId) -> None:
+        """See `Network.disconnect`."""
+        # Shielded: a half-closed SwarmConn would stay in the swarm's books. It takes 0.1 s by py-libp2p's own sleep.
+        with trio.CancelScope(shield=True), trio.move_on_after(2):
+            for connection in self._connections(peer):
+                await connection.close()
+
+    async def _accept(self, stream: trio.SocketStream) -> None:
+        with trio.CancelScope() as scope:
+            if len(self._handshakes) >= self._config.max_handshakes:
+                oldest, _ = self._handshakes.popitem(last=False)
+                oldest.cancel()
+            self._handshakes[scope] = None
+            try:
+                tcp.set_options(stream)
+                raw = RawConnection(TrioTCPStream(stream), False)
+                await self._swarm.upgrade_inbound_raw_conn(raw, Multiaddr("/ip4/0.0.0.0/tcp/0"))
+            except Exception as exc:  # noqa: BLE001 - a stranger's bytes must not end the listener
+                log.debug("inbound connection failed: %r", exc)
+                stream.socket.close()
+            except BaseException:
+                stream.socket.close()
+                raise
+            finally:
+                self._handshakes.pop(scope, None)
+
+    async def _connected(self, connection: Any) -> None:
+        peer = PeerId(str(connection.muxed_conn.peer_id))
+        entry = self._peers.setdefault(peer, _Peer())
+        if entry.admitted.is_set():
+            await self._gossip.admitted(connection)
+        if not entry.announced:
+            entry.announced = True
+            self._emit(PeerConnected(peer, _path_of(connection), connection.direction.value == "inbound"))
+
+    async def _disconnected(self, connection: Any) -> None:
+        peer = PeerId(str(connection.muxed_conn.peer_id))
+        await self._gossip.gone(connection)
+        if not self._connections(peer) and self._peers.pop(peer, None) is not None:
+            self._emit(PeerDisconnected(peer))
+
+    def admit(self, peer: PeerId) -> None:
+        """See `Network.admit`."""
+        connections = self._connections(peer)
+        if not connections or self._tasks is None:
+            return
+        self._peers.setdefault(peer, _Peer()).admitted.set()
+        for connection in connections:
+            self._tasks.start_soon(self._gossip.admitted, connection)
+
+    # ── streams ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
+        """See `Network.open_stream`."""
+        connections = self._connections(peer)
+        if not connections:
+            raise PeerUnreachable(f"there is no connection to the peer {peer}")
+        return await open_lazy_stream(connections[0].muxed_conn, peer, protocol)
+
+    def set_handler(self, protocol: str, handler: StreamHandler, *, admitted_only: bool = True) -> None:
+        """See `Network.set_handler`."""
+        self._handlers[protocol] = (handler, admitted_only)
+
+    def _known(self, protocol: str) -> bool:
+        return protocol in self._handlers or protocol in self._host.multiselect.handlers
+
+    async def _serve_stream(self, net_stream: Any) -> None:
+        """Every inbound stream starts here, in a task of its own whose failure would end the whole swarm."""
+        muxed = net_stream.muxed_stream
+        peer = PeerId(str(net_stream.muxed_conn.peer_id))
+        try:
+            stream = await accept_stream(muxed, peer, self._known)
+            if not await self._may_proceed(peer, stream.protocol):
+                stream.reset()
+            elif (entry := self._handlers.get(stream.protocol)) is not None:
+                async with stream:
+                    await self._run_handler(entry[0], stream)
+            else:
+                net_stream.set_protocol(TProtocol(stream.protocol))
+                await self._host.multiselect.handlers[TProtocol(stream.protocol)](net_stream)
+        except Exception as exc:  # noqa: BLE001 - the boundary named above; a bad stream must not end the host
+            log.debug("a stream of %s failed: %r", peer, exc)
+            await net_stream.reset()
+
+    @staticmethod
+    async def _run_handler(handler: StreamHandler, stream: Stream) -> None:
+        try:
+            await handler(stream)
+        except Exception:
+            log.exception("the handler of %s failed", stream.protocol)
+            stream.reset()
+
+    async def _may_proceed(self, peer: PeerId, protocol: str) -> bool:
+        """Hold a stream that needs admission until that is decided: the hello may still be under way."""
+        handler = self._handlers.get(protocol)
+        needs_admission = handler[1] if handler is not None else protocol in GOSSIP_PROTOCOLS
+        if not needs_admission:
+            return True
+        entry = self._peers.setdefault(peer, _Peer())
+        if entry.admitted.is_set():
+            return True
+        if entry.waiting >= self._config.max_waiting:
+            return False
+        entry.waiting += 1
+        with trio.move_on_after(self._config.admission_limit):
+            await entry.admitted.wait()
+        entry.waiting -= 1
+        return entry.admitted.is_set()
+
+    # ── topics ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def subscribe(self, topic: str) -> None:
+        """See `Network.subscribe`."""
+        await self._gossip.subscribe(topic)
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """See `Network.publish`."""
+        await self._gossip.publish(topic, data)
+
+    # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Listen and serve for as long as the context lasts; then close everything."""
+        listeners = tcp.open_listeners(self._config.hosts, self._config.port)
+        self._port = listeners[0].socket.getsockname()[1]
+        try:
+            async with self._host.run([]), self._gossip.running(), trio.open_nursery() as nursery:
+                self._tasks = nursery
+                nursery.start_soon(trio.serve_listeners, self._accept, listeners)
+                try:
+                    yield
+                finally:
+                    self._tasks = None
+                    nursery.cancel_scope.cancel()
+                    with trio.CancelScope(shield=True), trio.move_on_after(2):
+                        await self._host.close()
+        finally:
+            for listener in listeners:
+                listener.socket.close()
+            self._events.close()
+
+
+@asynccontextmanager
+async def open_libp2p_network(
+    seed: bytes, config: Libp2pConfig | None = None
+) -> AsyncIterator[Libp2pNetwork]:
+    """A running `Libp2pNetwork` whose peer id belongs to the Ed25519 `seed` (32 bytes).
+
+    Raises `AddressUnavailable` if the port is taken.
+    """
+    network = Libp2pNetwork(seed, config or Libp2pConfig())
+    async with network.running():
+        yield network
+
+
+def _path_of(connection: Any) -> Path:
+    addresses = connection.get_transport_addresses()
+    address = str(addresses[0]) if addresses else ""
+    kind = PathKind.RELAYED if "/p2p-circuit" in address else PathKind.DIRECT
+    return Path(kind=kind, address=address, rtt=getattr(connection.muxed_conn, "rtt", None))
+
+
+async def _connect_nobody() -> None:
+    """In place of py-libp2p's auto-connector, which would dial every peer it ever heard of."""
+
+
+class _Notifee(INotifee):
+    """Carries py-libp2p's notifications to the network."""
+
+    def __init__(self, network: Libp2pNetwork) -> None:
+        self._network = network
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        """A connection stands."""
+        await self._network._connected(conn)
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        """A connection is gone."""
+        await self._network._disconnected(conn)
+
+    async def opened_stream(self, network: INetwork, stream: Any) -> None:
+        """Nothing to do."""
+
+    async def closed_stream(self, network: INetwork, stream: Any) -> None:
+        """Nothing to do."""
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        """Nothing to do."""
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        """Nothing to do."""

@@ -1,0 +1,176 @@
+"""Listening and dialling over TCP, and the addresses of this machine.
+
+py-libp2p's own listener is not used: it shares busy ports in silence (SO_REUSEPORT), outlives its host, advertises
+0.0.0.0, and keeps a slot and a task per inbound connection for ever. Nor is its dialler: it tries one address and
+then blocks the peer for a minute.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+
+import psutil
+import trio
+from multiaddr import Multiaddr
+from multiaddr.exceptions import Error as MultiaddrError
+
+from libmesh.errors import AddressUnavailable
+
+STAGGER = 0.2
+"""Seconds between attempts at a peer's addresses: RFC 8305 recommends 250 ms, and at least 100; addresses of a mesh
+are mostly on one LAN, where a connection takes under 1 ms."""
+
+DIAL_LIMIT = 10.0
+"""Seconds that one address may take, the handshake included. Linux gives up on a silent address only after 127 s."""
+
+_HOST_PROTOCOLS = ("ip4", "ip6", "dns", "dns4", "dns6")
+
+_KEEPALIVE_IDLE = 30
+
+
+def host_and_port(address: str) -> tuple[str, int]:
+    """The parts of a TCP multiaddr. Raises `ValueError`, saying why, if it is not one that we can dial."""
+    try:
+        parts = [(p.name, value) for p, value in Multiaddr(address).items()]
+    except (MultiaddrError, ValueError) as exc:
+        raise ValueError(f"not a multiaddr: {exc}") from exc
+    if [name for name, _ in parts[1:]] not in (["tcp"], ["tcp", "p2p"]) or parts[0][0] not in _HOST_PROTOCOLS:
+        raise ValueError("not a TCP address of the form /ip4/HOST/tcp/PORT")
+    return str(parts[0][1]), int(str(parts[1][1]))
+
+
+def multiaddr_of(host: str, port: int) -> str:
+    """The multiaddr of an IP address and a TCP port."""
+    version = ipaddress.ip_address(host.split("%")[0]).version
+    return f"/ip{version}/{host.split('%')[0]}/tcp/{port}"
+
+
+def interface_hosts() -> list[str]:
+    """The IP addresses of this machine's interfaces that are up: global, then private, then loopback ones.
+
+    Link-local IPv6 addresses are left out: nobody can dial them without knowing an interface's name.
+    """
+    up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
+    found = {
+        address.address
+        for name, addresses in psutil.net_if_addrs().items()
+        if name in up
+        for address in addresses
+        if address.family in (socket.AF_INET, socket.AF_INET6) and "%" not in address.address
+    }
+
+    def rank(host: str) -> tuple[int, int, str]:
+        ip = ipaddress.ip_address(host)
+        kind = 2 if ip.is_loopback else 0 if ip.is_global else 1
+        return (kind, ip.version, host)
+
+    return sorted((host for host in found if not ipaddress.ip_address(host).is_link_local), key=rank)
+
+
+def open_listeners(hosts: Sequence[str], port: int) -> list[trio.SocketListener]:
+    """Listen on `port` of each of `hosts` (IP addresses; `0.0.0.0` and `::` for all), 0 for one free port on all.
+
+    A host of a family that this machine has not is passed over, unless it is the only one. Raises
+    `AddressUnavailable` if the port is taken, naming it. The caller closes the listeners.
+    """
+    listeners: list[trio.SocketListener] = []
+    try:
+        for host in hosts:
+            try:
+                sock = _bound(host, port)
+            except OSError as exc:
+                if exc.errno in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL) and len(hosts) > 1:
+                    continue
+                raise
+            port = sock.getsockname()[1]
+            sock.listen(1024)
+            listeners.append(trio.SocketListener(trio.socket.from_stdlib_socket(sock)))
+    except OSError as exc:
+        for listener in listeners:
+            listener.socket.close()
+        what = "is already in use" if exc.errno == errno.EADDRINUSE else f"cannot be used: {exc.strerror}"
+        raise AddressUnavailable(f"the peer-to-peer port {port} {what}") from exc
+    if not listeners:
+        raise AddressUnavailable(f"none of {', '.join(hosts)} is an address of this machine")
+    return listeners
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        # SO_REUSEADDR, as servers do, so that a restart need not wait for TIME_WAIT; never SO_REUSEPORT, with
+        # which a second node on the port would get half of the connections and nobody an error.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        sock.setblocking(False)
+        sock.bind((host, port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def dial(address: str) -> trio.SocketStream:
+    """Connect to a TCP multiaddr. Raises `OSError` or `ValueError`; the caller bounds the time."""
+    host, port = host_and_port(address)
+    stream = await trio.open_tcp_stream(host, port)
+    set_options(stream)
+    return stream
+
+
+def set_options(stream: trio.SocketStream) -> None:
+    """NODELAY is trio's default already; keepalive lets the kernel notice a dead peer that the muxer could not ask."""
+    stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE)
+
+
+Attempt = Callable[[str], Awaitable[None]]
+
+
+async def first_success(addresses: Sequence[str], attempt: Attempt) -> tuple[str | None, dict[str, str]]:
+    """Try `addresses` as happy eyeballs do (RFC 8305): each one `STAGGER` after the last, or as soon as it failed.
+
+    The first success cancels the others. Returns its address, or `None`, and why each that failed did so.
+    `attempt` raises `Exception` to fail, and must undo what it did if it is cancelled.
+    """
+    failures: dict[str, str] = {}
+    winner: str | None = None
+    failed_events = [trio.Event() for _ in addresses]
+
+    async def run(address: str, scope: trio.CancelScope, failed: trio.Event) -> None:
+        nonlocal winner
+        try:
+            with trio.fail_after(DIAL_LIMIT):
+                await attempt(address)
+        except trio.TooSlowError:
+            failures[address] = f"no answer within {DIAL_LIMIT:.0f} s"
+        except Exception as exc:  # noqa: BLE001 - whatever one address does, the others are tried
+            failures[address] = _reason(exc)
+        else:
+            winner = winner or address
+            scope.cancel()
+        failed.set()
+
+    async with trio.open_nursery() as nursery:
+        for address, failed in zip(addresses, failed_events, strict=True):
+            nursery.start_soon(run, address, nursery.cancel_scope, failed)
+            with trio.move_on_after(STAGGER):
+                await failed.wait()
+    return winner, failures
+
+
+def _reason(exc: BaseException) -> str:
+    """The innermost cause in words; py-libp2p wraps it in up to three layers that say less."""
+    while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
+        exc = exc.exceptions[0]
+    while exc.__cause__ is not None and not isinstance(exc, ValueError):
+        exc = exc.__cause__
+    if isinstance(exc, OSError) and exc.strerror:
+        return exc.strerror.lower()
+    return str(exc) or type(exc).__name__
