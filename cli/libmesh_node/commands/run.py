@@ -1,0 +1,111 @@
+"""`libmesh-node` without a command: runs a node until it is stopped."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+
+from libmesh_node import options
+from libmesh_node.datadir import default_data_dir
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """The flags of a node, in groups, as `--help` shows them."""
+    serving = parser.add_argument_group("models")
+    serving.add_argument(
+        "--model",
+        action="append",
+        default=[],
+        metavar="PATH|NAME",
+        help="serve this model: a .gguf file, the name of one in a models folder, or 'demo' (repeatable)",
+    )
+    serving.add_argument("--client", action="store_true", help="serve nothing; only use what others serve")
+    serving.add_argument(
+        "--max-vram", type=options.gigabytes, metavar="GB", help="take at most this much memory for models"
+    )
+    serving.add_argument(
+        "--device", metavar="NAME", help="the device that llama.cpp shall use (default: its choice)"
+    )
+    serving.add_argument(
+        "--bin-dir",
+        type=options.path,
+        metavar="DIR",
+        help="where llama-server is, if neither on PATH nor installed by 'libmesh-node engine install'",
+    )
+
+    mesh = parser.add_argument_group("mesh")
+    mesh.add_argument(
+        "--join",
+        action="append",
+        default=[],
+        type=options.invite,
+        metavar="TOKEN",
+        help="join the mesh of this invite: the token, or @FILE that holds it (repeatable; the first that works wins)",
+    )
+    mesh.add_argument(
+        "--invite-file",
+        type=options.path,
+        metavar="PATH",
+        help="write an invite to this mesh there, mode 600",
+    )
+    mesh.add_argument(
+        "--bind-port",
+        type=options.port,
+        metavar="PORT",
+        help="accept peers at this port (default: a free one)",
+    )
+    mesh.add_argument(
+        "--announce-addr",
+        action="append",
+        default=[],
+        type=options.multiaddr,
+        metavar="MULTIADDR",
+        help="tell peers that this node is reachable there too, e.g. behind a port forwarding (repeatable)",
+    )
+
+    serves = parser.add_argument_group("API and console")
+    serves.add_argument(
+        "--port",
+        type=options.port,
+        default=options.DEFAULT_API_PORT,
+        metavar="PORT",
+        help="port of the OpenAI-compatible API (default: %(default)s; 0 for any free one)",
+    )
+    serves.add_argument(
+        "--console",
+        type=options.port,
+        metavar="PORT",
+        help=f"port of the web console (default: {options.DEFAULT_CONSOLE_PORT}; 0 for any free one)",
+    )
+    serves.add_argument(
+        "--listen-all",
+        action="store_true",
+        help="let other machines use the API and the console too (default: only this machine)",
+    )
+
+    keeps = parser.add_argument_group("what it keeps and says")
+    keeps.add_argument(
+        "--data-dir",
+        type=options.path,
+        metavar="DIR",
+        help=f"identity, keys, logs; one node at a time (default: {default_data_dir()})",
+    )
+    keeps.add_argument(
+        "--ephemeral", action="store_true", help="keep nothing: a new identity that ends with the node"
+    )
+    keeps.add_argument("--json-logs", action="store_true", help="log lines on stderr as JSON objects")
+    keeps.add_argument("--verbose", action="store_true", help="log what is otherwise left out")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run a node until Ctrl-C, SIGTERM or `libmesh-node stop`; its exit status.
+
+    Raises `UsageError` for options that contradict each other.
+    """
+    chosen = options.node_options(args)
+    # Late, so that --help and the other commands need not wait for libp2p and aiohttp to load.
+    import trio
+
+    from libmesh_node.node import run_node
+
+    return trio.run(partial(run_node, chosen))

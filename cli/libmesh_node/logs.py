@@ -1,0 +1,156 @@
+"""Where a node's log lines go: calm lines for a person on stderr, everything in a bounded file.
+
+Three renderings of the same records:
+
+- stderr, for people: `21:04:07  message`; a warning says so. Tracebacks only with `--verbose`.
+- stderr, with `--json-logs`: one JSON object a line, `{"time", "level", "logger", "message"}` and, where there was one,
+  `"exception"`. `time` is in seconds since the epoch.
+- the file, if there is one: date, level, logger, message, traceback.
+
+A record logged with `extra={"private": True}` (an invite token, say) is shown on stderr and kept out of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import IO, Any, TextIO
+
+OURS = ("libmesh", "libmesh_node")
+
+LOG_FILE_BYTES = 5_000_000
+LOG_FILES_KEPT = 3
+"""The log never takes more than `LOG_FILE_BYTES * (LOG_FILES_KEPT + 1)` bytes; when full, the oldest file goes."""
+
+
+@contextmanager
+def logging_to(
+    *, stream: TextIO = sys.stderr, file: Path | None = None, json_logs: bool = False, verbose: bool = False
+) -> Iterator[None]:
+    """Set up logging for the process while inside; then close the file and put the loggers back as they were.
+
+    Our own loggers speak from INFO, with `verbose` from DEBUG; all others from WARNING, with `verbose` from INFO.
+    Enter it after libp2p has been imported: importing that takes its logger out of the tree. Raises `OSError` if the
+    file cannot be opened.
+    """
+    handlers = [_stream_handler(stream, json_logs=json_logs, verbose=verbose)]
+    if file is not None:
+        handlers.append(_file_handler(file))
+    levels = {"": logging.INFO if verbose else logging.WARNING}
+    levels |= dict.fromkeys(OURS, logging.DEBUG if verbose else logging.INFO)
+    loggers = {name: logging.getLogger(name) for name in levels}
+    before = {name: logger.level for name, logger in loggers.items()}
+    libp2p = logging.getLogger("libp2p")
+    libp2p_before = (libp2p.level, libp2p.propagate)
+    libp2p.propagate = True
+    libp2p.setLevel(logging.NOTSET)
+    root = loggers[""]
+    for name, logger in loggers.items():
+        logger.setLevel(levels[name])
+    for handler in handlers:
+        root.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
+        for name, logger in loggers.items():
+            logger.setLevel(before[name])
+        libp2p.level, libp2p.propagate = libp2p_before
+        libp2p.setLevel(libp2p_before[0])
+
+
+def _stream_handler(stream: TextIO, *, json_logs: bool, verbose: bool) -> logging.Handler:
+    if json_logs:
+        handler: logging.Handler = logging.StreamHandler(stream)
+        handler.setFormatter(JsonFormatter())
+    elif stream.isatty():
+        handler = _TerminalHandler(stream)
+        handler.setFormatter(CalmFormatter(tracebacks=verbose))
+    else:
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(CalmFormatter(tracebacks=verbose))
+    return handler
+
+
+def _file_handler(file: Path) -> logging.Handler:
+    file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handler = _PrivateRotatingFileHandler(
+        file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8", errors="backslashreplace"
+    )
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    handler.addFilter(lambda record: not getattr(record, "private", False))
+    return handler
+
+
+class CalmFormatter(logging.Formatter):
+    """`21:04:07  message`, with the level in front of the message where it is WARNING or worse."""
+
+    def __init__(self, *, tracebacks: bool) -> None:
+        super().__init__("%(message)s")
+        self._tracebacks = tracebacks
+
+    def format(self, record: logging.LogRecord) -> str:
+        """One line for a calm record; the traceback below it only if asked for."""
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  {level}{record.getMessage()}"
+        if not record.exc_info:
+            return text
+        if self._tracebacks:
+            return f"{text}\n{self.formatException(record.exc_info)}"
+        error = record.exc_info[1]
+        return f"{text} ({type(error).__name__}: {error})".replace("\n", " ")
+
+
+class JsonFormatter(logging.Formatter):
+    """One JSON object, ASCII only, without a line break."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The record's time, level, logger, message and, if any, exception."""
+        fields: dict[str, Any] = {
+            "time": round(record.created, 3),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        if record.exc_info:
+            fields["exception"] = self.formatException(record.exc_info)
+        return json.dumps(fields)
+
+
+class _TerminalHandler(logging.Handler):
+    """Writes with rich, which copes with narrow terminals, `NO_COLOR` and Windows; never wraps, so tokens copy."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        super().__init__()
+        from rich.console import Console
+
+        self._console = Console(file=stream, soft_wrap=True, highlight=False, markup=False, emoji=False)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from rich.text import Text
+
+        try:
+            text = Text(self.format(record))
+            text.stylize("dim", 0, 8)
+            if record.levelno >= logging.WARNING:
+                text.stylize("red" if record.levelno >= logging.ERROR else "yellow", 8)
+            self._console.print(text)
+        except (OSError, ValueError, UnicodeError):  # the terminal went away, or cannot show it
+            self.handleError(record)
+
+
+class _PrivateRotatingFileHandler(RotatingFileHandler):
+    """Each file is readable by its owner only, from its first byte on."""
+
+    def _open(self) -> IO[str]:  # type: ignore[override]
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        return open(descriptor, self.mode, encoding=self.encoding, errors=self.errors)

@@ -1,0 +1,207 @@
+"""What the command line asked of a node, checked and frozen, and the words that its values are written in."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from libmesh_node.datadir import default_data_dir
+from libmesh_node.errors import UsageError
+
+DEFAULT_API_PORT = 9337
+DEFAULT_CONSOLE_PORT = 3131
+
+_INVITE_FILE_LIMIT = 64 << 10
+_LONGEST_TTL = 100 * 365 * 86400.0
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeOptions:
+    """Everything that `libmesh-node` without a subcommand can be told.
+
+    Attributes:
+        models: what `--model` said, in order: paths or names. Empty on a client.
+        join: invite tokens, in order; files that held them have been read.
+        client: only use the mesh; serve nothing.
+        api_port: 0 picks a free one, as do all ports here.
+        bind_port: port on which peers connect; `None` picks a free one.
+        listen_all: API and console listen on every interface, not only on loopback.
+        bin_dir: where to look first for the llama.cpp programs.
+        max_vram_gb: cap, in units of 1e9 bytes, on the memory that models may take; `None` for no cap.
+        device: passed on to llama.cpp as it is.
+        data_dir: ignored with `ephemeral`.
+        announce_addresses: multiaddrs that peers are told to reach this node at, besides those found.
+        invite_file: where to write an invite at start, mode 600.
+    """
+
+    models: tuple[str, ...] = ()
+    join: tuple[str, ...] = ()
+    client: bool = False
+    api_port: int = DEFAULT_API_PORT
+    console_port: int = DEFAULT_CONSOLE_PORT
+    bind_port: int | None = None
+    listen_all: bool = False
+    bin_dir: Path | None = None
+    max_vram_gb: float | None = None
+    device: str | None = None
+    data_dir: Path
+    ephemeral: bool = False
+    announce_addresses: tuple[str, ...] = ()
+    invite_file: Path | None = None
+    json_logs: bool = False
+    verbose: bool = False
+
+
+def node_options(args: argparse.Namespace) -> NodeOptions:
+    """The options that parsed arguments stand for. Raises `UsageError` where they contradict each other."""
+    if args.client and args.model:
+        raise UsageError(
+            "--client and --model exclude each other: a client only uses what others serve. Drop one of them."
+        )
+    if args.ephemeral and args.data_dir is not None:
+        raise UsageError(
+            "--ephemeral and --data-dir exclude each other: an ephemeral node keeps nothing. Drop one of them."
+        )
+    ports = [port for port in (args.port, console_port(args), args.bind_port) if port]
+    if len(set(ports)) < len(ports):
+        raise UsageError("--port, --console and --bind-port must be different ports.")
+    return NodeOptions(
+        models=tuple(dict.fromkeys(args.model)),
+        join=tuple(dict.fromkeys(args.join)),
+        client=args.client,
+        api_port=args.port,
+        console_port=console_port(args),
+        bind_port=args.bind_port or None,
+        listen_all=args.listen_all,
+        bin_dir=args.bin_dir,
+        max_vram_gb=args.max_vram,
+        device=args.device,
+        data_dir=data_dir(args),
+        ephemeral=args.ephemeral,
+        announce_addresses=tuple(dict.fromkeys(args.announce_addr)),
+        invite_file=args.invite_file,
+        json_logs=args.json_logs,
+        verbose=args.verbose,
+    )
+
+
+def data_dir(args: argparse.Namespace) -> Path:
+    """The data folder that `args` names, or the user's own."""
+    chosen: Path | None = args.data_dir
+    return default_data_dir() if chosen is None else chosen
+
+
+def console_port(args: argparse.Namespace) -> int:
+    """The port at which a node's console shall listen; 0 is a choice, not an absence."""
+    chosen: int | None = args.console
+    return DEFAULT_CONSOLE_PORT if chosen is None else chosen
+
+
+def add_node_choice(parser: argparse.ArgumentParser) -> None:
+    """The flags that say which node a command is about; without them, the one on the user's own data folder.
+
+    They have no default, so that the same flags in front of the command count.
+    """
+    which = parser.add_argument_group("which node")
+    which.add_argument(
+        "--data-dir", type=path, metavar="DIR", default=argparse.SUPPRESS,
+        help=f"the one on this data folder (default: {default_data_dir()})",
+    )  # fmt: skip
+    which.add_argument(
+        "--console", type=fixed_port, metavar="PORT", default=argparse.SUPPRESS,
+        help="the one whose web console is at this port",
+    )  # fmt: skip
+    which.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+
+def port(text: str) -> int:
+    """A TCP port. 0 asks for any free one."""
+    if not (text.isascii() and text.isdigit()) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is no port; give a number from 0 (any free one) to 65535")
+    return int(text)
+
+
+def fixed_port(text: str) -> int:
+    """A TCP port that something listens on, so not 0."""
+    if port(text) == 0:
+        raise argparse.ArgumentTypeError("0 is no port to reach something at; give a number from 1 to 65535")
+    return int(text)
+
+
+def duration(text: str) -> float:
+    """Seconds, from `30s`, `15m`, `12h`, `7d` or `52w`. A unit is required; at most a hundred years."""
+    match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)([smhdw])", text.strip().lower(), re.ASCII)
+    seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
+    if not 0 < seconds <= _LONGEST_TTL:
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 30s, 15m, 12h, 7d or 52w")
+    return seconds
+
+
+def gigabytes(text: str) -> float:
+    """A positive number of gigabytes (1e9 bytes), with or without `GB` behind it."""
+    try:
+        value = float(re.sub(r"\s*gb?$", "", text.strip(), flags=re.IGNORECASE))
+    except ValueError:
+        value = math.nan
+    if not (0 < value < math.inf):
+        raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; give gigabytes, such as 8 or 0.5")
+    return value
+
+
+def path(text: str) -> Path:
+    """A path, with `~` resolved, absolute, so that it stays right wherever it is used."""
+    if not text or "\0" in text:
+        raise argparse.ArgumentTypeError("a path is missing")
+    return Path(text).expanduser().absolute()
+
+
+def target(text: str) -> str:
+    """`HOST:PORT`, or `[IPV6]:PORT`, of something that listens."""
+    host, colon, number = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not colon or not host or (":" in host and not bracketed) or any(c.isspace() or c == "/" for c in host):
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as 127.0.0.1:5432 or [::1]:5432")
+    fixed_port(number)
+    return text
+
+
+def multiaddr(text: str) -> str:
+    """A multiaddr with a host and a port, as others can dial it; its details are checked when it is used."""
+    if not re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/(tcp|udp)/\d{1,5}(/[^\s]+)?", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no multiaddr, such as /ip4/203.0.113.7/tcp/4001")
+    return text
+
+
+def invite(text: str) -> str:
+    """An invite token, from the text itself or from the file that `@FILE` or a path names.
+
+    Only looks at where the token comes from; whether it is valid is for the mesh to say. A file may hold at most
+    64 KiB; the token is its first line that is not blank.
+    """
+    named = text.startswith("@")
+    file = Path(text[1:] if named else text).expanduser()
+    if not named and not _looks_like_a_path(text):
+        return text.strip()
+    try:
+        with file.open("rb") as opened:
+            content = opened.read(_INVITE_FILE_LIMIT + 1)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot read the invite file {file}: {error.strerror}") from error
+    lines = content.decode("utf-8", "replace").split()
+    if len(content) > _INVITE_FILE_LIMIT or len(lines) != 1:
+        raise argparse.ArgumentTypeError(f"{file} is no invite file: it must hold one token and nothing else")
+    return lines[0]
+
+
+def _looks_like_a_path(text: str) -> bool:
+    """Tokens have no separator and no dot at the front; a short name may still be that of a file right here."""
+    if text.startswith((".", "/", "~")):
+        return True
+    try:
+        return len(text) < 255 and Path(text).is_file()
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,37 @@
+"""How commands print: answers on stdout, so that they can be piped; what is said about them on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+
+_PIPE_WIDTH = 200
+"""Columns when stdout is no terminal: wide enough that no table row is broken, as `grep` expects one."""
+
+
+def say(text: str = "") -> None:
+    """Write one line of an answer to stdout, now."""
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def remark(text: str) -> None:
+    """Write one line about an answer to stderr, now."""
+    sys.stdout.flush()
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def say_json(value: Any, *, lines: bool = False) -> None:
+    """Write `value` to stdout as JSON: indented for eyes, or with `lines` as one line for programs."""
+    say(json.dumps(value, ensure_ascii=False, indent=None if lines else 2))
+
+
+def stdout_console() -> Console:
+    """A rich console on stdout: the terminal's width and colours, or wide and plain into a pipe."""
+    if sys.stdout.isatty():
+        return Console(highlight=False, markup=False, emoji=False)
+    return Console(highlight=False, markup=False, emoji=False, width=_PIPE_WIDTH, color_system=None)
