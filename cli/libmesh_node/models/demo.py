@@ -40,8 +40,10 @@ CHAT_TEMPLATE = (
 _BYTE_TOKENS = 256
 _SPECIAL = ("<unk>", "<s>", "</s>")
 _SPACE = "\u2581"  # SentencePiece's mark for a space
+_SINGLE_TOKENS = (_SPACE, *map(chr, range(0x21, 0x7F)))
 _CHUNK = 1 << 20  # values made at a time: 2 MB
 _OUT_OF_REACH = -500.0
+_SELDOM = -8.0  # for single characters, so that most of the text is syllables
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,8 +185,7 @@ def _tokens(size: int) -> Iterator[str]:
 def _all_tokens() -> Iterator[str]:
     yield from _SPECIAL
     yield from (f"<0x{byte:02X}>" for byte in range(_BYTE_TOKENS))
-    yield _SPACE
-    yield from map(chr, range(0x21, 0x7F))
+    yield from _SINGLE_TOKENS
     pairs = [consonant + vowel for vowel, consonant in product("aeiou", "tnsrldkmpbvg")]
     yield from pairs
     yield from (_SPACE + pair for pair in pairs)
@@ -211,10 +212,11 @@ def _values(
         if tensor == "token_embd.weight":
             chunk[:, 0] = 1
         elif tensor == "output.weight":
+            unreadable = len(_SPECIAL) + _BYTE_TOKENS
             chunk[:, 0] = 0
-            unreadable = max(0, min(count, len(_SPECIAL) + _BYTE_TOKENS - start))
-            chunk[:unreadable] = 0
-            chunk[:unreadable, 0] = _OUT_OF_REACH
+            chunk[: max(0, unreadable + len(_SINGLE_TOKENS) - start), 0] = _SELDOM
+            chunk[: max(0, unreadable - start)] = 0
+            chunk[: max(0, unreadable - start), 0] = _OUT_OF_REACH
         elif writes_stream and start == 0:
             chunk[0] = 0
         yield chunk.astype(np.float16)

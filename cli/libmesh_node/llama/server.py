@@ -1,0 +1,126 @@
+"""The command line of a llama-server that serves one model on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from libmesh_node.llama.engine import Binary
+from libmesh_node.llama.gguf import GgufHeader
+from libmesh_node.models.reference import ModelFile
+
+DEFAULT_SLOTS = 4
+"""Requests answered at once; llama-server's own default."""
+
+MAX_CONTEXT = 65_536
+"""Tokens in the cache, all slots together. The first mesh's largest; more only costs memory that few requests use."""
+
+MIN_CONTEXT = 4096
+"""Fewer make no useful server, so as many are asked for even if memory seems short."""
+
+DEMO_TOKENS = 256
+"""Length of the demo model's answers where the request sets no limit: it never stops by itself."""
+
+_CONTEXT_STEP = 256  # llama.cpp pads its cache to multiples of this
+_COMPUTE_BYTES = (
+    512 << 20
+)  # for compute buffers, whose size depends on the model; with batches of 512 usually 0.1 to 0.5 GB
+_PROMPT_CACHE_MIB = 8192  # llama-server's own default, for machines that have it to spare
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerPlan:
+    """How to serve a model.
+
+    Attributes:
+        context: tokens in the attention cache, shared by all slots; any one may use all of it, up to what the model
+            was trained for.
+        slots: requests at once.
+        device: as llama-server's `--device` takes it; `None` for all it finds; `cpu` for none.
+        prompt_cache_mib: main memory for the caches of earlier conversations.
+    """
+
+    model: ModelFile
+    context: int
+    slots: int = DEFAULT_SLOTS
+    device: str | None = None
+    threads: int | None = None
+    prompt_cache_mib: int = 512
+
+
+def plan_server(
+    model: ModelFile, *, memory_bytes: int, slots: int = DEFAULT_SLOTS, device: str | None = None
+) -> ServerPlan:
+    """Choose the context for `model` on a machine with `memory_bytes` for models."""
+    left = max(0, memory_bytes - model.size_bytes)
+    return ServerPlan(
+        model=model,
+        context=choose_context(model.header, left, slots),
+        slots=slots,
+        device=device,
+        prompt_cache_mib=min(_PROMPT_CACHE_MIB, left // 16 >> 20),
+    )
+
+
+def choose_context(header: GgufHeader, memory_bytes: int, slots: int) -> int:
+    """Tokens of cache that fit into `memory_bytes`, which are what the weights leave free.
+
+    Never more than each slot could use, nor than `MAX_CONTEXT`; never less than `MIN_CONTEXT`, or what one slot could
+    use if that is less. A header that does not say what the model was trained for counts as `MIN_CONTEXT`.
+    """
+    trained = header.context_length or MIN_CONTEXT
+    most = min(trained * slots, MAX_CONTEXT)
+    least = min(trained, MIN_CONTEXT)
+    per_token = header.kv_bytes_per_token()
+    fitting = (memory_bytes - _COMPUTE_BYTES) // per_token if per_token else most
+    chosen = max(least, min(most, fitting))
+    return max(_CONTEXT_STEP, chosen // _CONTEXT_STEP * _CONTEXT_STEP)
+
+
+def server_args(binary: Binary, plan: ServerPlan, port: int) -> list[str]:
+    """The whole command line, program included, to serve `plan` on loopback at `port`.
+
+    Every option was looked up in llama-server's own `--help`: those that a build does not know are left out if the
+    server does its main work without them. Both chat and embeddings are on: `--embeddings` claims to restrict a server
+    to embeddings, but since it switches the model per batch, chat works as before and costs the same (seen with 0.5.0).
+    """
+    model = plan.model
+    arguments = [str(binary.path), "--model", str(model.path), "--alias", model.name]
+    arguments += ["--host", "127.0.0.1", "--port", str(port)]
+    arguments += ["--ctx-size", str(plan.context), "--parallel", str(plan.slots)]
+    if plan.device is not None:
+        arguments += ["--device", "none" if plan.device.lower() == "cpu" else plan.device]
+    arguments += ["--n-gpu-layers", "99"]
+    if plan.threads is not None:
+        arguments += ["--threads", str(plan.threads)]
+    if model.is_demo:
+        arguments += ["--n-predict", str(DEMO_TOKENS)]
+    optional: Sequence[Sequence[str]] = (
+        ("--kv-unified",),
+        ("--metrics",),
+        ("--no-webui",),
+        ("--jinja",),
+        ("--offline",),
+        ("--embeddings",),
+        # Models made for embeddings bring their own pooling; for the others the mean is the usual choice.
+        () if model.header.is_embedding_model else ("--pooling", "mean"),
+        ("--cache-ram", str(plan.prompt_cache_mib)),
+        # Otherwise any web page that the user visits may read the answers: the default origin is `*`.
+        ("--cors-origins", "localhost"),
+    )
+    for option in optional:
+        if option and option[0] in binary.flags:
+            arguments += option
+    return arguments
+
+
+def child_environment(parent: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a llama.cpp program.
+
+    Without `LLAMA_ARG_…` and `LLAMA_API_KEY`, which would change what the command line says, or lock the node out of
+    its own server. Without a backtrace by gdb on abort, which delays the end by up to a second.
+    """
+    kept = {
+        name: value for name, value in parent.items() if not name.startswith(("LLAMA_ARG_", "LLAMA_API_KEY"))
+    }
+    return {**kept, "GGML_NO_BACKTRACE": "1"}
