@@ -1,3 +1,77 @@
-"""libmesh: authenticated peer-to-peer meshes on py-libp2p and trio."""
+"""libmesh: authenticated peer-to-peer meshes on py-libp2p and trio.
+
+    import libmesh, trio
+
+    async def main():
+        async with libmesh.open_mesh(libmesh.SecretKey.generate(), mesh_key=libmesh.SecretKey.generate()) as mesh:
+            print(mesh.invite(scope=libmesh.Scope.CLIENT, not_after_unix=None))
+            await libmesh.expose(mesh, "web", "127.0.0.1", 8000)
+
+    trio.run(main)
+
+What is exported here is the public API; everything else may change without notice.
+"""
+
+from libmesh.admission import AdmissionConfig
+from libmesh.core.membership import MembershipConfig
+from libmesh.errors import (
+    AddressUnavailable,
+    AdmissionRefused,
+    InviteDenied,
+    InviteError,
+    InviteExpired,
+    InviteMalformed,
+    MeshClosed,
+    MeshError,
+    NetworkError,
+    PeerUnreachable,
+    ServiceRefused,
+)
+from libmesh.identity import SecretKey
+from libmesh.invites import InviteInfo, read_invite
+from libmesh.mesh import Mesh, MeshConfig, ServiceHandler, open_mesh
+from libmesh.net.base import Network, Stream, StreamReset
+from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
+from libmesh.peers import MeshId, Path, PathKind, PeerId, PeerState, PeerView, Scope, Service, View
+from libmesh.tunnel import expose, serve_tunnel
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "AddressUnavailable",
+    "AdmissionConfig",
+    "AdmissionRefused",
+    "InviteDenied",
+    "InviteError",
+    "InviteExpired",
+    "InviteInfo",
+    "InviteMalformed",
+    "Libp2pConfig",
+    "MembershipConfig",
+    "Mesh",
+    "MeshClosed",
+    "MeshConfig",
+    "MeshError",
+    "MeshId",
+    "Network",
+    "NetworkError",
+    "Path",
+    "PathKind",
+    "PeerId",
+    "PeerState",
+    "PeerUnreachable",
+    "PeerView",
+    "Scope",
+    "SecretKey",
+    "Service",
+    "ServiceHandler",
+    "ServiceRefused",
+    "Stream",
+    "StreamReset",
+    "View",
+    "expose",
+    "open_libp2p_network",
+    "open_mesh",
+    "read_invite",
+    "serve_tunnel",
+]

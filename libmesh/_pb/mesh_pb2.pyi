@@ -11,7 +11,8 @@ of at most 4 bytes. A length over the message's limit, or bytes that do not deco
 An unknown field is ignored, never an error. A missing field has protobuf's default, unless said otherwise.
 
 Protocols.
-  /libmesh/hello/1.0.0    Hello → HelloReply; then, if admitted: Digest ⇄ Digest, Records ⇄ Records.
+  /libmesh/hello/1.0.0    dialler: Hello; other side: HelloReply. Then, if not refused, in turns: dialler: Digest;
+                          other side: Digest, Records; dialler: Records. Then both end the stream.
   /libmesh/tunnel/1.0.0   Open → Opened; then, if not refused, the bytes of the service, both ways.
   gossipsub, topic "libmesh/1/<mesh id>/peers": one Record per message, in gossipsub's strict-signing mode.
 
@@ -287,7 +288,7 @@ Global___HelloReply: _TypeAlias = HelloReply  # noqa: Y015
 
 @_typing.final
 class Digest(_message.Message):
-    """What a peer knows of each member, itself included. At most 1 MiB. Sent by both sides at once."""
+    """What a peer knows of each member, itself included. At most 1 MiB."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -332,7 +333,7 @@ Global___Digest: _TypeAlias = Digest  # noqa: Y015
 
 @_typing.final
 class Records(_message.Message):
-    """The records that the other side's digest lacks or has older, and the number of those that follow. At most 8 MiB."""
+    """The records that the other side's digest lacks or has older. At most 8 MiB; what would not fit is left to gossip."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -1,0 +1,189 @@
+"""Getting in, and letting in: whom we are connected to with proof on both sides, and the ways to reach the others.
+
+Drives the conversations of `hello.py` on both sides, drops whoever does not prove itself in time, and, while nobody
+is connected, tries the contacts that our invite named.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import trio
+
+from libmesh import hello
+from libmesh.core import membership_io as io
+from libmesh.core.credentials import Credential
+from libmesh.core.membership import Membership
+from libmesh.errors import AdmissionRefused, MeshError, PeerUnreachable, ServiceRefused
+from libmesh.net.base import Network, Stream
+from libmesh.peers import PeerId
+from libmesh.wire import WireError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdmissionConfig:
+    """Times of admission, in seconds.
+
+    Attributes:
+        hello_limit: how long a hello may take, and how long a stranger may stay without one.
+        seek_min, seek_max: between attempts to reach our invite's contacts while we know nobody; doubling.
+    """
+
+    hello_limit: float = 10.0
+    seek_min: float = 0.5
+    seek_max: float = 30.0
+
+
+class Admission:
+    """Who is admitted, and how that comes about.
+
+    Args:
+        network: the transport.
+        membership: read for digests and addresses.
+        credential: ours.
+        agent: name and version of the application.
+        config: the times.
+        now: seconds since the epoch.
+        tell: passes an event to the membership machine.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        membership: Membership,
+        *,
+        credential: Credential,
+        agent: str,
+        config: AdmissionConfig,
+        now: Callable[[], float],
+        tell: Callable[[io.Event], None],
+    ) -> None:
+        self._network, self._membership, self._credential = network, membership, credential
+        self._agent, self._config, self._now, self._tell = agent, config, now, tell
+        self._contacts: dict[PeerId, tuple[str, ...]] = {}
+        self._admitted: dict[PeerId, Credential] = {}
+        self._lonely = trio.Event()
+
+    def credential_of(self, peer: PeerId) -> Credential | None:
+        """What an admitted, connected peer has shown; `None` for all others."""
+        return self._admitted.get(peer)
+
+    @property
+    def anybody(self) -> bool:
+        """Whether any peer is connected and admitted."""
+        return bool(self._admitted)
+
+    def add_contacts(self, contacts: Sequence[tuple[PeerId, tuple[str, ...]]]) -> None:
+        """Remember ways into the mesh."""
+        for peer, addresses in contacts:
+            if peer != self._network.peer:
+                self._contacts[peer] = addresses
+        self._lonely.set()
+
+    def revoke(self, peer: PeerId) -> None:
+        """Treat `peer` as a stranger from now on."""
+        self._admitted.pop(peer, None)
+
+    def disconnected(self, peer: PeerId) -> None:
+        """The last connection to `peer` is gone."""
+        if self._admitted.pop(peer, None) is not None:
+            self._tell(io.Disconnected(peer))
+        if not self._admitted:
+            self._lonely.set()
+
+    def _greeting(self) -> hello.Greeting:
+        return hello.Greeting(self._agent, self._credential, self._membership, self._now())
+
+    async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """Connect to `peer` and be admitted. Raises `PeerUnreachable` or `AdmissionRefused`."""
+        await self._network.connect(peer, addresses)
+        if peer in self._admitted:
+            return
+        try:
+            with trio.fail_after(self._config.hello_limit):
+                async with await self._network.open_stream(peer, hello.PROTOCOL) as stream:
+                    credential = await hello.greet(stream, self._greeting())
+                    await self._admit(stream, credential, dialled=True)
+        except AdmissionRefused:
+            await self._network.disconnect(peer)
+            raise
+        except (ServiceRefused, WireError, trio.BrokenResourceError, trio.TooSlowError) as exc:
+            await self._network.disconnect(peer)
+            why = "it did not answer in time" if isinstance(exc, trio.TooSlowError) else str(exc)
+            raise PeerUnreachable(
+                f"the peer {peer} was reached, but the hello failed: {why}", {"hello": why}
+            ) from exc
+
+    async def answer_hello(self, stream: Stream) -> None:
+        """Serve an inbound hello."""
+        try:
+            with trio.fail_after(self._config.hello_limit):
+                credential = await hello.answer(stream, self._greeting())
+                await self._admit(stream, credential, dialled=False)
+        except AdmissionRefused as exc:
+            log.info("%s", exc)
+            await self._network.disconnect(stream.peer)
+        except (WireError, trio.BrokenResourceError, trio.TooSlowError) as exc:
+            log.info("the peer %s failed to say hello: %s", stream.peer, exc or "too slow")
+            await self._network.disconnect(stream.peer)
+
+    async def _admit(self, stream: Stream, credential: Credential, *, dialled: bool) -> None:
+        peer = stream.peer
+        self._admitted[peer] = credential
+        self._network.admit(peer)
+        records = await hello.exchange(stream, self._membership, dialled=dialled)
+        self._tell(io.Connected(peer))
+        for record in records:
+            self._tell(io.RecordHeard(record, gossiped=False))
+
+    async def expect_hello(self, peer: PeerId) -> None:
+        """Drop an inbound connection whose peer does not say hello in time."""
+        await trio.sleep(self._config.hello_limit)
+        if peer not in self._admitted and self._network.path(peer) is not None:
+            log.info("dropping the peer %s: it said no hello", peer)
+            await self._network.disconnect(peer)
+
+    async def dial(self, peer: PeerId, addresses: Sequence[str]) -> None:
+        """Do what the membership machine's `Dial` asks."""
+        try:
+            await self.connect(peer, addresses)
+        except MeshError as exc:
+            log.debug("%s", exc)
+            self._tell(io.DialFailed(peer))
+
+    async def seek(self) -> None:
+        """Try each contact once, until one admits us. Raises what `join` raises if none does."""
+        refused: MeshError | None = None
+        for peer, addresses in list(self._contacts.items()):
+            try:
+                await self.connect(peer, addresses)
+            except AdmissionRefused as exc:
+                refused = exc
+            except MeshError as exc:
+                refused = refused or exc
+            else:
+                return
+        if refused is not None:
+            raise refused
+
+    async def seek_loop(self) -> None:
+        """While nobody is connected, try the contacts, with back-off."""
+        delay = self._config.seek_min
+        while True:
+            await self._lonely.wait()
+            if self._admitted or not self._contacts:
+                self._lonely = trio.Event()
+                delay = self._config.seek_min
+                continue
+            await trio.sleep(delay)
+            delay = min(2 * delay, self._config.seek_max)
+            if self._admitted:
+                continue
+            try:
+                await self.seek()
+            except MeshError as exc:
+                log.info("still alone: %s", exc)

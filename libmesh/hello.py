@@ -1,0 +1,123 @@
+"""The first conversation on a connection: both sides prove their membership, then tell what the other has missed.
+
+The rules are in `mesh.proto`. A stranger costs at most one message of 4 KiB and one check of a chain, and is told
+nothing but the reason of its refusal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import trio
+
+from libmesh import keys, wire
+from libmesh.core import credentials
+from libmesh.core.announcement import Record
+from libmesh.core.credentials import Credential, Refusal
+from libmesh.core.membership import Membership
+from libmesh.errors import AdmissionRefused
+from libmesh.framing import frame, receive_frame
+from libmesh.net.base import Stream
+from libmesh.peers import PeerId
+
+PROTOCOL = "/libmesh/hello/1.0.0"
+
+_ADVICE = {
+    "wrong_mesh": "the invite is for another mesh",
+    "expired": "the invite has expired; ask for a new one",
+    "revoked": "the invite was revoked; ask for a new one",
+    "forged": "the invite's signatures are wrong; ask for a new one",
+    "widened": "the invite gives more than its maker had; ask for a new one",
+    "not_yours": "the credential belongs to another node; join again with an invite",
+    "busy": "the other node has no room now; try again later",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Greeting:
+    """What both sides of a hello need.
+
+    Attributes:
+        agent: name and version, for people.
+        credential: ours.
+        membership: asked for digests and records; not changed here.
+        now_unix: the time, for expiry.
+    """
+
+    agent: str
+    credential: Credential
+    membership: Membership
+    now_unix: float
+
+    def check(self, peer: PeerId, shown: Credential) -> Refusal | None:
+        """Whether `peer` may be in our mesh with what it showed."""
+        return credentials.verify(
+            shown, mesh_id=self.membership.mesh_id, peer_key=keys.public_key_of(peer), now_unix=self.now_unix
+        )
+
+
+async def greet(stream: Stream, greeting: Greeting) -> Credential:
+    """Say hello first; return the other side's credential, checked.
+
+    Raises `AdmissionRefused` if they refuse us, or we them; `WireError` or a stream error if they make no sense.
+    """
+    hello = wire.Hello(agent=greeting.agent, credential=greeting.credential)
+    await stream.send_all(frame(wire.encode_hello(hello)))
+    reply = wire.decode_hello_reply(await receive_frame(stream, wire.MAX_HELLO))
+    if reply.refusal is not None or reply.credential is None:
+        reason = reply.refusal or "malformed"
+        advice = _ADVICE.get(reason, "the other node did not understand ours; update both")
+        raise AdmissionRefused(f"the mesh refused this node: {advice}", reason=reason, peer=stream.peer)
+    if (refusal := greeting.check(stream.peer, reply.credential)) is not None:
+        raise AdmissionRefused(
+            f"the peer {stream.peer} is not a member of this mesh: {refusal.detail}",
+            reason=refusal.reason,
+            peer=stream.peer,
+        )
+    return reply.credential
+
+
+async def answer(stream: Stream, greeting: Greeting) -> Credential:
+    """Take a hello; return the other side's credential, checked, with our own sent to it.
+
+    Raises `AdmissionRefused` after telling them so, `WireError` or a stream error if they make no sense.
+    """
+    shown = wire.decode_hello(await receive_frame(stream, wire.MAX_HELLO)).credential
+    if (refusal := greeting.check(stream.peer, shown)) is not None:
+        reply = wire.HelloReply(agent=greeting.agent, refusal=refusal.reason)
+        await stream.send_all(frame(wire.encode_hello_reply(reply)))
+        await stream.send_eof()
+        await _wait_until_read(stream)
+        raise AdmissionRefused(
+            f"refused the peer {stream.peer}: {refusal.detail}", reason=refusal.reason, peer=stream.peer
+        )
+    reply = wire.HelloReply(agent=greeting.agent, credential=greeting.credential)
+    await stream.send_all(frame(wire.encode_hello_reply(reply)))
+    return shown
+
+
+async def _wait_until_read(stream: Stream) -> None:
+    """Leave the other side a second to read a refusal before its connection is closed."""
+    with trio.move_on_after(1):
+        while await stream.receive_some():
+            pass
+
+
+async def exchange(stream: Stream, membership: Membership, *, dialled: bool) -> list[Record]:
+    """After both are admitted: swap digests, then what the other lacks; return the records that we lacked.
+
+    The sides take turns, the dialler first, so that neither waits for the other to read.
+    """
+    digest = frame(wire.encode_digest(membership.digest()))
+    if dialled:
+        await stream.send_all(digest)
+    theirs = wire.decode_digest(await receive_frame(stream, wire.MAX_DIGEST))
+    lacking = frame(wire.encode_records(membership.newer_than(theirs)))
+    if dialled:
+        records = wire.decode_records(await receive_frame(stream, wire.MAX_RECORDS))
+        await stream.send_all(lacking)
+        await stream.send_eof()
+    else:
+        await stream.send_all(digest + lacking)
+        records = wire.decode_records(await receive_frame(stream, wire.MAX_RECORDS))
+    return records

@@ -1,0 +1,212 @@
+"""Services over streams, and TCP over services.
+
+A stream to a service starts with `Open` and `Opened` (mesh.proto); then the bytes are the service's. A tunnel is a
+local TCP port each of whose connections becomes one such stream, whose other end is a TCP connection to what the
+peer exposed. The opener's first bytes need not wait for the answer.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import socket
+import struct
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from libmesh import wire
+from libmesh.errors import AddressUnavailable, MeshError, PeerUnreachable, ServiceRefused
+from libmesh.framing import frame, receive_frame
+from libmesh.net.base import Stream
+from libmesh.net.splice import splice
+from libmesh.peers import PeerId, Scope
+from libmesh.wire import WireError
+
+if TYPE_CHECKING:
+    from trio import TaskStatus
+
+    from libmesh.mesh import Mesh
+
+log = logging.getLogger(__name__)
+
+PROTOCOL = "/libmesh/tunnel/1.0.0"
+
+OPEN_LIMIT = 10.0
+"""Seconds within which an opener must say what it wants, and an exposed address must accept a connection."""
+
+Accept = Callable[[], Awaitable[None]]
+RawHandler = Callable[[Stream, Accept], Awaitable[None]]
+"""Serves a stream: calls the given function to accept, or raises `ServiceRefused` before that."""
+
+_REFUSALS = {
+    "unknown_service": "it offers no service {service!r}",
+    "unknown_protocol": "it does not offer tunnels",
+    "scope": "this node's scope does not allow the service {service!r}",
+    "busy": "the service {service!r} is busy",
+    "unavailable": "what is behind the service {service!r} does not answer",
+}
+
+
+async def answer(stream: Stream, choose: Callable[[str], RawHandler]) -> None:
+    """Serve one inbound stream: read what is wanted, let `choose` say who serves it or raise `ServiceRefused`."""
+    try:
+        with trio.fail_after(OPEN_LIMIT):
+            service = wire.decode_open(await receive_frame(stream, wire.MAX_OPEN))
+    except (WireError, trio.TooSlowError, trio.BrokenResourceError) as exc:
+        log.debug("the peer %s opened a tunnel and made no sense: %s", stream.peer, exc or "too slow")
+        stream.reset()
+        return
+
+    async def accept() -> None:
+        await stream.send_all(frame(wire.encode_opened(None)))
+
+    try:
+        await choose(service)(stream, accept)
+    except ServiceRefused as exc:
+        log.debug("refused %r to the peer %s: %s", service, stream.peer, exc)
+        with suppress(trio.BrokenResourceError):
+            await stream.send_all(frame(wire.encode_opened(exc.reason)))
+            await stream.aclose()
+    except trio.BrokenResourceError:
+        stream.reset()
+
+
+async def request(stream: Stream, service: str, *, wait: bool) -> Stream:
+    """Ask for `service` on a fresh stream, and return a stream of its bytes. Takes over `stream`.
+
+    Without `wait`, what is sent next travels with the question, and a refusal comes out of the first receive.
+    """
+    opening = _OpeningStream(stream, service)
+    try:
+        await opening.ask()
+        if wait:
+            await opening.hear()
+    except BaseException:
+        stream.reset()
+        raise
+    return opening.opened or opening
+
+
+class _OpeningStream(Stream):
+    """A stream whose first answer has still to be read."""
+
+    def __init__(self, stream: Stream, service: str) -> None:
+        self._stream, self._service = stream, service
+        self.peer, self.protocol = stream.peer, stream.protocol
+        self.opened: Stream | None = None
+
+    async def ask(self) -> None:
+        await self._stream.send_all(frame(wire.encode_open(self._service)))
+
+    async def hear(self) -> None:
+        try:
+            refusal = wire.decode_opened(await receive_frame(self._stream, wire.MAX_OPEN))
+        except ServiceRefused as exc:
+            refusal = exc.reason
+        except WireError as exc:
+            self._stream.reset()
+            raise PeerUnreachable(f"the peer {self.peer} did not answer as a mesh does: {exc}") from exc
+        if refusal is not None:
+            self._stream.reset()
+            why = _REFUSALS.get(refusal, "it refused the service {service!r}").format(service=self._service)
+            raise ServiceRefused(f"the peer {self.peer} declined: {why}", reason=refusal)
+        self.opened = self._stream
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        if self.opened is None:
+            await self.hear()
+        return await self._stream.receive_some(max_bytes)
+
+    async def send_all(self, data: bytes | memoryview) -> None:
+        await self._stream.send_all(data)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        await self._stream.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        await self._stream.send_eof()
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
+
+    def reset(self) -> None:
+        self._stream.reset()
+
+
+async def expose(
+    mesh: Mesh,
+    service: str,
+    host: str,
+    port: int,
+    *,
+    scope: Scope = Scope.CLIENT,
+    task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Offer what listens at `host:port`, seen from this machine, to members as `service`, until cancelled.
+
+    Each stream becomes one TCP connection. If none can be made within 10 s the opener is refused with `unavailable`.
+    Raises `ValueError` for a bad or repeated name.
+    """
+
+    async def serve(stream: Stream, accept: Accept) -> None:
+        try:
+            with trio.fail_after(OPEN_LIMIT):
+                sock = await trio.open_tcp_stream(host, port)
+        except (OSError, trio.TooSlowError) as exc:
+            raise ServiceRefused(f"{host}:{port} does not answer: {exc}", reason="unavailable") from exc
+        async with sock:
+            await accept()
+            await splice(stream, sock)
+
+    with mesh.offer_raw(service, serve, scope=scope):
+        task_status.started()
+        await trio.sleep_forever()
+
+
+async def serve_tunnel(
+    mesh: Mesh,
+    peer: PeerId,
+    service: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    task_status: TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+) -> None:
+    """Carry connections to a local TCP port to `service` of `peer`, until cancelled.
+
+    Reports the port through `task_status`; 0 takes a free one. It stays the same however often the path to the peer
+    changes. A connection that cannot be carried is reset, and what was wrong is logged. Raises `AddressUnavailable`
+    if the port is taken.
+    """
+    try:
+        listeners = await trio.open_tcp_listeners(port, host=host)
+    except OSError as exc:
+        what = "is already in use" if exc.errno == errno.EADDRINUSE else f"cannot be used: {exc.strerror}"
+        raise AddressUnavailable(f"the port {port} of {host} {what}") from exc
+    task_status.started(listeners[0].socket.getsockname()[1])
+    await trio.serve_listeners(partial(_carry, mesh, peer, service), listeners)
+
+
+async def _carry(mesh: Mesh, peer: PeerId, service: str, sock: trio.SocketStream) -> None:
+    async with sock:
+        try:
+            stream = await mesh.open_service(peer, service, wait=False)
+        except MeshError as exc:
+            log.info("tunnel to %r: %s", service, exc)
+            _abort(sock)
+            return
+        try:
+            await splice(stream, sock)
+        except MeshError as exc:
+            log.info("tunnel to %r: %s", service, exc)
+            _abort(sock)
+
+
+def _abort(sock: trio.SocketStream) -> None:
+    """Make the coming close a reset, so that the client does not take it for an end of file."""
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
