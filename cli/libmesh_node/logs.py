@@ -7,6 +7,8 @@ Three renderings of the same records:
   `"exception"`. `time` is in seconds since the epoch.
 - the file, if there is one: date, level, logger, message, traceback.
 
+In the first and the last, control characters in a message become U+FFFD: much of what is logged was said by peers.
+
 A record logged with `extra={"private": True}` (an invite token, say) is shown on stderr and kept out of the file.
 """
 
@@ -22,6 +24,8 @@ from contextlib import contextmanager
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO, Any, TextIO
+
+from libmesh_node.terminal import harmless
 
 OURS = ("libmesh", "libmesh_node")
 
@@ -86,7 +90,7 @@ def _file_handler(file: Path) -> logging.Handler:
     handler = _PrivateRotatingFileHandler(
         file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8", errors="backslashreplace"
     )
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
+    handler.setFormatter(_FileFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     handler.addFilter(lambda record: not getattr(record, "private", False))
     return handler
 
@@ -101,13 +105,20 @@ class CalmFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line for a calm record; the traceback below it only if asked for."""
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  {level}{record.getMessage()}"
+        message = harmless(record.getMessage())
+        text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  {level}{message}"
         if not record.exc_info:
             return text
         if self._tracebacks:
             return f"{text}\n{self.formatException(record.exc_info)}"
         error = record.exc_info[1]
-        return f"{text} ({type(error).__name__}: {error})".replace("\n", " ")
+        return f"{text} ({harmless(f'{type(error).__name__}: {error}')})"
+
+
+class _FileFormatter(logging.Formatter):
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        record.message = harmless(record.message)
+        return super().formatMessage(record)
 
 
 class JsonFormatter(logging.Formatter):

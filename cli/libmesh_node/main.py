@@ -69,7 +69,7 @@ class CommandParser(argparse.ArgumentParser):
 
 def suggestion(word: str, known: Sequence[str]) -> str:
     """`; did you mean …?` with the names in `known` that come near `word`; empty if none does."""
-    near = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.6)
+    near = difflib.get_close_matches(word, list(dict.fromkeys(known)), n=3, cutoff=0.7)
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -155,8 +155,11 @@ def gigabytes(text: str) -> float:
 def path(text: str) -> Path:
     """A path, with `~` resolved, absolute, so that it stays right wherever it is used."""
     if not text or "\0" in text:
-        raise argparse.ArgumentTypeError("a path is missing")
-    return Path(text).expanduser().absolute()
+        raise argparse.ArgumentTypeError(f"{text!r} is no path")
+    try:
+        return Path(text).expanduser().absolute()
+    except RuntimeError as error:  # what pathlib raises for `~nobody`
+        raise argparse.ArgumentTypeError(f"{text!r} names the home of a user who does not exist") from error
 
 
 def target(text: str) -> str:
@@ -183,9 +186,9 @@ def invite(text: str) -> str:
     64 KiB; the token is its first line that is not blank.
     """
     named = text.startswith("@")
-    file = Path(text[1:] if named else text).expanduser()
     if not named and not _looks_like_a_path(text):
         return text.strip()
+    file = path(text[1:] if named else text)
     try:
         with file.open("rb") as opened:
             content = opened.read(_INVITE_FILE_LIMIT + 1)

@@ -13,6 +13,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from libmesh_node.terminal import harmless
+
 Json = Mapping[str, Any]
 
 _STATE_STYLES = {
@@ -71,22 +73,24 @@ def _this_node(status: Json) -> RenderableType:
     state = _text(status, "node_status") or "?"
     where = _text(status, "my_hostname") or _text(status, "hostname")
     version = _text(status, "version")
-    table.add_row("node", f"{_text(status, 'node_id') or '?'}")
-    table.add_row(
-        "state", state + (f" on {where}" if where else "") + (f", version {version}" if version else "")
+    _add(table, "node", f"{_text(status, 'node_id') or '?'}")
+    _add(
+        table,
+        "state",
+        state + (f" on {where}" if where else "") + (f", version {version}" if version else ""),
     )
     scope = _text(status, "scope")
-    table.add_row("mesh", f"{_text(status, 'mesh_id') or '?'}" + (f", scope {scope}" if scope else ""))
+    _add(table, "mesh", f"{_text(status, 'mesh_id') or '?'}" + (f", scope {scope}" if scope else ""))
     if status.get("api_port"):
-        table.add_row("API", f"http://localhost:{status['api_port']}/v1")
+        _add(table, "API", f"http://localhost:{status['api_port']}/v1")
     if status.get("console_port"):
-        table.add_row("console", f"http://localhost:{status['console_port']}")
+        _add(table, "console", f"http://localhost:{status['console_port']}")
     if status.get("my_vram_gb"):
-        table.add_row("memory", size(status["my_vram_gb"]))
+        _add(table, "memory", size(status["my_vram_gb"]))
     for number, address in enumerate(_strings(status, "addresses")):
-        table.add_row("" if number else "addresses", address)
+        _add(table, "" if number else "addresses", address)
     for notice in _strings(status, "notices"):
-        table.add_row(Text("notice", style="yellow"), Text(notice, style="yellow"))
+        _add(table, Text("notice", style="yellow"), Text(notice, style="yellow"))
     return table
 
 
@@ -96,7 +100,8 @@ def _peers(peers: Iterable[Json], now_unix: float) -> Table:
     )
     for peer in peers:
         rtt = peer.get("rtt_ms")
-        table.add_row(
+        _add(
+            table,
             short_id(_text(peer, "id")),
             _text(peer, "hostname") or "–",
             _text(peer, "role"),
@@ -120,7 +125,8 @@ def _models(models: Iterable[Json], names: Mapping[str, str]) -> Table:
         context = model.get("context_length")
         nodes = _strings(model, "nodes")
         count = model.get("node_count", len(nodes))
-        table.add_row(
+        _add(
+            table,
             _text(model, "name"),
             _state(_text(model, "status")),
             size(model.get("size_gb")),
@@ -134,7 +140,8 @@ def _models(models: Iterable[Json], names: Mapping[str, str]) -> Table:
 def _processes(processes: Iterable[Json]) -> Table:
     table = _table("process", "model", "state", ">pid", ">port", ">restarts", "why")
     for process in processes:
-        table.add_row(
+        _add(
+            table,
             _text(process, "name"),
             _text(process, "model"),
             _state(_text(process, "status")),
@@ -154,6 +161,11 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def _add(table: Table, *cells: str | Text) -> None:
+    """Add a row of plain text: rich would take `[…]` in a string for markup."""
+    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+
+
 def _state(word: str) -> Text:
     return Text(word, style=_STATE_STYLES.get(word, ""))
 
@@ -164,12 +176,12 @@ def _peer_name(peer: Json) -> str:
 
 def _text(source: Json, key: str) -> str:
     value = source.get(key)
-    return value if isinstance(value, str) else ""
+    return harmless(value) if isinstance(value, str) else ""
 
 
 def _strings(source: Json, key: str) -> list[str]:
     value = source.get(key)
-    return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+    return [harmless(item) for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 
 def _objects(source: Json, key: str) -> list[Json]:

@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
+if TYPE_CHECKING:
+    from rich.console import Console
 
 _PIPE_WIDTH = 200
 """Columns when stdout is no terminal: wide enough that no table row is broken, as `grep` expects one."""
+
+_CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """`text` with each control character replaced, so that a peer's words cannot move the cursor or forge a line.
+
+    Removes C0 and C1 controls, and the marks that reorder text (Unicode TR 36, "Bidirectional Text Spoofing").
+    """
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def say(text: str = "") -> None:
@@ -32,6 +44,8 @@ def say_json(value: Any, *, lines: bool = False) -> None:
 
 def stdout_console() -> Console:
     """A rich console on stdout: the terminal's width and colours, or wide and plain into a pipe."""
+    from rich.console import Console
+
     if sys.stdout.isatty():
         return Console(highlight=False, markup=False, emoji=False)
     return Console(highlight=False, markup=False, emoji=False, width=_PIPE_WIDTH, color_system=None)

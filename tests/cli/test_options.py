@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import argparse
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from libmesh_node import options
+from libmesh_node.datadir import default_data_dir
+from libmesh_node.errors import UsageError
+from libmesh_node.main import node_parser
+
+
+def parse(*argv: str) -> options.NodeOptions:
+    return options.node_options(node_parser().parse_args(argv))
+
+
+def test_no_arguments_are_an_idle_node_on_the_users_own_data_folder() -> None:
+    assert parse() == options.NodeOptions(data_dir=default_data_dir(), api_port=9337, console_port=3131)
+
+
+def test_every_flag_reaches_the_node(tmp_path: Path) -> None:
+    chosen = parse(
+        *(
+            "--model",
+            "demo",
+            "--model",
+            "b.gguf",
+            "--join",
+            "AAA",
+            "--join",
+            "BBB",
+            "--port",
+            "1",
+            "--console",
+            "2",
+        ),
+        *("--bind-port", "3", "--listen-all", "--bin-dir", "bin", "--max-vram", "1.5", "--device", "CUDA0"),
+        *("--data-dir", str(tmp_path), "--announce-addr", "/ip4/1.2.3.4/tcp/5", "--invite-file", "~/i"),
+        *("--json-logs", "--verbose"),
+    )
+    assert chosen == options.NodeOptions(
+        models=("demo", "b.gguf"),
+        join=("AAA", "BBB"),
+        api_port=1,
+        console_port=2,
+        bind_port=3,
+        listen_all=True,
+        bin_dir=Path.cwd() / "bin",
+        max_vram_gb=1.5,
+        device="CUDA0",
+        data_dir=tmp_path,
+        announce_addresses=("/ip4/1.2.3.4/tcp/5",),
+        invite_file=Path.home() / "i",
+        json_logs=True,
+        verbose=True,
+    )
+    assert parse("--client", "--ephemeral").client
+    assert parse("--client", "--ephemeral").ephemeral
+
+
+def test_zero_is_a_port_of_the_systems_choice_and_not_an_absent_one() -> None:
+    chosen = parse("--port", "0", "--console", "0", "--bind-port", "0")
+    assert (chosen.api_port, chosen.console_port, chosen.bind_port) == (0, 0, None)
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (("--client", "--model", "demo"), "--client and --model"),
+        (("--ephemeral", "--data-dir", "x"), "--ephemeral and --data-dir"),
+        (("--port", "5000", "--console", "5000"), "different ports"),
+        (("--bind-port", "9337"), "different ports"),
+    ],
+)
+def test_contradictions_are_named(argv: tuple[str, ...], names: str) -> None:
+    with pytest.raises(UsageError, match=names):
+        parse(*argv)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        ("30s", 30),
+        ("15m", 900),
+        ("12h", 43200),
+        ("7d", 604800),
+        ("52w", 31449600),
+        ("1.5H", 5400),
+        (" 1d ", 86400),
+    ],
+)
+def test_durations_have_a_unit(text: str, seconds: float) -> None:
+    assert options.duration(text) == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", "7", "d", "-1d", "0s", "1y", "1d12h", "nan", "infs", "9999999w", "٣d", "1e3s"]
+)
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="7d"):
+        options.duration(text)
+
+
+@given(st.text())
+@example("~nobody-at-all/x")
+@example("@~nobody-at-all")
+@example("@\0")
+@example("@")
+@example("/")
+def test_no_text_makes_a_value_parser_raise_anything_but_its_refusal(text: str) -> None:
+    for parser in (
+        options.port,
+        options.fixed_port,
+        options.duration,
+        options.gigabytes,
+        options.target,
+        options.multiaddr,
+        options.invite,
+        options.path,
+    ):
+        with suppress(argparse.ArgumentTypeError):
+            parser(text)
+
+
+@pytest.mark.parametrize("text", ["127.0.0.1:5432", "localhost:1", "[::1]:80", "db.example:65535"])
+def test_targets_are_host_and_port(text: str) -> None:
+    assert options.target(text) == text
+
+
+@pytest.mark.parametrize(
+    "text", ["5432", ":80", "host:", "host:0", "host:70000", "::1:80", "http://x:80", "a b:80"]
+)
+def test_what_is_no_target_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        options.target(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "lots", ""])
+def test_memory_must_be_a_positive_number(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="gigabytes"):
+        options.gigabytes(text)
+
+
+def test_memory_may_carry_its_unit() -> None:
+    assert options.gigabytes("8GB") == options.gigabytes("8 g") == options.gigabytes("8") == 8.0
+
+
+def test_multiaddrs_need_a_host_and_a_port() -> None:
+    assert options.multiaddr("/dns4/example.org/tcp/4001") == "/dns4/example.org/tcp/4001"
+    for text in ("203.0.113.7:4001", "/ip4/203.0.113.7", "/tcp/4001", "/ip4/1.2.3.4/tcp/x"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            options.multiaddr(text)
+
+
+def test_an_invite_is_read_from_the_file_that_at_or_a_path_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "invite"
+    file.write_text("\n  TOKEN \n")
+    assert options.invite(f"@{file}") == options.invite(str(file)) == "TOKEN"
+    assert options.invite(" TOKEN\n") == "TOKEN"
+    monkeypatch.chdir(tmp_path)
+    assert options.invite("invite") == options.invite("./invite") == "TOKEN"
+
+
+@pytest.mark.parametrize("content", [b"", b"two tokens", b"x" * 70_000, b"\n \n"])
+def test_a_file_that_does_not_hold_one_token_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(argparse.ArgumentTypeError, match="one token"):
+        options.invite(f"@{tmp_path / 'f'}")
+
+
+def test_an_invite_file_that_is_missing_is_named(tmp_path: Path) -> None:
+    for text in (f"@{tmp_path / 'none'}", str(tmp_path / "none"), str(tmp_path)):
+        with pytest.raises(argparse.ArgumentTypeError, match="cannot read the invite file"):
+            options.invite(text)

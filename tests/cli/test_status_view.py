@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from libmesh_node.status_view import age, short_id, size, status_tables
+from rich.console import Console
+
+NOW = 1_000_000.0
+ME, PEER = "12D3KooW" + "m" * 44, "12D3KooW" + "p" * 44
+STATUS: dict[str, Any] = {
+    "schema_version": 1,
+    "node_id": ME,
+    "mesh_id": "ab" * 16,
+    "node_status": "Serving",
+    "version": "0.1.0",
+    "my_hostname": "attic",
+    "scope": "invite",
+    "api_port": 9337,
+    "console_port": 3131,
+    "my_vram_gb": 24.0,
+    "addresses": ["/ip4/10.0.0.5/tcp/4001", "/ip4/203.0.113.7/tcp/4001"],
+    "notices": ["The model 'demo' talks nonsense."],
+    "peers": [
+        {
+            "id": PEER, "hostname": "cellar", "role": "Client", "scope": "client", "state": "alive", "path": "direct",
+            "rtt_ms": 1.234, "vram_gb": 0, "models": ["m"], "inflight": 3, "since_unix": NOW - 125,
+        },
+    ],
+    "mesh_models": [
+        {"name": "demo", "status": "warm", "size_gb": 0.0041, "context_length": 4096, "nodes": [ME, PEER, "1234567890"]},
+        {"name": "wanted", "status": "cold", "size_gb": 17.2, "context_length": 0, "nodes": []},
+    ],
+    "processes": [
+        {"name": "llama-server", "pid": 7, "port": 8080, "model": "demo", "status": "failed", "failure": "out of memory"},
+    ],
+}  # fmt: skip
+
+
+def shown(status: Any, width: int = 200) -> str:
+    console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
+    console.print(status_tables(status, NOW))
+    file = console.file
+    assert isinstance(file, io.StringIO)
+    return file.getvalue()
+
+
+def row(text: str, start: str) -> list[str]:
+    return next(line for line in text.splitlines() if line.strip().startswith(start)).split()
+
+
+def test_everything_that_a_person_asks_for_is_there() -> None:
+    text = shown(STATUS)
+    assert row(text, "node") == ["node", ME]
+    assert "Serving on attic, version 0.1.0" in text
+    assert "http://localhost:9337/v1" in text
+    assert "/ip4/203.0.113.7/tcp/4001" in text
+    assert "talks nonsense" in text
+    assert row(text, short_id(PEER)) == (
+        [
+            short_id(PEER),
+            "cellar",
+            "Client",
+            "client",
+            "alive",
+            "direct",
+            "1.2",
+            "ms",
+            "–",
+            "m",
+            "3",
+            "2",
+            "min",
+        ]
+    )
+    assert row(text, "demo") == [
+        "demo",
+        "warm",
+        "4.1",
+        "MB",
+        "4,096",
+        "this",
+        "node,",
+        "cellar,",
+        "…34567890",
+    ]
+    assert row(text, "wanted") == ["wanted", "cold", "17", "GB", "–", "nobody"]
+    assert row(text, "llama-server") == [
+        "llama-server",
+        "demo",
+        "failed",
+        "7",
+        "8080",
+        "0",
+        "out",
+        "of",
+        "memory",
+    ]
+
+
+def test_a_lonely_node_says_that_there_is_nobody() -> None:
+    text = shown({"node_id": ME})
+    assert "peers: none" in text
+    assert "models: none" in text
+
+
+def test_a_narrow_terminal_breaks_no_promise() -> None:
+    for width in (10, 40, 80):
+        assert shown(STATUS, width)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(-1e12, 1e12) | st.text(max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=5,
+)
+fields = st.sampled_from([*STATUS, *STATUS["peers"][0], *STATUS["mesh_models"][0], *STATUS["processes"][0]])
+objects = st.dictionaries(fields, json_values, max_size=6)
+
+
+@given(st.dictionaries(fields, json_values | st.lists(objects, max_size=3), max_size=8))
+def test_nothing_that_a_node_says_makes_it_fail(status: dict[str, Any]) -> None:
+    shown(status)
+
+
+def test_markup_in_a_peers_words_is_shown_as_it_is() -> None:
+    peer = {"id": PEER, "hostname": "[red]x[/red]", "state": "[/]"}
+    text = shown({"peers": [peer], "notices": ["[/nonsense]"]})
+    assert "[red]x[/red]" in text
+    assert "[/nonsense]" in text
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "text"),
+    [
+        (17.2, "17 GB"),
+        (1.24, "1.2 GB"),
+        (0.82, "820 MB"),
+        (0.0041, "4.1 MB"),
+        (0, "–"),
+        (None, "–"),
+        ("x", "–"),
+    ],
+)
+def test_sizes_are_short(gigabytes: object, text: str) -> None:
+    assert size(gigabytes) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (59.9, "59 s"), (60, "1 min"), (3599, "59 min"), (3600, "1 h"), (86400, "1 d"), (-5, "0 s")],
+)
+def test_ages_are_in_their_largest_unit(seconds: float, text: str) -> None:
+    assert age(NOW - seconds, NOW) == text
+
+
+def test_control_characters_of_a_peer_do_not_reach_the_terminal() -> None:
+    assert "\x1b" not in shown({"peers": [{"id": PEER, "hostname": "\x1b[2Jgone\x07"}]})
