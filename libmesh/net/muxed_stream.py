@@ -1,0 +1,383 @@
+"""One stream of a yamux connection: what py-libp2p expects of it, and the calls that libmesh is fast with."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import TYPE_CHECKING
+
+import trio
+from libp2p.abc import IMuxedStream
+from libp2p.stream_muxer.exceptions import (
+    MuxedStreamClosed,
+    MuxedStreamEOF,
+    MuxedStreamError,
+    MuxedStreamReset,
+)
+
+from libmesh.net.base import StreamReset
+from libmesh.net.parking import Wakeup
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from libmesh.net.muxer import YamuxConnection
+
+_JOIN_BELOW = 16 * 1024  # a chunk smaller than this is returned together with those behind it
+_JOIN_UP_TO = 64 * 1024
+
+
+class YamuxStream(IMuxedStream):
+    """A stream in both of its faces.
+
+    The native face follows `trio.abc.HalfCloseableStream` (`receive_some`, `send_all`, `send_eof`, `aclose`), plus
+    `reset_nowait` and the calls that never wait. It raises `StreamReset` and trio's own errors. A cancelled
+    `receive_some` has taken nothing; a cancelled `send_all` has sent some prefix; neither harms any other stream.
+
+    The face of `IMuxedStream` (`read`, `write`, `close`, `reset`) is for py-libp2p's own protocols, and keeps the
+    stock muxer's meaning: `close` ends the sending direction only.
+
+    Attributes:
+        muxed_conn: the connection.
+        stream_id: the yamux id.
+    """
+
+    __slots__ = (
+        "_broken",
+        "_chunks",
+        "_closed",
+        "_deadline",
+        "_eof_sent",
+        "_finished",
+        "_offset",
+        "_receivable",
+        "_receiving",
+        "_sendable",
+        "_sending",
+        "_write_lock",
+        "muxed_conn",
+        "sent",
+        "stream_id",
+        "view",
+    )
+
+    def __init__(self, connection: YamuxConnection, stream_id: int) -> None:
+        self.muxed_conn: YamuxConnection = connection
+        self.stream_id = stream_id
+        self._chunks: deque[bytes] = deque()
+        self._offset = 0  # of the first chunk, what has been read
+        self._finished = False  # the peer sent FIN
+        self._broken: str | None = None  # why both directions ended
+        self._closed = False
+        self._eof_sent = False
+        self._receiving = False
+        self._sending = False
+        self._receivable = Wakeup()
+        self._sendable = Wakeup()
+        self._write_lock: trio.Lock | None = None
+        self._deadline = float("inf")
+        # What `send_all` waits to get rid of; the connection takes from it when the socket and the window allow.
+        self.view: memoryview | None = None
+        self.sent = 0
+
+    # ---- receiving --------------------------------------------------------------------------------------------
+
+    def receive_nowait(self, max_bytes: int | None = None) -> bytes | None:
+        """What has arrived, up to `max_bytes`; `None` if nothing has; `b""` at the end.
+
+        Raises `StreamReset` once all that had arrived before a reset has been returned.
+        """
+        if self._closed:
+            raise trio.ClosedResourceError("this stream was closed here")
+        if self._chunks:
+            return self._take(max_bytes)
+        if self._finished:
+            return b""
+        if self._broken is not None:
+            raise StreamReset(self._broken)
+        return None
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """See `trio.abc.ReceiveStream.receive_some`. Without `max_bytes`, at most 64 KiB."""
+        if max_bytes is not None:
+            if not isinstance(max_bytes, int):
+                raise TypeError(f"max_bytes must be an int, not {type(max_bytes).__name__}")
+            if max_bytes < 1:
+                raise ValueError(f"max_bytes={max_bytes}: at least 1")
+        if self._receiving:
+            raise trio.BusyResourceError("another task is receiving on this stream")
+        await trio.lowlevel.checkpoint_if_cancelled()
+        data = self.receive_nowait(max_bytes)
+        if data is not None:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return data
+        while data is None:
+            await self.wait_receivable()
+            data = self.receive_nowait(max_bytes)
+        return data
+
+    async def wait_receivable(self) -> None:
+        """Wait until `receive_nowait` would not answer `None`. To be called only right after it did."""
+        if self._receiving:
+            raise trio.BusyResourceError("another task is receiving on this stream")
+        self._receiving = True
+        try:
+            await self._receivable.wait()
+        finally:
+            self._receiving = False
+
+    def _take(self, max_bytes: int | None) -> bytes:
+        chunks, offset = self._chunks, self._offset
+        first = chunks[0]
+        size = len(first) - offset
+        if max_bytes is not None and size > max_bytes:
+            data = first[offset : offset + max_bytes]
+            self._offset = offset + max_bytes
+        else:
+            chunks.popleft()
+            data = first[offset:] if offset else first
+            self._offset = 0
+            if chunks and size < _JOIN_BELOW:
+                data = self._join(data, min(max_bytes or _JOIN_UP_TO, _JOIN_UP_TO))
+        self.muxed_conn.consumed(self.stream_id, len(data))
+        return data
+
+    def _join(self, first: bytes, limit: int) -> bytes:
+        pieces, size = [first], len(first)
+        chunks = self._chunks
+        while chunks and size + len(chunks[0]) <= limit:
+            piece = chunks.popleft()
+            pieces.append(piece)
+            size += len(piece)
+        return b"".join(pieces)
+
+    # ---- sending ----------------------------------------------------------------------------------------------
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        """Send what can be sent at once; return how many bytes that was, possibly 0.
+
+        Raises like `send_all`. The memory is free again when this returns.
+        """
+        self._check_sendable()
+        view = _bytes_of(data)
+        return self.muxed_conn.send_nowait(self, view) if len(view) else 0
+
+    def post(self, data: bytes) -> None:
+        """Send at most 1 KiB without waiting, together with what follows in this turn of the scheduler.
+
+        For the lines that open a stream: never refused, as the first window has room and each stream has few.
+        Nothing happens on a stream that is closed or broken.
+        """
+        if self._broken is None and not self._closed:
+            self.muxed_conn.post(self, data)
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See `trio.abc.SendStream.send_all`."""
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._check_sendable()
+        view = _bytes_of(data)
+        sent = self.muxed_conn.send_nowait(self, view) if len(view) else 0
+        if sent == len(view):
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            return
+        self._sending = True
+        self.view, self.sent = view, sent
+        try:
+            self.muxed_conn.queue(self)
+            while self.view is not None:
+                await self._sendable.wait()
+                self._check_sendable()
+        finally:
+            self._sending = False
+            if self.view is not None:
+                self.view = None
+                self.muxed_conn.unqueue(self)
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See `trio.abc.SendStream.wait_send_all_might_not_block`."""
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        await trio.lowlevel.checkpoint_if_cancelled()
+        self._sending = True
+        try:
+            if self._broken is not None or self._closed or self.muxed_conn.might_send(self):
+                await trio.lowlevel.cancel_shielded_checkpoint()
+            else:
+                await self._sendable.wait()
+            if self._closed:
+                raise trio.ClosedResourceError("this stream was closed here")
+        finally:
+            self._sending = False
+
+    async def send_eof(self) -> None:
+        """See `trio.abc.HalfCloseableStream.send_eof`. Harmless to repeat."""
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._closed:
+            raise trio.ClosedResourceError("this stream was closed here")
+        self.send_eof_nowait()
+        await trio.lowlevel.cancel_shielded_checkpoint()
+
+    def send_eof_nowait(self) -> None:
+        """End the sending direction, after all that was sent. Never waits; harmless to repeat."""
+        if self.view is not None:
+            raise trio.BusyResourceError("another task is sending on this stream")
+        if not self._eof_sent:
+            self._eof_sent = True
+            self.muxed_conn.finish(self)
+
+    def _check_sendable(self) -> None:
+        if self._closed or self._eof_sent:
+            raise trio.ClosedResourceError("this side of the stream was closed here")
+        if self._broken is not None:
+            raise StreamReset(self._broken)
+
+    # ---- the end ----------------------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """Close both directions: an end of file if none was sent, and nothing more is read. Never waits long.
+
+        A `send_all` that is under way in another task raises `ClosedResourceError`, and the stream is reset instead:
+        the peer must not take half a message for the whole.
+        """
+        if not self._closed:
+            if self.view is not None:
+                self.reset_nowait()
+            else:
+                self._closed = True
+                self.muxed_conn.abandon(self, self._drop())
+                self._wake()
+        await trio.lowlevel.checkpoint()
+
+    def reset_nowait(self) -> None:
+        """End both directions abruptly, now. What was not sent or not read is dropped. Never raises."""
+        if not self._closed:
+            self._closed = True
+            self.muxed_conn.reset_stream(self, self._drop())
+            self._wake()
+
+    @property
+    def unread(self) -> int:
+        """Bytes that have arrived and were not read."""
+        return sum(map(len, self._chunks)) - self._offset
+
+    def _drop(self) -> int:
+        unread = self.unread
+        self._chunks.clear()
+        self._offset = 0
+        return unread
+
+    def _wake(self) -> None:
+        self._receivable.wake()
+        self._sendable.wake()
+
+    # ---- told by the connection -------------------------------------------------------------------------------
+
+    def deliver(self, data: bytes) -> None:
+        """Bytes arrived."""
+        self._chunks.append(data)
+        self._receivable.wake()
+
+    def peer_finished(self) -> None:
+        """The peer will send no more."""
+        self._finished = True
+        self._receivable.wake()
+
+    def peer_reset(self, reason: str) -> None:
+        """Both directions ended; what had arrived can still be read."""
+        if self._broken is None:
+            self._broken = reason
+        self._wake()
+
+    def sending_possible(self) -> None:
+        """All of `view` was sent, or the window opened."""
+        self._sendable.wake()
+
+    # ---- the face of IMuxedStream -----------------------------------------------------------------------------
+
+    async def read(self, n: int | None = None) -> bytes:
+        """At least one byte and at most `n`; raises `MuxedStreamEOF` at the end. If cancelled, nothing was taken."""
+        if n == 0:
+            return b""
+        data = b""
+        try:
+            with trio.move_on_at(self._deadline) as scope:
+                data = await self.receive_some(None if n is None or n < 0 else n)
+        except StreamReset as exc:
+            raise MuxedStreamReset(str(exc)) from exc
+        except trio.ClosedResourceError as exc:
+            raise MuxedStreamClosed(str(exc)) from exc
+        if scope.cancelled_caught:
+            raise MuxedStreamError("the deadline has passed")
+        if not data:
+            raise MuxedStreamEOF("the peer has finished")
+        return data
+
+    async def write(self, data: bytes) -> None:
+        """Send all of `data`. Several tasks may write; their data is not interleaved."""
+        if self._write_lock is None:
+            self._write_lock = trio.Lock()
+        try:
+            with trio.move_on_at(self._deadline) as scope:
+                async with self._write_lock:
+                    await self.send_all(data)
+        except StreamReset as exc:
+            raise MuxedStreamReset(str(exc)) from exc
+        except trio.ClosedResourceError as exc:
+            raise MuxedStreamClosed(str(exc)) from exc
+        if scope.cancelled_caught:
+            raise MuxedStreamError("the deadline has passed")
+
+    async def close_write(self) -> None:
+        """End the sending direction."""
+        if not self._closed:
+            self.send_eof_nowait()
+        await trio.lowlevel.checkpoint()
+
+    async def close(self) -> None:
+        """End the sending direction, and have the stream reset if the peer does not end its own in time.
+
+        Reading goes on being possible, as on the stock muxer. Nobody is going to close this stream again, so it
+        must not depend on the peer to be freed.
+        """
+        if self.view is not None:
+            self.reset_nowait()  # as in `aclose`
+        elif not self._closed:
+            self._eof_sent = True
+            self.muxed_conn.finish(self, released=True)
+        await trio.lowlevel.checkpoint()
+
+    async def reset(self) -> None:
+        """End both directions abruptly."""
+        self.reset_nowait()
+        await trio.lowlevel.checkpoint()
+
+    @property
+    def is_closed(self) -> bool:
+        """True when neither direction can be used any more."""
+        return self._closed or self._broken is not None or (self._finished and self._eof_sent)
+
+    def set_deadline(self, ttl: int) -> None:
+        """Let `read` and `write` fail from `ttl` seconds on. Raises `ValueError` for a negative one."""
+        if ttl < 0:
+            raise ValueError(f"ttl={ttl}: at least 0")
+        self._deadline = trio.current_time() + ttl
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """The address of the peer's end of the connection."""
+        return self.muxed_conn.get_remote_address()
+
+    async def __aenter__(self) -> YamuxStream:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+def _bytes_of(data: bytes | bytearray | memoryview) -> memoryview:
+    view = memoryview(data)
+    return view if view.itemsize == 1 and view.ndim == 1 else view.cast("B")

@@ -1,0 +1,279 @@
+"""multistream-select 1.0 on streams: which protocol a stream speaks, agreed without waiting.
+
+Source: libp2p/specs `connections` ("multistream-select") and multiformats/multistream-select. Each line is a varint
+length, the text and a newline. Both sides say `/multistream/1.0.0`; the opener proposes a protocol; the other side
+repeats it, or says `na`.
+
+The opener need not wait for any of it: header, proposal and the first bytes of the request leave together, and the
+answer is looked at when the first byte of the response is wanted. A peer that refuses reads the request as a further
+proposal and gives up; the opener then finds `na` where the answer should be. That costs a refused request its bytes,
+and saves every other one two round trips (opens a second, measured: 660 without, 1858 with).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import trio
+from libp2p.abc import IMuxedConn, IMuxedStream
+from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
+
+from libmesh.errors import PeerUnreachable, ServiceRefused
+from libmesh.net.base import Stream, StreamReset
+from libmesh.net.muxed_stream import YamuxStream
+from libmesh.net.stock import StockStream
+from libmesh.peers import PeerId
+
+HEADER = "/multistream/1.0.0"
+NOT_AVAILABLE = "na"
+
+MAX_LINE_BYTES = 1024
+"""Longest line that is read. go-multistream has the same."""
+
+MAX_PROPOSALS = 64
+"""Proposals that are answered on one stream; then it is reset."""
+
+NEGOTIATION_TIME = 10.0
+"""Seconds that a peer has to name a protocol that we know; then the stream is reset."""
+
+
+def encode_line(text: str) -> bytes:
+    """One line of the negotiation. `text` must be shorter than 1023 bytes."""
+    data = text.encode() + b"\n"
+    size = len(data)
+    if size > MAX_LINE_BYTES:
+        raise ValueError(f"a protocol id of {size - 1} bytes; at most {MAX_LINE_BYTES - 1}")
+    prefix = bytes([size]) if size < 0x80 else bytes([size & 0x7F | 0x80, size >> 7])
+    return prefix + data
+
+
+_HEADER_LINE = encode_line(HEADER)
+_NOT_AVAILABLE_LINE = encode_line(NOT_AVAILABLE)
+
+
+class _LineReader:
+    """Reads one line at a time off a stream, and not a byte more, whatever is cancelled."""
+
+    def __init__(self, inner: YamuxStream | StockStream) -> None:
+        self._inner = inner
+        self._partial = b""
+
+    def _wanted(self) -> int:
+        """How many bytes are certainly missing from the line; 0 when it is complete."""
+        have = self._partial
+        if not have:
+            return 1
+        if have[0] < 0x80:
+            return have[0] + 1 - len(have)
+        if len(have) < 2:
+            return 1
+        size = (have[0] & 0x7F) | (have[1] << 7)
+        if have[1] >= 0x80 or size > MAX_LINE_BYTES:
+            raise StreamReset("the peer sent too long a line in the negotiation of a protocol")
+        return size + 2 - len(have)
+
+    def read_nowait(self) -> str | None:
+        """The next line if it has arrived."""
+        while wanted := self._wanted():
+            data = self._inner.receive_nowait(wanted)
+            if data is None:
+                return None
+            if not data:
+                raise StreamReset("the peer ended the stream in the negotiation of a protocol")
+            self._partial += data
+        line, self._partial = self._partial, b""
+        body = line[1:] if line[0] < 0x80 else line[2:]
+        if body[-1:] != b"\n":
+            raise StreamReset("the peer sent no line in the negotiation of a protocol")
+        return body[:-1].decode("utf-8", "replace")
+
+    async def read(self) -> str:
+        """The next line. If cancelled, nothing was lost."""
+        while (line := self.read_nowait()) is None:
+            await self._inner.wait_receivable()
+        return line
+
+
+class Libp2pStream(Stream):
+    """A stream of a libp2p connection that speaks, or will speak, one protocol. See `Stream`.
+
+    While the peer has not answered, sending goes ahead; the first receive waits for the answer and raises
+    `ServiceRefused` with reason `unknown_protocol` if it is no. A send that fails because of that raises it, too.
+    """
+
+    def __init__(
+        self, inner: YamuxStream | StockStream, peer: PeerId, protocol: str, *, agreed: bool
+    ) -> None:
+        self.peer = peer
+        self.protocol = protocol
+        self._inner = inner
+        self._proposed = agreed
+        self._answers: _LineReader | None = None if agreed else _LineReader(inner)
+        self._header_seen = False
+        self._refused = False
+
+    # ---- receiving --------------------------------------------------------------------------------------------
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+        """See `Stream`."""
+        if self._answers is not None:
+            await self._await_answer(self._answers)
+        return await self._inner.receive_some(max_bytes)
+
+    def receive_nowait(self, max_bytes: int | None = None) -> bytes | None:
+        """Like `receive_some`, and `None` if nothing has arrived."""
+        if self._answers is not None and not self._check_answer(self._answers):
+            return None
+        return self._inner.receive_nowait(max_bytes)
+
+    async def wait_receivable(self) -> None:
+        """Wait until `receive_nowait` may have something. To be called right after it answered `None`."""
+        await self._inner.wait_receivable()
+
+    async def _await_answer(self, answers: _LineReader) -> None:
+        self._propose()
+        await trio.lowlevel.checkpoint_if_cancelled()
+        while not self._check_answer(answers):
+            await self._inner.wait_receivable()
+
+    async def wait_agreed(self) -> None:
+        """Wait for the peer's answer. Raises `ServiceRefused`; the stream is then reset."""
+        if self._answers is not None:
+            await self._await_answer(self._answers)
+
+    def _check_answer(self, answers: _LineReader) -> bool:
+        """Whether the peer has agreed. Raises `ServiceRefused`, or `StreamReset` for nonsense."""
+        self._propose()
+        if self._refused:
+            raise self._refusal()
+        try:
+            while (line := answers.read_nowait()) is not None:
+                if not self._header_seen and line == HEADER:
+                    self._header_seen = True
+                elif self._header_seen and line == self.protocol:
+                    self._answers = None
+                    return True
+                elif self._header_seen and line == NOT_AVAILABLE:
+                    self._refused = True
+                    self._inner.reset_nowait()
+                    raise self._refusal()
+                else:
+                    raise StreamReset("the peer answered the proposal of a protocol with something else")
+        except StreamReset:
+            self._inner.reset_nowait()
+            raise
+        return False
+
+    def _refusal(self) -> ServiceRefused:
+        return ServiceRefused(
+            f"the peer does not know the protocol {self.protocol}", reason="unknown_protocol"
+        )
+
+    def _propose(self) -> None:
+        if not self._proposed:
+            self._proposed = True
+            self._inner.post(_HEADER_LINE + encode_line(self.protocol))
+
+    # ---- sending ----------------------------------------------------------------------------------------------
+
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
+        """See `Stream`."""
+        if not self._proposed:
+            self._propose()
+        try:
+            await self._inner.send_all(data)
+        except (StreamReset, trio.ClosedResourceError):
+            self._raise_refusal()
+            raise
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        """Send what can be sent at once; return how many bytes that was. Raises like `send_all`."""
+        if not self._proposed:
+            self._propose()
+        try:
+            return self._inner.send_nowait(data)
+        except (StreamReset, trio.ClosedResourceError):
+            self._raise_refusal()
+            raise
+
+    def _raise_refusal(self) -> None:
+        if self._refused:
+            raise self._refusal()
+        if self._answers is not None:
+            try:
+                self._check_answer(self._answers)
+            except (StreamReset, trio.ClosedResourceError):
+                return
+
+    async def wait_send_all_might_not_block(self) -> None:
+        """See `trio.abc.SendStream.wait_send_all_might_not_block`."""
+        await self._inner.wait_send_all_might_not_block()
+
+    async def send_eof(self) -> None:
+        """See `Stream`."""
+        self._propose()
+        await self._inner.send_eof()
+
+    # ---- the end ----------------------------------------------------------------------------------------------
+
+    async def aclose(self) -> None:
+        """See `Stream`."""
+        await self._inner.aclose()
+
+    def reset(self) -> None:
+        """See `Stream`."""
+        self._inner.reset_nowait()
+
+
+async def open_lazy_stream(muxed_conn: IMuxedConn, peer: PeerId, protocol: str) -> Stream:
+    """Open a stream for `protocol` without waiting for the peer's consent.
+
+    On a stock muxer, where a stream costs a round trip anyway, the answer is waited for.
+
+    Raises:
+        PeerUnreachable: the connection is over.
+        ServiceRefused: at once on a stock muxer; otherwise later, see `Libp2pStream`.
+    """
+    try:
+        muxed = await muxed_conn.open_stream()
+    except (MuxedConnUnavailable, MuxedStreamError) as exc:
+        raise PeerUnreachable(f"the connection to {peer} is over: {exc}", {}) from exc
+    if isinstance(muxed, YamuxStream):
+        return Libp2pStream(muxed, peer, protocol, agreed=False)
+    stream = Libp2pStream(StockStream(muxed), peer, protocol, agreed=False)
+    await stream.wait_agreed()
+    return stream
+
+
+async def accept_stream(muxed_stream: IMuxedStream, peer: PeerId, known: Callable[[str], bool]) -> Stream:
+    """Answer the peer's proposals on a stream that it opened, until one is `known`; return the stream.
+
+    Not a byte beyond the negotiation is taken off `muxed_stream`, so it can also be handed to py-libp2p's handlers.
+    Raises `StreamReset`, having reset the stream, on garbage, on too many proposals, and after `NEGOTIATION_TIME`.
+    """
+    inner = muxed_stream if isinstance(muxed_stream, YamuxStream) else StockStream(muxed_stream)
+    protocol = None
+    try:
+        with trio.move_on_after(NEGOTIATION_TIME):
+            protocol = await _agree(inner, known)
+    except BaseException:
+        inner.reset_nowait()
+        raise
+    if protocol is None:
+        inner.reset_nowait()
+        raise StreamReset(f"no protocol was named within {NEGOTIATION_TIME} s")
+    return Libp2pStream(inner, peer, protocol, agreed=True)
+
+
+async def _agree(inner: YamuxStream | StockStream, known: Callable[[str], bool]) -> str:
+    lines = _LineReader(inner)
+    if await lines.read() != HEADER:
+        raise StreamReset("the peer does not speak multistream-select 1.0")
+    inner.post(_HEADER_LINE)
+    for _ in range(MAX_PROPOSALS):
+        proposal = await lines.read()
+        if known(proposal):
+            inner.post(encode_line(proposal))
+            return proposal
+        inner.post(_NOT_AVAILABLE_LINE)
+    raise StreamReset(f"none of {MAX_PROPOSALS} proposed protocols is known")

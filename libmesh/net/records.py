@@ -1,0 +1,259 @@
+"""Noise transport messages over a pipe: the ciphers, the framing and the buffers of one secured connection.
+
+Wire (libp2p/specs `noise`, "Wire format"): each message is `length u16 big endian | ciphertext`, at most 65,535 bytes of
+ciphertext, of which 16 are the tag; ChaCha20-Poly1305 with an empty associated data and a nonce of four zero bytes and
+a 64-bit little-endian counter (Noise specification, 12.3).
+
+Sealing writes the ciphertext straight into the buffer that the socket is given, and opening makes the bytes object that
+the reader of a stream receives. There is no other copy of a full record on either way.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from struct import Struct
+
+import trio
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+
+from libmesh.net.base import StreamReset
+from libmesh.net.pipes import TAKE_BYTES, BufferPool, Pipe, SocketPipe
+
+TAG_BYTES = 16
+MAX_PLAINTEXT = 65535 - TAG_BYTES
+BUFFER_BYTES = TAKE_BYTES + 65537
+"""A full read behind the largest unfinished record; also room for a usual batch of sealed records."""
+
+_LENGTH = Struct("!H")
+_NONCE = Struct("<IQ")
+_JOIN_BELOW = (
+    8192  # smaller pieces are copied together into one record: a record costs as much as 3 KB of copying
+)
+
+Piece = bytes | bytearray | memoryview
+
+
+class Channel(ABC):
+    """What the muxer needs of a secured connection.
+
+    `put` and `flush_nowait` may be called by any task at any time and never block. `flush` may be called by one task
+    at a time; what it has not sent when it is cancelled stays with the channel.
+    """
+
+    @abstractmethod
+    async def receive(self) -> list[bytes]:
+        """Wait for data; return it in pieces, none empty. The empty list is the end.
+
+        Raises `StreamReset` when the connection fails or was tampered with. If cancelled, nothing was taken.
+        """
+
+    @abstractmethod
+    def put(self, pieces: Sequence[Piece]) -> None:
+        """Queue pieces to be sent. Their memory is free again when this returns. The caller bounds the amount."""
+
+    @abstractmethod
+    def flush_nowait(self) -> bool:
+        """Send what can be sent at once. True when nothing is left."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Send some of what is queued, waiting if need be. Returns after progress, or when nothing is left."""
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close the connection. What is queued is lost."""
+
+
+class RecordChannel(Channel):
+    """A pipe secured with the two keys of a finished Noise handshake. Owns the pipe."""
+
+    def __init__(self, pipe: Pipe, send_key: bytes, receive_key: bytes, pool: BufferPool) -> None:
+        self._pipe = pipe
+        self._pool = pool
+        self._seal = ChaCha20Poly1305(send_key).encrypt_into
+        self._open = ChaCha20Poly1305(receive_key).decrypt
+        self._sealed_count = 0
+        self._opened_count = 0
+        self._out: bytearray | None = None  # ciphertext from _out_start to _out_end waits to be sent
+        self._out_start = 0
+        self._out_end = 0
+        self._tail = b""  # the beginning of a record whose rest has not come yet
+
+    # ---- receiving --------------------------------------------------------------------------------------------
+
+    async def receive(self) -> list[bytes]:
+        """See `Channel.receive`."""
+        pipe, pool = self._pipe, self._pool
+        while True:
+            if isinstance(pipe, SocketPipe):
+                await pipe.wait_readable()  # so that no connection holds a buffer while it waits
+            buffer = pool.take()
+            view = memoryview(buffer)
+            try:
+                start = len(self._tail)
+                view[:start] = self._tail
+                count = await pipe.receive_into(view[start:])
+                if count == 0:
+                    if start:
+                        raise StreamReset("connection lost inside a record")
+                    return []
+                records, used = self._open_all(view[: start + count])
+                self._tail = bytes(view[used : start + count])
+            finally:
+                view.release()
+                pool.give(buffer)
+            if records:
+                return records
+
+    def _open_all(self, view: memoryview) -> tuple[list[bytes], int]:
+        records: list[bytes] = []
+        position, end = 0, len(view)
+        count, decrypt = self._opened_count, self._open
+        while end - position >= 2:
+            length = (view[position] << 8) | view[position + 1]
+            after = position + 2 + length
+            if after > end:
+                break
+            try:
+                record = decrypt(_NONCE.pack(0, count), view[position + 2 : after], None)
+            except (InvalidTag, ValueError) as exc:
+                raise StreamReset("a record was damaged on the way") from exc
+            count += 1
+            if record:
+                records.append(record)
+            position = after
+        self._opened_count = count
+        return records, position
+
+    # ---- sending ----------------------------------------------------------------------------------------------
+
+    def put(self, pieces: Sequence[Piece]) -> None:
+        """See `Channel.put`."""
+        small: list[Piece] = []
+        size = 0
+        for piece in pieces:
+            length = len(piece)
+            if size + length > MAX_PLAINTEXT or (small and length > _JOIN_BELOW):
+                self._put_record(small)
+                small, size = [], 0
+            if length <= MAX_PLAINTEXT:
+                small.append(piece)
+                size += length
+                continue
+            view = memoryview(piece)
+            for start in range(0, length, MAX_PLAINTEXT):
+                self._put_record([view[start : start + MAX_PLAINTEXT]])
+        if size:
+            self._put_record(small)
+
+    def _put_record(self, pieces: list[Piece]) -> None:
+        if not pieces:
+            return
+        plain = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        length = len(plain) + TAG_BYTES
+        out = self._reserve(2 + length)
+        start = self._out_end
+        _LENGTH.pack_into(out, start, length)
+        view = memoryview(out)
+        self._seal(_NONCE.pack(0, self._sealed_count), plain, None, view[start + 2 : start + 2 + length])
+        view.release()
+        self._sealed_count += 1
+        self._out_end = start + 2 + length
+
+    def _reserve(self, size: int) -> bytearray:
+        out = self._out
+        if out is None:
+            out = self._out = self._pool.take()
+        if self._out_end + size > len(out):
+            # More than a batch; rare (a burst of control frames behind a full batch). A larger buffer, not kept.
+            waiting = memoryview(out)[self._out_start : self._out_end]
+            grown = bytearray(max(2 * len(out), len(waiting) + size))
+            grown[: len(waiting)] = waiting
+            self._out_start, self._out_end = 0, len(waiting)
+            waiting.release()
+            self._pool.give(out)
+            out = self._out = grown
+        return out
+
+    def flush_nowait(self) -> bool:
+        """See `Channel.flush_nowait`."""
+        out = self._out
+        if out is None:
+            return True
+        with memoryview(out) as view:
+            while self._out_start < self._out_end:
+                sent = self._pipe.send_nowait(view[self._out_start : self._out_end])
+                if not sent:
+                    return False
+                self._out_start += sent
+        self._release()
+        return True
+
+    async def flush(self) -> None:
+        """See `Channel.flush`."""
+        out = self._out
+        if out is None:
+            await trio.lowlevel.checkpoint()
+            return
+        pipe = self._pipe
+        if isinstance(pipe, SocketPipe):
+            await pipe.wait_writable()
+            self.flush_nowait()  # from where others may have got to in the meantime
+            return
+        # Only this call sends here: `send_nowait` of such a pipe sends nothing. `put` may replace the buffer, but
+        # then what waits is first in the new one, so the count stays right.
+        with memoryview(out) as whole, whole[self._out_start : self._out_end] as view:
+            sent = await pipe.send_some(view)
+        self._out_start += sent
+        if self._out_start == self._out_end:
+            self._release()
+
+    def _release(self) -> None:
+        if self._out is not None:
+            self._pool.give(self._out)
+        self._out = None
+        self._out_start = self._out_end = 0
+
+    async def aclose(self) -> None:
+        """See `Channel.aclose`."""
+        await self._pipe.aclose()
+
+
+class PlainChannel(Channel):
+    """Any py-libp2p secure connection as a channel: TLS by the stock transport, for peers that have no Noise."""
+
+    def __init__(self, pipe: Pipe) -> None:
+        self._pipe = pipe
+        self._waiting = bytearray()
+
+    async def receive(self) -> list[bytes]:
+        """See `Channel.receive`."""
+        buffer = bytearray(65536)
+        with memoryview(buffer) as view:
+            count = await self._pipe.receive_into(view)
+        return [bytes(buffer[:count])] if count else []
+
+    def put(self, pieces: Sequence[Piece]) -> None:
+        """See `Channel.put`."""
+        for piece in pieces:
+            self._waiting += piece
+
+    def flush_nowait(self) -> bool:
+        """See `Channel.flush_nowait`."""
+        return not self._waiting
+
+    async def flush(self) -> None:
+        """See `Channel.flush`."""
+        batch = bytes(self._waiting)
+        if not batch:
+            await trio.lowlevel.checkpoint()
+            return
+        self._waiting.clear()
+        while batch:
+            batch = batch[await self._pipe.send_some(memoryview(batch)) :]
+
+    async def aclose(self) -> None:
+        """See `Channel.aclose`."""
+        await self._pipe.aclose()

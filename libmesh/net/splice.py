@@ -1,0 +1,152 @@
+"""TCP ⇄ stream: the two pumps of one tunnelled connection.
+
+What crosses, exactly: bytes; an end of file in either direction while the other goes on; a reset, in both directions
+(on the socket side by SO_LINGER 0, which makes the kernel send RST). A pump that waits holds no buffer, so an idle
+tunnel costs two tasks and the stream.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+from dataclasses import dataclass
+
+import trio
+
+from libmesh.errors import ServiceRefused
+from libmesh.net.base import Stream, StreamReset
+from libmesh.net.pipes import TAKE_BYTES, BufferPool, tune_socket
+
+TURN_BYTES = 1024 * 1024
+"""Bytes that a pump moves before it lets other tasks run, when it never has to wait."""
+
+_POOL = BufferPool(TAKE_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class SpliceResult:
+    """What one connection carried.
+
+    Attributes:
+        bytes_sent: from the socket into the stream.
+        bytes_received: from the stream into the socket.
+        reset: which side ended it abruptly and so took the other with it: `"socket"`, `"stream"`, or `None` when both
+            directions came to their end.
+    """
+
+    bytes_sent: int
+    bytes_received: int
+    reset: str | None = None
+
+
+async def splice(stream: Stream, sock: trio.SocketStream) -> SpliceResult:
+    """Carry bytes between a stream and a socket until both directions have ended, or either side is reset.
+
+    Takes over both and closes them, also on error. Cancelling resets both. Never raises for what either side does;
+    a refused service resets the socket and raises `ServiceRefused`.
+    """
+    pumps = _Pumps(stream, sock)
+    try:
+        if sock.socket.family in (socket.AF_INET, socket.AF_INET6):
+            tune_socket(sock.socket)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(pumps.send, nursery.cancel_scope)
+            nursery.start_soon(pumps.receive, nursery.cancel_scope)
+        if pumps.reset is None:
+            pumps.ended = True
+            await stream.aclose()
+    finally:
+        if not pumps.ended:
+            stream.reset()
+            _reset_on_close(sock)
+        sock.socket.close()
+    if pumps.refusal is not None:
+        raise pumps.refusal
+    return SpliceResult(pumps.bytes_sent, pumps.bytes_received, pumps.reset)
+
+
+class _Pumps:
+    def __init__(self, stream: Stream, sock: trio.SocketStream) -> None:
+        self._stream = stream
+        self._socket = sock.socket
+        self.bytes_sent = 0
+        self.bytes_received = 0
+        self.reset: str | None = None
+        self.refusal: ServiceRefused | None = None
+        self.ended = False
+
+    def _abort(self, side: str, scope: trio.CancelScope) -> None:
+        if self.reset is None:
+            self.reset = side
+        scope.cancel()
+
+    async def send(self, scope: trio.CancelScope) -> None:
+        """Socket to stream."""
+        number = self._socket.fileno()
+        turn = 0
+        buffer: bytearray | None = None
+        try:
+            while True:
+                if buffer is None:
+                    buffer = _POOL.take()
+                try:
+                    count = os.readv(number, (buffer,))
+                except BlockingIOError:
+                    _POOL.give(buffer)
+                    buffer = None
+                    await trio.lowlevel.wait_readable(number)
+                    continue
+                if not count:
+                    await self._stream.send_eof()
+                    return
+                with memoryview(buffer) as whole, whole[:count] as view:
+                    await self._stream.send_all(view)
+                self.bytes_sent += count
+                turn += count
+                if turn >= TURN_BYTES:
+                    turn = 0
+                    await trio.lowlevel.checkpoint()
+        except (StreamReset, trio.BrokenResourceError):
+            self._abort("stream", scope)
+        except ServiceRefused as exc:
+            self.refusal = exc
+            self._abort("stream", scope)
+        except (OSError, trio.ClosedResourceError):
+            self._abort("socket", scope)
+        finally:
+            if buffer is not None:
+                _POOL.give(buffer)
+
+    async def receive(self, scope: trio.CancelScope) -> None:
+        """Stream to socket."""
+        number = self._socket.fileno()
+        try:
+            while data := await self._stream.receive_some():
+                await self._write_all(number, data)
+                self.bytes_received += len(data)
+            self._socket.shutdown(socket.SHUT_WR)
+        except (StreamReset, trio.BrokenResourceError):
+            self._abort("stream", scope)
+        except ServiceRefused as exc:
+            self.refusal = exc
+            self._abort("stream", scope)
+        except (OSError, trio.ClosedResourceError):
+            self._abort("socket", scope)
+
+    async def _write_all(self, number: int, data: bytes | bytearray) -> None:
+        written = 0
+        with memoryview(data) as view:
+            while written < len(data):
+                try:
+                    written += os.write(number, view[written:] if written else view)
+                except BlockingIOError:
+                    await trio.lowlevel.wait_writable(number)
+
+
+def _reset_on_close(sock: trio.SocketStream) -> None:
+    # lint: the socket may be closed already, and then there is nobody left to tell
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    except OSError:
+        return
