@@ -1,0 +1,208 @@
+"""The OpenAI-compatible API: what a request is for, and who answers it.
+
+Three kinds of answers. `/v1/models` and `/health` come from the newest snapshot. What would administer somebody's
+llama-server is refused. All else goes, untouched, to a server of the model that the request names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Collection
+from typing import Protocol
+from urllib.parse import parse_qs
+
+from aiohttp import web
+
+from libmesh_node.http.access import is_allowed_origin, is_private_host
+from libmesh_node.http.body import NotText, TooComplex, form_model, scan_model
+from libmesh_node.http.errors import ApiError, encode_error
+from libmesh_node.http.exposure import METHODS, check_endpoint
+from libmesh_node.http.intake import Intake
+from libmesh_node.http.proxy import Exchange, Proxy
+from libmesh_node.http.routing import IDLE, RETRY_AFTER, find_model
+from libmesh_node.snapshot import Model, NodeSnapshot
+
+log = logging.getLogger("libmesh_node.http")
+
+PREFLIGHT_SECONDS = 600
+
+
+class Snapshots(Protocol):
+    """Anything with the newest snapshot: the bridge."""
+
+    @property
+    def snapshot(self) -> NodeSnapshot:
+        """The newest."""
+
+
+class Api:
+    """Answers requests on the API's port, and those under `/v1/` on the console's.
+
+    `any_host` turns the check of `Host` off, for a node that listens on all addresses and cannot know its names.
+    `origins` are web pages, beyond this machine's own, that may use the API; `*` allows all.
+    """
+
+    def __init__(
+        self, source: Snapshots, proxy: Proxy, *, any_host: bool = False, origins: Collection[str] = ()
+    ) -> None:
+        self._source = source
+        self._proxy = proxy
+        self._intake = Intake()
+        self._any_host = any_host
+        self._origins = frozenset(origins)
+        self._started_unix = int(time.time())
+
+    async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request. Never raises except when cancelled, which is how a client's departure shows."""
+        started = time.perf_counter()
+        exchange = Exchange(request=request, body=b"", headers={})
+        status = 499  # as nginx logs it: the client left
+        try:
+            response = await self._answer(exchange)
+            status = response.status
+            return response
+        except ApiError as error:
+            status = error.status
+            return refuse(error, request.path, exchange.headers)
+        finally:
+            if log.isEnabledFor(logging.INFO):
+                peer = exchange.server.peer if exchange.server else "-"
+                spent_ms = (time.perf_counter() - started) * 1000
+                log.info(
+                    "%s %s %d %.1f ms node=%s attempts=%d",
+                    request.method,
+                    request.path,
+                    status,
+                    spent_ms,
+                    peer,
+                    exchange.attempts,
+                )
+
+    async def _answer(self, exchange: Exchange) -> web.StreamResponse:
+        request = exchange.request
+        exchange.headers = self._check_page(request)
+        method, path = request.method, request.path.rstrip("/")
+        if method == "OPTIONS":
+            return _preflight(request, exchange.headers)
+        if method in ("GET", "HEAD") and (answer := self._own_answer(path)) is not None:
+            status, value = answer
+            headers = exchange.headers | ({"Retry-After": str(RETRY_AFTER)} if status == 503 else {})
+            return _json(status, value, headers)
+        check_endpoint(method, request.path)
+        with self._intake.hold() as held:
+            exchange.body = await held.read(request)
+            name = await _wanted_model(request, exchange.body)
+            return await self._proxy.forward(exchange, lambda: self._find(name, reads_only=method != "POST"))
+
+    def _check_page(self, request: web.BaseRequest) -> dict[str, str]:
+        """Refuse pages that have no business here; the CORS headers for those that have."""
+        host, origin = request.headers.get("Host", ""), request.headers.get("Origin")
+        if not self._any_host and not is_private_host(host, self._source.snapshot.hostname):
+            message = "This API answers on this machine only. Ask for it as localhost or by address."
+            raise ApiError(403, "host_refused", message)
+        if origin is None:
+            return {}
+        if not is_allowed_origin(origin, host, self._origins):
+            message = f"Web pages of {origin[:100]} may not use this API. Pages served from this machine may."
+            raise ApiError(403, "origin_refused", message)
+        return {
+            "Access-Control-Allow-Origin": origin,
+            "Access-Control-Expose-Headers": "X-Libmesh-Node, X-Libmesh-Attempts, Retry-After",
+            "Vary": "Origin",
+        }
+
+    def _own_answer(self, path: str) -> tuple[int, object] | None:
+        snapshot = self._source.snapshot
+        match path.removeprefix("/v1"):
+            case "/models":
+                entries = [self._entry(model) for model in snapshot.models]
+                return 200, {"object": "list", "data": entries}
+            case "/health":
+                served = sum(bool(model.servers) for model in snapshot.models)
+                if served:
+                    return 200, {"status": "ok", "models": served}
+                return 503, json.loads(encode_error(ApiError(503, "no_models", IDLE), path))
+            case "" if path == "":
+                return 200, {"service": "libmesh-node", "version": snapshot.version, "api": "/v1"}
+            case other if other.startswith("/models/") and other != "/models/sse":
+                return 200, self._entry(find_model(snapshot.models, other.removeprefix("/models/")))
+        return None
+
+    def _find(self, name: str | None, *, reads_only: bool) -> Model:
+        models = self._source.snapshot.models
+        if reads_only and not name:
+            # Asking how some server is doing, without saying which, gets the first; nothing is computed by a wrong one.
+            models = tuple(model for model in models if model.servers)[:1] or models
+        return find_model(models, name)
+
+    def _entry(self, model: Model) -> dict[str, object]:
+        return {
+            "id": model.name,
+            "object": "model",
+            "created": self._started_unix,
+            "owned_by": "libmesh",
+            "context_length": model.context_length,
+            "size": model.size_bytes,
+            "digest": model.digest,
+            "nodes": sorted({server.peer for server in model.servers}),
+            "status": {"value": "loaded" if model.servers else "unloaded"},
+            "meta": {"n_ctx": model.context_length, "size": model.size_bytes},
+        }
+
+
+def refuse(error: ApiError, path: str, headers: dict[str, str]) -> web.Response:
+    """The response that says `error`, in the shape of the protocol of `path`."""
+    headers = dict(headers)
+    if error.retry_after is not None:
+        headers["Retry-After"] = str(error.retry_after)
+    if error.status == 405:
+        headers["Allow"] = ", ".join(METHODS)
+    body = encode_error(error, path)
+    response = web.Response(status=error.status, body=body, content_type="application/json", headers=headers)
+    if error.status in (408, 413, 417):
+        response.force_close()  # the rest of the request is not read
+    return response
+
+
+async def _wanted_model(request: web.BaseRequest, body: bytes) -> str | None:
+    name: str | None = None
+    if body:
+        if request.content_type == "multipart/form-data":
+            name = form_model(body)
+        else:
+            name = await _scan(body)
+    return name or next(iter(parse_qs(request.rel_url.raw_query_string).get("model", ())), None)
+
+
+async def _scan(body: bytes) -> str | None:
+    name: str | None = None
+    try:
+        for name in scan_model(body):
+            if name is None and len(body) > 100_000:
+                await asyncio.sleep(0)
+    except TooComplex:
+        message = "The body has more parts than any sensible request; it was not looked through."
+        raise ApiError(400, "request_too_complex", message) from None
+    except NotText:
+        raise ApiError(400, "invalid_model", "`model` must be text.", param="model") from None
+    return name
+
+
+def _preflight(request: web.BaseRequest, cors: dict[str, str]) -> web.Response:
+    headers = dict(cors)
+    headers["Allow"] = ", ".join(METHODS)
+    if cors:
+        headers["Access-Control-Allow-Methods"] = ", ".join(METHODS)
+        headers["Access-Control-Allow-Headers"] = request.headers.get("Access-Control-Request-Headers", "*")
+        headers["Access-Control-Max-Age"] = str(PREFLIGHT_SECONDS)
+        if request.headers.get("Access-Control-Request-Private-Network") == "true":
+            headers["Access-Control-Allow-Private-Network"] = "true"
+    return web.Response(status=204, headers=headers)
+
+
+def _json(status: int, value: object, headers: dict[str, str]) -> web.Response:
+    body = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    return web.Response(status=status, body=body, content_type="application/json", headers=headers)

@@ -1,0 +1,216 @@
+"""Carry one request to a llama-server and its answer back, byte for byte and as it comes.
+
+Until the client has been sent something, a failed server is no failure: the next one is tried. After that the answer
+must not end as if it were complete: an event stream gets an error event, and the connection is closed without the end
+that HTTP asks for, so that every client notices.
+
+A client that goes away cancels the handler (`handler_cancellation`), which closes the connection to the server; that is
+how llama-server learns to stop generating.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp import web
+from yarl import URL
+
+from libmesh_node.http.errors import ApiError, encode_stream_error
+from libmesh_node.http.exposure import forwarded_headers, returned_headers
+from libmesh_node.http.routing import RETRY_AFTER, choose_server, no_server
+from libmesh_node.snapshot import Model, Server
+
+log = logging.getLogger("libmesh_node.http")
+
+CONNECT_TIMEOUT = 5.0
+"""Seconds to connect to a loopback port. More than one means a stopped process."""
+
+MAX_ATTEMPTS = 4
+"""Servers tried for one request, so that one which kills its server does not kill them all."""
+
+IDLE_CONNECTION = 4.0
+"""Seconds that an unused connection to a server is kept. llama-server closes after 5 (cpp-httplib,
+CPPHTTPLIB_KEEPALIVE_TIMEOUT_SECOND); closing first means hardly ever to write into a closed one."""
+
+WHOLE_ANSWER = 1 << 20
+"""Answers announced to be no longer than this are read in full before the client is sent anything, so that a server
+that dies while sending one can still be replaced."""
+
+_SLICE = 1 << 18
+
+_UPSTREAM_FAILURES = (aiohttp.ClientError, OSError, TimeoutError)
+
+
+@dataclass(slots=True, kw_only=True)
+class Exchange:
+    """One request on its way. `attempts` and `server` are filled in as it goes, for the log and the headers."""
+
+    request: web.BaseRequest
+    body: bytes
+    headers: dict[str, str]  # for the answer: CORS
+    attempts: int = 0
+    server: Server | None = None
+
+
+class Proxy:
+    """Sends exchanges to servers and counts what is under way. Takes over `session`; `aclose` closes it."""
+
+    def __init__(self, session: aiohttp.ClientSession, rng: random.Random | None = None) -> None:
+        self._session = session
+        self._rng = rng or random.Random()
+        self.in_flight: Counter[str] = Counter()
+
+    async def aclose(self) -> None:
+        """Close the connections to all servers."""
+        await self._session.close()
+
+    async def forward(self, exchange: Exchange, find: Callable[[], Model]) -> web.StreamResponse:
+        """Answer `exchange` from a server of the model that `find` returns, which is asked before each try.
+
+        Raises `ApiError` 503 if nobody serves it, 502 if servers were tried and none could answer; in both cases the
+        client has been sent nothing.
+        """
+        tried: set[str] = set()
+        disconnected: set[str] = set()
+        failure: Exception | None = None
+        while exchange.attempts < MAX_ATTEMPTS:
+            model = find()
+            server = choose_server(model.servers, self.in_flight, tried, self._rng)
+            if server is None:
+                break
+            exchange.attempts += 1
+            exchange.server = server
+            with self._occupied(server):
+                try:
+                    upstream, start = await self._open(exchange, server)
+                except _UPSTREAM_FAILURES as exc:
+                    failure = exc
+                    log.warning(
+                        "%s at %s did not answer: %s", model.name, server.peer, exc or type(exc).__name__
+                    )
+                    # A kept connection may have been closed under us. That says nothing of the server: ask once more.
+                    if (
+                        isinstance(exc, aiohttp.ServerDisconnectedError)
+                        and server.base_url not in disconnected
+                    ):
+                        disconnected.add(server.base_url)
+                    else:
+                        tried.add(server.base_url)
+                    continue
+                with closing(upstream):
+                    tried.add(server.base_url)
+                    if upstream.status == 503 and choose_server(model.servers, {}, tried, self._rng):
+                        continue
+                    return await self._relay(exchange, upstream, start)
+        if failure is None and exchange.attempts == 0:
+            raise no_server(find())
+        message = (
+            f"The servers of `{find().name}` that were asked broke off or could not be reached; try again."
+        )
+        raise ApiError(502, "server_failed", message, retry_after=RETRY_AFTER)
+
+    async def _open(self, exchange: Exchange, server: Server) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Send the request and wait for the start of the answer: its whole if it is short, else the first bytes."""
+        request = exchange.request
+        headers = forwarded_headers(request.headers)
+        data: bytes | AsyncIterator[bytes] | None = exchange.body or None
+        if len(exchange.body) > _SLICE:
+            headers["Content-Length"] = str(len(exchange.body))
+            data = _slices(exchange.body)
+        upstream = await self._session.request(
+            request.method,
+            URL(server.base_url + request.rel_url.raw_path_qs, encoded=True),
+            data=data,
+            headers=headers,
+            allow_redirects=False,
+        )
+        try:
+            if upstream.content_length is not None and upstream.content_length <= WHOLE_ANSWER:
+                return upstream, await upstream.read()
+            return upstream, await upstream.content.readany()
+        except BaseException:
+            upstream.close()
+            raise
+
+    async def _relay(
+        self, exchange: Exchange, upstream: aiohttp.ClientResponse, start: bytes
+    ) -> web.StreamResponse:
+        request = exchange.request
+        headers = returned_headers(upstream.headers.items())
+        headers.update(exchange.headers)
+        headers["X-Libmesh-Node"] = exchange.server.peer if exchange.server else ""
+        headers["X-Libmesh-Attempts"] = str(exchange.attempts)
+        if upstream.content.at_eof() and request.method != "HEAD":
+            headers.popall("Content-Length", None)
+            return web.Response(status=upstream.status, reason=upstream.reason, headers=headers, body=start)
+        response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
+        await response.prepare(request)
+        try:
+            chunk = start
+            while chunk:
+                await response.write(chunk)
+                chunk = await _next(upstream)
+        except _Broken as broken:
+            await self._break_off(exchange, response, broken)
+        return response
+
+    async def _break_off(self, exchange: Exchange, response: web.StreamResponse, broken: _Broken) -> None:
+        """End the answer so that no client can take it for complete."""
+        request = exchange.request
+        peer = exchange.server.peer if exchange.server else "?"
+        log.warning("the answer of %s to %s broke off: %s", peer, request.path, broken)
+        if response.content_type == "text/event-stream":
+            message = "The server broke off in the middle of its answer. What came before is all there is."
+            await response.write(encode_stream_error(ApiError(502, "server_failed", message), request.path))
+        transport = request.transport
+        if transport is None:
+            return
+        if request.version < aiohttp.HttpVersion11:
+            transport.abort()  # its answers end with the connection; only a reset is not an end
+        else:
+            transport.close()  # after what was written, and without the last chunk
+
+    @contextmanager
+    def _occupied(self, server: Server) -> Iterator[None]:
+        self.in_flight[server.base_url] += 1
+        try:
+            yield
+        finally:
+            self.in_flight[server.base_url] -= 1
+            if self.in_flight[server.base_url] <= 0:
+                del self.in_flight[server.base_url]
+
+
+def new_session() -> aiohttp.ClientSession:
+    """A client for servers: any number of connections, nothing added to requests, nothing decoded."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+        read_bufsize=_SLICE,
+    )
+
+
+class _Broken(Exception):
+    """The server's side of an answer ended early."""
+
+
+async def _next(upstream: aiohttp.ClientResponse) -> bytes:
+    try:
+        return await upstream.content.readany()
+    except _UPSTREAM_FAILURES as exc:
+        raise _Broken(str(exc) or type(exc).__name__) from exc
+
+
+async def _slices(body: bytes) -> AsyncIterator[bytes]:
+    view = memoryview(body)
+    for start in range(0, len(body), _SLICE):
+        yield bytes(view[start : start + _SLICE])

@@ -1,0 +1,92 @@
+"""Which model a request means, and which server answers it. Pure: no clock, no I/O, randomness is an argument."""
+
+from __future__ import annotations
+
+import difflib
+import random
+from collections.abc import Collection, Mapping, Sequence
+
+from libmesh_node.http.errors import ApiError
+from libmesh_node.snapshot import Model, Server
+
+RETRY_AFTER = 5
+"""Seconds we ask a client to wait when no server has its model: about a model's restart, warm."""
+
+NEARBY_NAMES = 3
+
+IDLE = (
+    "This mesh serves no model yet. Start one here with `libmesh-node --model demo` (or the path of a .gguf file), "
+    "or join a mesh that has one with `libmesh-node --join TOKEN`."
+)
+
+
+def find_model(models: Sequence[Model], name: str | None) -> Model:
+    """The model that a request with `name` in its `model` field means.
+
+    Exactly that name, or the model's whole digest; never a similar one. Without a name, the only model that is
+    served, or else the only one there is. Raises `ApiError`: 503 if there are no models at all, 400 if a name is
+    needed, 404 with the nearest names if nobody has it.
+    """
+    if not models:
+        raise ApiError(503, "no_models", IDLE, retry_after=RETRY_AFTER)
+    if not name:
+        served = [model for model in models if model.servers]
+        candidates = served or list(models)
+        if len(candidates) == 1:
+            return candidates[0]
+        message = f"This mesh has several models; say which in `model`: {_listing(candidates)}."
+        raise ApiError(400, "model_required", message, param="model")
+    found = [model for model in models if name in (model.name, model.digest)]
+    if not found:
+        raise ApiError(404, "model_not_found", _unknown(models, name), param="model")
+    return next((model for model in found if model.servers), found[0])
+
+
+def choose_server(
+    servers: Sequence[Server], in_flight: Mapping[str, int], tried: Collection[str], rng: random.Random
+) -> Server | None:
+    """The server for the next try, or `None` when all have been `tried` (a collection of base URLs).
+
+    Least loaded first: requests under way from this node, per slot. Among equals the nearest, a local one nearest of
+    all. Among those at random, so that many nodes with the same picture do not all pick the same server; never by
+    this node's own id, which would tie a client to one server for ever.
+    """
+    left = [server for server in servers if server.base_url not in tried]
+    if not left:
+        return None
+
+    def cost(server: Server) -> tuple[float, float]:
+        load = in_flight.get(server.base_url, 0) / max(server.slots, 1)
+        return load, 0.0 if server.local else _distance(server.rtt)
+
+    best = min(map(cost, left))
+    return rng.choice([server for server in left if cost(server) == best])
+
+
+def no_server(model: Model) -> ApiError:
+    """The refusal for a model that nobody serves at this moment."""
+    message = f"No node serves `{model.name}` at the moment. It may be loading or its node may have left; try again."
+    return ApiError(503, "no_server", message, retry_after=RETRY_AFTER)
+
+
+def _distance(rtt: float | None) -> float:
+    """Round-trip times in classes of a doubling each, from 1 ms up, so that noise does not decide."""
+    if rtt is None:
+        return float("inf")
+    return float((max(int(rtt * 1000), 0)).bit_length() + 1)
+
+
+def _listing(models: Sequence[Model]) -> str:
+    names = [f"`{model.name}`" for model in models]
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
+
+
+def _unknown(models: Sequence[Model], name: str) -> str:
+    shown = name if len(name) <= 100 else name[:99] + "…"
+    by_folded = {model.name.casefold(): model.name for model in models}
+    near = difflib.get_close_matches(name.casefold()[:200], by_folded, n=NEARBY_NAMES, cutoff=0.5)
+    if near:
+        hint = "Did you mean " + " or ".join(f"`{by_folded[folded]}`" for folded in near) + "?"
+    else:
+        hint = f"It has {_listing(models)}."
+    return f"No node of this mesh has a model named `{shown}`. {hint}"
