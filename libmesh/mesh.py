@@ -25,6 +25,7 @@ from libmesh.core.credentials import Authority, Invite
 from libmesh.errors import (
     AdmissionRefused,
     InviteDenied,
+    MeshError,
     ServiceRefused,
 )
 from libmesh.identity import SecretKey
@@ -310,7 +311,7 @@ class Mesh:
         while True:
             self._rearm = trio.Event()
             deadline = self._membership.deadline()
-            with trio.move_on_after(float("inf") if deadline is None else deadline - self._now()):
+            with trio.move_on_after(float("inf") if deadline is None else max(0.0, deadline - self._now())):
                 await self._rearm.wait()
                 continue
             self._handle(io.Wake())
@@ -410,21 +411,28 @@ async def open_mesh(
         AddressUnavailable: the port is taken.
         AdmissionRefused, PeerUnreachable: with `wait`, no contact let us in.
 
-    Leaving says goodbye, then ends all streams and connections. If the body, or a part of the mesh itself, raises,
-    that comes out as it is, without an exception group around it, when it is the only one.
+    Leaving says goodbye, then ends all streams and connections. There is a trio nursery inside, so an error of the body
+    comes out in an exception group; the errors above do not.
     """
     if (mesh_key is None) == (invite is None):
         raise ValueError("exactly one of mesh_key and invite is needed")
     opened = check_invite(invite, now_unix=wall_clock()) if invite is not None else None
     authority = opened.authority if opened is not None else Authority.of_mesh(_seed_of(mesh_key))
+    kept_out: MeshError | None = None
     async with AsyncExitStack() as stack:
         if network is None:
             network = await stack.enter_async_context(open_libp2p_network(key.seed, listen))
         mesh = Mesh(network, key, authority, config or MeshConfig(), wall_clock)
         await stack.enter_async_context(mesh.running())
-        if opened is not None:
-            await mesh.enter(opened, wait=wait)
-        yield mesh
+        try:
+            if opened is not None:
+                await mesh.enter(opened, wait=wait)
+        except MeshError as exc:
+            kept_out = exc
+        else:
+            yield mesh
+    if kept_out is not None:
+        raise kept_out
 
 
 def _seed_of(key: SecretKey | None) -> bytes:

@@ -27,8 +27,6 @@ from libmesh.peers import PeerId, Scope
 from libmesh.wire import WireError
 
 if TYPE_CHECKING:
-    from trio import TaskStatus
-
     from libmesh.mesh import Mesh
 
 log = logging.getLogger(__name__)
@@ -144,7 +142,7 @@ async def expose(
     port: int,
     *,
     scope: Scope = Scope.CLIENT,
-    task_status: TaskStatus[None] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Offer what listens at `host:port`, seen from this machine, to members as `service`, until cancelled.
 
@@ -174,7 +172,7 @@ async def serve_tunnel(
     *,
     host: str = "127.0.0.1",
     port: int = 0,
-    task_status: TaskStatus[int] = trio.TASK_STATUS_IGNORED,
+    task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Carry connections to a local TCP port to `service` of `peer`, until cancelled.
 

@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import trio
@@ -91,6 +92,7 @@ class Libp2pNetwork(Network):
 
     def __init__(self, seed: bytes, config: Libp2pConfig) -> None:
         self._config = config
+        self._port = 0  # known once we listen
         key_pair = create_new_key_pair(seed)
         self._swarm: Any = new_swarm(
             key_pair=key_pair,
@@ -120,7 +122,6 @@ class Libp2pNetwork(Network):
         self._peers: dict[PeerId, _Peer] = {}
         self._dialling: dict[PeerId, trio.Lock] = {}
         self._handshakes: OrderedDict[trio.CancelScope, None] = OrderedDict()
-        self._port = 0
         self._events, self._event_reader = trio.open_memory_channel[NetworkEvent](float("inf"))
         self._tasks: trio.Nursery | None = None
 
@@ -329,7 +330,9 @@ class Libp2pNetwork(Network):
         try:
             async with self._host.run([]), self._gossip.running(), trio.open_nursery() as nursery:
                 self._tasks = nursery
-                nursery.start_soon(trio.serve_listeners, self._accept, listeners)
+                for listener in listeners:
+                    take = partial(nursery.start_soon, self._accept)
+                    nursery.start_soon(tcp.accept_all, listener, take)
                 try:
                     yield
                 finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -29,6 +30,11 @@ DIAL_LIMIT = 10.0
 _HOST_PROTOCOLS = ("ip4", "ip6", "dns", "dns4", "dns6")
 
 _KEEPALIVE_IDLE = 30
+
+_OUT_OF_RESOURCES = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS}
+_RESOURCE_PAUSE = 0.1
+
+log = logging.getLogger(__name__)
 
 
 def host_and_port(address: str) -> tuple[str, int]:
@@ -113,6 +119,25 @@ def _bound(host: str, port: int) -> socket.socket:
         sock.close()
         raise
     return sock
+
+
+async def accept_all(listener: trio.SocketListener, take: Callable[[trio.SocketStream], None]) -> None:
+    """Hand each connection to `take`, which owns it, until cancelled. Closes the listener.
+
+    Unlike `trio.serve_listeners` it does not tie a connection's life to a task of its own. While the process is out of
+    file descriptors it waits and tries again, as trio does.
+    """
+    async with listener:
+        while True:
+            try:
+                stream = await listener.accept()
+            except OSError as exc:
+                if exc.errno not in _OUT_OF_RESOURCES:
+                    raise
+                log.warning("cannot accept a connection now: %s", exc.strerror)
+                await trio.sleep(_RESOURCE_PAUSE)
+            else:
+                take(stream)
 
 
 async def dial(address: str) -> trio.SocketStream:

@@ -1,0 +1,99 @@
+"""What nodes tell each other: `NodeStatus` in an announcement's attributes, as values. See node.proto.
+
+Decoding takes bytes from other members, of any version: what cannot be read is an empty status, never an error.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from google.protobuf.message import DecodeError
+
+from libmesh_node._pb import node_pb2 as pb
+
+SERVICE_PREFIX = "api/"
+"""A model's service is this and the model's name."""
+
+MAX_MODELS = 64
+_MAX_TEXT = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnnouncedModel:
+    """A model of a node; the fields are those of `ModelStatus` in node.proto."""
+
+    name: str
+    digest: str = ""
+    size_bytes: int = 0
+    context_length: int = 0
+    slots: int = 1
+    ready: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeStatus:
+    """What a node says of itself; the fields are those of `NodeStatus` in node.proto."""
+
+    version: str = ""
+    hostname: str = ""
+    client: bool = False
+    memory_bytes: int = 0
+    models: tuple[AnnouncedModel, ...] = ()
+    node_status: str = ""
+
+
+def encode_status(status: NodeStatus) -> bytes:
+    """The attributes to announce."""
+    message = pb.NodeStatus(
+        version=status.version,
+        hostname=status.hostname,
+        client=status.client,
+        memory_bytes=status.memory_bytes,
+        node_status=status.node_status,
+        models=[
+            pb.ModelStatus(
+                name=model.name,
+                digest=model.digest,
+                size_bytes=model.size_bytes,
+                context_length=model.context_length,
+                slots=model.slots,
+                ready=model.ready,
+            )
+            for model in status.models[:MAX_MODELS]
+        ],
+    )
+    return message.SerializeToString(deterministic=True)
+
+
+def decode_status(attributes: bytes) -> NodeStatus:
+    """A peer's status. Texts are cut to 200 characters and stripped of control characters."""
+    message = pb.NodeStatus()
+    try:
+        message.ParseFromString(attributes)
+    except DecodeError:
+        return NodeStatus()
+    models = {
+        model.name: AnnouncedModel(
+            name=model.name,
+            digest=model.digest if re.fullmatch(r"[0-9a-f]{64}", model.digest) else "",
+            size_bytes=model.size_bytes,
+            context_length=model.context_length,
+            slots=max(1, min(model.slots, 4096)),
+            ready=model.ready,
+        )
+        for model in message.models[:MAX_MODELS]
+        if model.name and model.name == _clean(model.name)
+    }
+    return NodeStatus(
+        version=_clean(message.version),
+        hostname=_clean(message.hostname),
+        client=message.client,
+        memory_bytes=message.memory_bytes,
+        models=tuple(models.values()),
+        node_status=_clean(message.node_status),
+    )
+
+
+def _clean(text: str) -> str:
+    return "".join(c for c in text[:_MAX_TEXT] if c.isprintable())

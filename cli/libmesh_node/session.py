@@ -1,0 +1,206 @@
+"""One stay in one mesh: what this node offers there, and a local port to each model that another node serves.
+
+A session follows two things and needs no commands of its own: the mesh's view, and the node's own models. For each
+ready model of ours there is a service `api/<name>` that leads to its llama-server; for each ready model of a live
+peer there is a tunnel, so that to the proxy a model on another machine is just another base URL.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from urllib.parse import urlsplit
+
+import trio
+
+from libmesh import Mesh, MeshError, PeerId, PeerState, PeerView, Scope, expose, serve_tunnel
+from libmesh_node.announced import SERVICE_PREFIX, AnnouncedModel, NodeStatus, decode_status, encode_status
+from libmesh_node.bridge import CommandFailed
+from libmesh_node.serving import LocalModels
+from libmesh_node.snapshot import Server, Tunnel
+
+log = logging.getLogger(__name__)
+
+BELIEVED = (PeerState.ALIVE, PeerState.SUSPECT)
+
+MAX_TUNNELS = 1024
+"""Tunnels to models, and as many that people asked for. Further models of peers are left out, with a line in the log."""
+
+
+class Session:
+    """Keeps services and tunnels in step with what there is. `run` until cancelled.
+
+    Args:
+        mesh: the mesh, open.
+        models: this node's own.
+        on_change: called in trio's thread when a tunnel came or went, or the view changed.
+    """
+
+    def __init__(self, mesh: Mesh, models: LocalModels, on_change: Callable[[], None]) -> None:
+        self.mesh = mesh
+        self._models, self._on_change = models, on_change
+        self._offers: dict[tuple[str, int], trio.CancelScope] = {}
+        self._tunnels: dict[tuple[PeerId, str], trio.CancelScope] = {}
+        self._ports: dict[tuple[PeerId, str], int] = {}
+        self._forwards: list[Tunnel] = []
+        self._tasks: trio.Nursery | None = None
+
+    @property
+    def forwards(self) -> tuple[Tunnel, ...]:
+        """The TCP forwards that people asked for."""
+        return tuple(self._forwards)
+
+    async def run(self) -> None:
+        """Follow the view and keep in step, until cancelled."""
+        async with trio.open_nursery() as nursery, self.mesh.watch() as views:
+            self._tasks = nursery
+            self.sync_offers()
+            try:
+                async for _ in views:
+                    self._sync_tunnels()
+                    self._on_change()
+            finally:
+                self._tasks = None
+                nursery.cancel_scope.cancel()
+
+    def announce(self, status: NodeStatus) -> None:
+        """Tell the others this node's status."""
+        self.mesh.announce(encode_status(status))
+
+    # ── what we offer ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def sync_offers(self) -> None:
+        """Offer each model of ours that is ready, at the port where it is now."""
+        if self._tasks is None:
+            return
+        urls = {model.name: self._models.base_url(model.name) for model in self._models.announced}
+        wanted = {(name, urlsplit(url).port or 0) for name, url in urls.items() if url is not None}
+        for offer in set(self._offers) - wanted:
+            self._offers.pop(offer).cancel()
+        for name, port in wanted - set(self._offers):
+            scope = self._offers[name, port] = trio.CancelScope()
+            self._tasks.start_soon(self._offer, name, port, scope)
+
+    async def _offer(self, name: str, port: int, scope: trio.CancelScope) -> None:
+        with scope:
+            await expose(self.mesh, SERVICE_PREFIX + name, "127.0.0.1", port)
+
+    # ── what others offer ────────────────────────────────────────────────────────────────────────────────────────
+
+    def servers(self) -> dict[str, list[tuple[AnnouncedModel, Server]]]:
+        """The reachable servers on other nodes, by the model's name."""
+        found: dict[str, list[tuple[AnnouncedModel, Server]]] = {}
+        for peer in self.mesh.view.peers:
+            for model in _ready_models(peer):
+                port = self._ports.get((peer.peer, model.name))
+                if port is None:
+                    continue
+                server = Server(
+                    peer=peer.peer,
+                    base_url=f"http://127.0.0.1:{port}",
+                    local=False,
+                    slots=model.slots,
+                    rtt=_rounded(peer.path.rtt if peer.path else None),
+                )
+                found.setdefault(model.name, []).append((model, server))
+        return found
+
+    def _sync_tunnels(self) -> None:
+        if self._tasks is None:
+            return
+        wanted = {(peer.peer, model.name) for peer in self.mesh.view.peers for model in _ready_models(peer)}
+        for key in set(self._tunnels) - wanted:
+            self._tunnels.pop(key).cancel()
+        for key in sorted(wanted - set(self._tunnels)):
+            if len(self._tunnels) >= MAX_TUNNELS:
+                log.warning("more than %d models on other nodes; %s is left out", MAX_TUNNELS, key[1])
+                break
+            scope = self._tunnels[key] = trio.CancelScope()
+            self._tasks.start_soon(self._tunnel, key, scope)
+
+    async def _tunnel(self, key: tuple[PeerId, str], scope: trio.CancelScope) -> None:
+        peer, name = key
+        try:
+            with scope:
+                async with trio.open_nursery() as nursery:
+                    port = await nursery.start(partial(serve_tunnel, self.mesh, peer, SERVICE_PREFIX + name))
+                    self._ports[key] = port
+                    log.info("%s is also served by %s", name, peer)
+                    self._on_change()
+        finally:
+            if self._tunnels.get(key) in (None, scope):
+                self._ports.pop(key, None)
+            self._on_change()
+
+    # ── what people asked for ────────────────────────────────────────────────────────────────────────────────────
+
+    async def expose(self, name: str, host: str, port: int, scope: Scope) -> None:
+        """Offer a TCP service until the session ends. Raises `CommandFailed`."""
+        tasks = self._ready_for_forward()
+        if name.startswith(SERVICE_PREFIX):
+            raise CommandFailed("invalid", f"Names that begin with {SERVICE_PREFIX} are for models; choose another.")
+        if any(forward.name == name and forward.direction == "expose" for forward in self._forwards):
+            raise CommandFailed("conflict", f"This node exposes {name} already.")
+        try:
+            await tasks.start(partial(self._run_expose, name, host, port, scope))
+        except (ValueError, MeshError) as exc:
+            raise CommandFailed("invalid", f"{exc}.") from exc
+        self._forwards.append(Tunnel(direction="expose", name=name, target=f"{host}:{port}"))
+        self._on_change()
+
+    async def _run_expose(
+        self, name: str, host: str, port: int, scope: Scope, *, task_status: trio.TaskStatus[None]
+    ) -> None:
+        await expose(self.mesh, name, host, port, scope=scope, task_status=task_status)
+
+    async def connect(self, peer: str, name: str, port: int) -> int:
+        """Forward a local port to `name` at the peer whose id, or the end or hostname of whose id, is `peer`."""
+        tasks = self._ready_for_forward()
+        target = self._peer_named(peer)
+        if name not in {service.name for service in target.services}:
+            offered = ", ".join(service.name for service in target.services) or "nothing"
+            raise CommandFailed("not_found", f"The peer offers no {name}; it offers {offered}.")
+        try:
+            used = int(await tasks.start(partial(serve_tunnel, self.mesh, target.peer, name, port=port)))
+        except MeshError as exc:
+            raise CommandFailed("conflict", f"{exc}.") from exc
+        self._forwards.append(
+            Tunnel(direction="connect", name=name, target=f"127.0.0.1:{used}", peer=target.peer, port=used)
+        )
+        self._on_change()
+        return used
+
+    def _ready_for_forward(self) -> trio.Nursery:
+        if self._tasks is None:
+            raise CommandFailed("unreachable", "The node is not in a mesh now; try again in a moment.")
+        if len(self._forwards) >= MAX_TUNNELS:
+            raise CommandFailed("busy", f"This node has {MAX_TUNNELS} forwards, which is all it takes.")
+        return self._tasks
+
+    def _peer_named(self, text: str) -> PeerView:
+        peers = [peer for peer in self.mesh.view.peers if peer.state in BELIEVED]
+        matches = [
+            peer
+            for peer in peers
+            if text == peer.peer
+            or (len(text) >= 4 and peer.peer.endswith(text))
+            or text == decode_status(peer.attributes).hostname
+        ]
+        if len(matches) != 1:
+            what = "No live peer is" if not matches else f"{len(matches)} peers are"
+            raise CommandFailed("not_found", f"{what} called {text}; `libmesh-node status` lists them.")
+        return matches[0]
+
+
+def _ready_models(peer: PeerView) -> list[AnnouncedModel]:
+    if peer.state not in BELIEVED:
+        return []
+    offered = {service.name for service in peer.services}
+    models = decode_status(peer.attributes).models
+    return [model for model in models if model.ready and SERVICE_PREFIX + model.name in offered]
+
+
+def _rounded(rtt: float | None) -> float | None:
+    """Two digits are all that anybody acts on; more would make every measurement a new snapshot."""
+    return None if rtt is None else float(f"{rtt:.2g}")
