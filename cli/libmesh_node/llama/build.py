@@ -21,7 +21,7 @@ import tempfile
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import trio
@@ -118,14 +118,18 @@ async def install(*, report: Report, cache: Path | None = None, force: bool = Fa
 def _installed(cache: Path) -> Engine | None:
     """What is in the cache, if both programs are there and work together."""
     engine = find_engine(installed_folder(cache), cache)
-    return engine if _is_whole(engine) else None
+    server, rpc = engine.llama_server, engine.rpc_server
+    if server is None or rpc is None or not _is_whole(engine):
+        return None
+    return replace(engine, llama_server=replace(server, origin="cache"), rpc_server=replace(rpc, origin="cache"))
 
 
 def _is_whole(engine: Engine) -> bool:
+    """Both programs come from the folder that was asked for, and agreed to work together."""
     server, rpc = engine.llama_server, engine.rpc_server
-    if server is None or rpc is None or server.origin != "--bin-dir" or rpc.origin != "--bin-dir":
+    if server is None or rpc is None:
         return False
-    return server.rpc_protocol is not None
+    return server.origin == rpc.origin == "--bin-dir" and server.rpc_protocol is not None
 
 
 class _Build:
@@ -192,7 +196,7 @@ class _Build:
                 done, total = int(step[1]), int(step[2])
                 self._report(BuildProgress(step="compile", message="Compiling", done=done, total=total))
 
-        jobs = str(parallel_jobs(os.cpu_count() or 1, _memory_bytes()))
+        jobs = str(parallel_jobs(_cores(), _memory_bytes()))
         await self._step(
             "compile", [ninja, "-C", objects, "-j", jobs, *TARGETS], {"NINJA_STATUS": "[%f/%t] "}, on_line
         )
@@ -244,6 +248,10 @@ class _Build:
 def parallel_jobs(cores: int, memory_bytes: int) -> int:
     """Compilers at a time: one a core, but no more than one for each GB; the largest file of llama.cpp takes 0.9 GB."""
     return max(1, min(cores, memory_bytes // 10**9))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _memory_bytes() -> int:

@@ -103,6 +103,16 @@ def examine_pair(llama_server: Path, rpc_server: Path) -> Facts:
     return {"agree": False, "reason": "llama-server does not list the rpc-server's device"}
 
 
+def list_devices(llama_server: Path) -> tuple[str, ...]:
+    """The devices besides the CPU that this build can compute on, as it describes them; e.g. `CUDA0: NVIDIA …`.
+
+    Asked anew each time, as devices come and go. Blocks, up to seconds with GPUs. Raises `Unusable`.
+    """
+    _, _, listing = _run(llama_server, "--list-devices").partition("Available devices:")
+    lines = (line.strip() for line in listing.splitlines())
+    return tuple(line for line in lines if re.match(r"\w+: ", line))
+
+
 def rpc_hello(host: str, port: int, timeout: float) -> str:
     """Ask an rpc-server for its protocol. Returns `major.minor.patch`.
 

@@ -47,6 +47,11 @@ class ServerPlan:
     threads: int | None = None
     prompt_cache_mib: int = 512
 
+    @property
+    def alias(self) -> str:
+        """The model's name as llama-server gets it. It takes a comma for the start of another name."""
+        return self.model.name.replace(",", "_")
+
 
 def plan_server(
     model: ModelFile, *, memory_bytes: int, slots: int = DEFAULT_SLOTS, device: str | None = None
@@ -85,7 +90,7 @@ def server_args(binary: Binary, plan: ServerPlan, port: int) -> list[str]:
     to embeddings, but since it switches the model per batch, chat works as before and costs the same (seen with 0.5.0).
     """
     model = plan.model
-    arguments = [str(binary.path), "--model", str(model.path), "--alias", model.name]
+    arguments = [str(binary.path), "--model", str(model.path), "--alias", plan.alias]
     arguments += ["--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--ctx-size", str(plan.context), "--parallel", str(plan.slots)]
     if plan.device is not None:

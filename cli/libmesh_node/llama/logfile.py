@@ -1,0 +1,54 @@
+"""A log file that cannot fill the disk."""
+
+from __future__ import annotations
+
+from collections import deque
+from pathlib import Path
+
+DEFAULT_LIMIT = 4 << 20
+
+
+class BoundedLog:
+    """Lines appended to `path`. When it is full, it becomes `path.1`, replacing the one before, and a new one begins.
+
+    So at most twice `limit` bytes of disk. Keeps the last lines in memory too, for reasons of failures. A disk that
+    cannot be written to loses lines, never the program: `.lost` counts them.
+    """
+
+    def __init__(self, path: Path, *, limit: int = DEFAULT_LIMIT, tail: int = 20) -> None:
+        self.path = path
+        self.lost = 0
+        self._limit = limit
+        self._tail: deque[str] = deque(maxlen=tail)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = path.open("ab")
+
+    @property
+    def tail(self) -> tuple[str, ...]:
+        """The last lines since the last `mark`."""
+        return tuple(self._tail)
+
+    def mark(self, line: str) -> None:
+        """Write a line of our own, and begin a new tail."""
+        self.write(line)
+        self._tail.clear()
+
+    def write(self, line: str) -> None:
+        """Append one line."""
+        self._tail.append(line)
+        try:
+            if self._file.tell() >= self._limit:
+                self._rotate()
+            self._file.write(line.encode(errors="replace") + b"\n")
+            self._file.flush()
+        except (OSError, ValueError):  # a full disk, or a rotation that failed half-way
+            self.lost += 1
+
+    def _rotate(self) -> None:
+        self._file.close()
+        self.path.replace(self.path.with_name(self.path.name + ".1"))
+        self._file = self.path.open("ab")
+
+    def close(self) -> None:
+        """Close the file; further lines are lost."""
+        self._file.close()

@@ -1,0 +1,269 @@
+"""Keeps one llama-server running.
+
+What a life looks like, in the words of `snapshot.Process.status`:
+
+    starting ─▶ loading ─▶ ready ─▶ restarting ─▶ starting …
+        └──────────┴─────────┴──▶ failed          (after a crash loop; `RestartPolicy` decides)
+    any ─▶ stopping                               (the node cancels `run`)
+
+*starting*: the process runs and does not answer. *loading*: it answers that it is loading (503). *ready*: it answers
+200, and serves the right model under the right name. *restarting*: it ended, and waits for its next start.
+
+Once ready, health is not asked again; only the end of the process counts. Each streaming answer holds one of
+llama-server's HTTP threads, so a busy server may well leave a health check waiting, and to kill it for that would be the
+only failure there was.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import signal
+import socket
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import trio
+
+from libmesh_node.llama.engine import Binary
+from libmesh_node.llama.logfile import BoundedLog
+from libmesh_node.llama.process import GuardedProcess, Lines, ProgramNotStarted, open_guarded
+from libmesh_node.llama.restart import Effect, Ended, GiveUp, Launch, Ready, RestartPolicy, Wake
+from libmesh_node.llama.server import ServerPlan, child_environment, server_args
+from libmesh_node.snapshot import Process
+
+logger = logging.getLogger(__name__)
+
+FIRST_POLL = 0.02
+SLOWEST_POLL = 0.5
+POLL_LIMIT = 2.0
+"""Seconds one health check may take."""
+
+TERM_AGAIN_AFTER = 0.8
+KILL_AFTER = 1.6
+"""Seconds after the first SIGTERM. llama-server waits for its clients after one, exits at once after a second."""
+
+LAST_WORDS_LIMIT = 0.5
+"""Seconds to read on after the end, in case a stray grandchild holds the output open."""
+
+_ANSWER_LIMIT = 256 * 1024
+_PORT_TAKEN = "couldn't bind"
+_PREFIX = re.compile(
+    r"^[\d.]+ [A-Z] "
+)  # llama.cpp's log: time since the start, then the level's first letter
+_ERROR = re.compile(r"^[\d.]+ E |.*(error|failed|assert)", re.IGNORECASE)
+
+
+class LlamaServer:
+    """One supervised llama-server. `run` is its life; everything else looks at it.
+
+    Attributes:
+        process: its state now. A new value at each change.
+    """
+
+    def __init__(
+        self,
+        binary: Binary,
+        plan: ServerPlan,
+        *,
+        log: Path,
+        environment: Mapping[str, str],
+        on_change: Callable[[Process], None] | None = None,
+        policy: RestartPolicy | None = None,
+    ) -> None:
+        """Prepare, and start nothing yet.
+
+        Args:
+            binary: the llama-server to run.
+            plan: what to serve, and how.
+            log: file for the server's output; at most 8 MiB together with its predecessor.
+            environment: the node's own; see `child_environment`.
+            on_change: called with each new state, in trio's thread. Must neither block nor raise.
+            policy: when to restart.
+        """
+        self.plan = plan
+        self.process = Process(
+            name="llama-server", pid=None, port=0, model=plan.model.name, status="starting"
+        )
+        self._binary = binary
+        self._log_path = log
+        self._environment = child_environment(environment)
+        self._on_change = on_change
+        self._policy = policy or RestartPolicy()
+        self._settled = trio.Event()
+
+    @property
+    def base_url(self) -> str | None:
+        """Where requests go; `None` unless it is ready."""
+        return f"http://127.0.0.1:{self.process.port}" if self.process.status == "ready" else None
+
+    async def wait_settled(self) -> Process:
+        """Wait until the server is ready or has failed for good, the first time. Returns its state then."""
+        await self._settled.wait()
+        return self.process
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Keep the server running until cancelled, or until it has failed for good.
+
+        `task_status.started` is called when supervision has begun, long before the server is ready. When cancelled,
+        ends the server within 2.5 s: SIGTERM, once more, then SIGKILL. Whatever ends the node, kill -9 included, ends
+        the server too. Raises `OSError` if the log cannot be opened; a server that cannot be kept running is no
+        exception but the state `failed`.
+        """
+        log = BoundedLog(self._log_path)
+        try:
+            task_status.started()
+            effects: list[Effect] = [Launch()]
+            while True:
+                match effects:
+                    case [Launch()]:
+                        effects = self._policy.handle(await self._live(log), trio.current_time())
+                    case [GiveUp(reason=reason)]:
+                        logger.error(
+                            "llama-server for %s: %s. Its log: %s", self.plan.model.name, reason, log.path
+                        )
+                        self._change("failed", pid=None, failure=reason)
+                        return
+                    case _:
+                        self._change("restarting", pid=None, restarts=self.process.restarts + 1)
+                        await trio.sleep_until(self._policy.deadline() or 0)
+                        effects = self._policy.handle(Wake(), trio.current_time())
+        finally:
+            if self.process.status != "failed":
+                self._change("stopping", pid=None)
+            log.close()
+
+    async def _live(self, log: BoundedLog) -> Ended:
+        """One life of the server, from launch to end."""
+        port = free_port()
+        argv = server_args(self._binary, self.plan, port)
+        log.mark(f"$ {' '.join(argv)}")
+        self._change("starting", pid=None, port=port)
+        try:
+            async with open_guarded(argv, environment=self._environment) as process:
+                self._change("starting", pid=process.pid)
+                status = await self._attend(process, port, log)
+        except ProgramNotStarted as exc:
+            return self._ended(str(exc).rstrip("."), False)
+        said = [line for line in log.tail if line.strip()]
+        return self._ended(_in_words(status, said), any(_PORT_TAKEN in line for line in said))
+
+    async def _attend(self, process: GuardedProcess, port: int, log: BoundedLog) -> int:
+        """Log and watch the process until it has ended, and end it when cancelled. Returns as `wait` does."""
+        async with trio.open_nursery() as nursery:
+            # Shielded: a server that nobody listens to any more stalls as soon as the pipe is full, also while ending.
+            copying = trio.CancelScope(shield=True)
+            nursery.start_soon(_copy_output, process, log, copying)
+            nursery.start_soon(self._watch_health, port)
+            try:
+                return await process.wait()
+            except trio.Cancelled:
+                self._change("stopping")
+                with trio.CancelScope(shield=True):
+                    await _end(process)
+                raise
+            finally:
+                copying.deadline = trio.current_time() + LAST_WORDS_LIMIT
+                nursery.cancel_scope.cancel()
+
+    def _ended(self, reason: str, port_taken: bool) -> Ended:
+        logger.warning("llama-server for %s: %s", self.plan.model.name, reason)
+        self.process = replace(self.process, pid=None, failure=reason)
+        return Ended(reason, port_taken)
+
+    async def _watch_health(self, port: int) -> None:
+        pause = FIRST_POLL
+        while True:
+            status = await _get_status(port, "/health")
+            if status == 200 and await _serves(port, self.plan.alias):
+                self._policy.handle(Ready(), trio.current_time())
+                self._change("ready", failure="")
+                return
+            if status == 503 and self.process.status == "starting":
+                self._change("loading")
+            await trio.sleep(pause)
+            pause = min(pause * 1.5, SLOWEST_POLL)
+
+    def _change(self, status: str, **others: object) -> None:
+        changed = replace(self.process, status=status, **others)  # type: ignore[arg-type]
+        if changed == self.process:
+            return
+        self.process = changed
+        if self._on_change is not None:
+            self._on_change(changed)
+        if status in ("ready", "failed"):
+            self._settled.set()
+
+
+async def _end(process: GuardedProcess) -> None:
+    """Ask twice, then kill. At most `KILL_AFTER` and the moment that the kernel takes."""
+    for signum, patience in (
+        (signal.SIGTERM, TERM_AGAIN_AFTER),
+        (signal.SIGTERM, KILL_AFTER - TERM_AGAIN_AFTER),
+    ):
+        await process.send_signal(signum)
+        with trio.move_on_after(patience):
+            await process.wait()
+            return
+    await process.send_signal(signal.SIGKILL)
+    await process.wait()
+
+
+async def _copy_output(process: GuardedProcess, log: BoundedLog, scope: trio.CancelScope) -> None:
+    lines = Lines(process.output)
+    with scope:
+        while (line := await lines.receive()) is not None:
+            log.write(line)
+
+
+async def _serves(port: int, alias: str) -> bool:
+    """Whether the server at `port` is ours: another program may have taken the port just before."""
+    _, _, body = (await _get(port, "/v1/models")).partition(b"\r\n\r\n")
+    try:
+        return any(model["id"] == alias for model in json.loads(body)["data"])
+    except (ValueError, LookupError, TypeError):
+        return False
+
+
+async def _get_status(port: int, path: str) -> int | None:
+    """The HTTP status of one request; `None` if there was no answer in time."""
+    words = (await _get(port, path)).split(b" ", 2)
+    return (
+        int(words[1]) if len(words) == 3 and words[0].startswith(b"HTTP/1.") and words[1].isdigit() else None
+    )
+
+
+async def _get(port: int, path: str) -> bytes:
+    """The whole answer to one request, cut at 256 KiB; empty if there was none in time."""
+    answer = bytearray()
+    request = f"GET {path} HTTP/1.0\r\nHost: 127.0.0.1:{port}\r\n\r\n".encode()
+    with trio.move_on_after(POLL_LIMIT):
+        try:
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                await stream.send_all(request)
+                while len(answer) < _ANSWER_LIMIT and (data := await stream.receive_some(65536)):
+                    answer += data
+        except (OSError, trio.BrokenResourceError):
+            return b""
+    return bytes(answer)
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago. Somebody else may take it first; the caller must cope."""
+    with socket.socket() as chosen:
+        chosen.bind(("127.0.0.1", 0))
+        return int(chosen.getsockname()[1])
+
+
+def _in_words(status: int, said: Sequence[str]) -> str:
+    """Why it ended, as far as it can be told: what it said of errors, else its last lines."""
+    if status == -signal.SIGKILL:
+        return "it was killed (SIGKILL): by hand, or because memory ran out"
+    ended = (
+        f"it was ended by {signal.Signals(-status).name}" if status < 0 else f"it exited with status {status}"
+    )
+    words = [line for line in said if _ERROR.match(line)] or list(said[-2:])
+    texts = [_PREFIX.sub("", line).strip()[:300] for line in words[-3:]]
+    return f"{ended}: {' / '.join(texts)}" if texts else f"{ended} without a word"

@@ -1,0 +1,38 @@
+"""Looking at processes and HTTP servers from outside."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+
+def is_running(pid: int) -> bool:
+    """Whether the process exists and is not merely waiting to be reaped."""
+    try:
+        os.kill(pid, 0)
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (ProcessLookupError, FileNotFoundError):
+        return False
+
+
+def seconds_until_gone(pid: int, limit: float = 5.0) -> float:
+    """How long it takes until the process has ended; fails the test after `limit`."""
+    start = time.monotonic()
+    while is_running(pid):
+        waited = time.monotonic() - start
+        assert waited < limit, f"process {pid} still runs after {waited:.1f} s"
+        time.sleep(0.005)
+    return time.monotonic() - start
+
+
+def request(url: str, body: Any = None, timeout: float = 20.0) -> Any:
+    """The JSON answer to a GET, or to a POST of `body`."""
+    data = None if body is None else json.dumps(body).encode()
+    asked = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=timeout) as answer:
+        return json.load(answer)
