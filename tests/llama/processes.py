@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import time
-import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import trio
 
 
 def is_running(pid: int) -> bool:
@@ -28,6 +30,17 @@ def seconds_until_gone(pid: int, limit: float = 5.0) -> float:
         assert waited < limit, f"process {pid} still runs after {waited:.1f} s"
         time.sleep(0.005)
     return time.monotonic() - start
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+async def eventually(holds: Callable[[], bool], limit: float = 20.0) -> None:
+    """Wait for what another process does; fails the test after `limit`."""
+    with trio.fail_after(limit):
+        while not await trio.to_thread.run_sync(holds):  # noqa: ASYNC110 - nobody in this process sets an event
+            await trio.sleep(0.01)
 
 
 def request(url: str, body: Any = None, timeout: float = 20.0) -> Any:

@@ -12,7 +12,7 @@ import pytest
 import trio
 from libmesh_node.llama.process import GuardedProcess, Lines, ProgramNotStarted, open_guarded
 
-from tests.llama.processes import is_running, seconds_until_gone
+from tests.llama.processes import is_running, parent_of, seconds_until_gone
 
 SLEEP = ["/bin/sleep", "300"]
 
@@ -27,10 +27,6 @@ NODE_LIKE_PARENT = textwrap.dedent("""
 
     trio.run(main)
 """)
-
-
-def guard_of(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
 
 
 @pytest.fixture
@@ -48,7 +44,7 @@ def started_by(parent: subprocess.Popen[str]) -> int:
 
 def test_program_and_guard_die_when_the_node_is_killed(parent: subprocess.Popen[str]) -> None:
     pid = started_by(parent)
-    guard = guard_of(pid)
+    guard = parent_of(pid)
     parent.kill()
     assert seconds_until_gone(pid) < 1
     seconds_until_gone(guard)
@@ -57,7 +53,7 @@ def test_program_and_guard_die_when_the_node_is_killed(parent: subprocess.Popen[
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 def test_program_dies_when_the_guard_is_killed_and_the_node_is_told(parent: subprocess.Popen[str]) -> None:
     pid = started_by(parent)
-    os.kill(guard_of(pid), signal.SIGKILL)
+    os.kill(parent_of(pid), signal.SIGKILL)
     assert seconds_until_gone(pid) < 1
     assert parent.poll() is None
 
