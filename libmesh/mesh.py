@@ -370,11 +370,10 @@ class Mesh:
             nursery.start_soon(self._event_loop, events)
             try:
                 yield
-            finally:
                 if self._admission.anybody:
-                    with trio.CancelScope(shield=True):
-                        self._handle(io.Leave())
-                        await trio.sleep(self._config.farewell)
+                    self._handle(io.Leave())
+                    await trio.sleep(self._config.farewell)
+            finally:
                 nursery.cancel_scope.cancel()
 
 
@@ -418,19 +417,37 @@ async def open_mesh(
         raise ValueError("exactly one of mesh_key and invite is needed")
     opened = check_invite(invite, now_unix=wall_clock()) if invite is not None else None
     authority = opened.authority if opened is not None else Authority.of_mesh(_seed_of(mesh_key))
+    config = config or MeshConfig()
+
+    async def stay(leave: trio.Event, *, task_status: trio.TaskStatus[Mesh]) -> None:
+        # Shielded, so that a goodbye can still be said when the caller is cancelled; bounded by `farewell` and by the
+        # network's own closing.
+        with trio.CancelScope(shield=True):
+            async with AsyncExitStack() as stack:
+                transport = network or await stack.enter_async_context(open_libp2p_network(key.seed, listen))
+                mesh = Mesh(transport, key, authority, config, wall_clock)
+                await stack.enter_async_context(mesh.running())
+                task_status.started(mesh)
+                await leave.wait()
+
     kept_out: MeshError | None = None
-    async with AsyncExitStack() as stack:
-        if network is None:
-            network = await stack.enter_async_context(open_libp2p_network(key.seed, listen))
-        mesh = Mesh(network, key, authority, config or MeshConfig(), wall_clock)
-        await stack.enter_async_context(mesh.running())
+    leave = trio.Event()
+    async with trio.open_nursery() as nursery:
         try:
+            mesh = await nursery.start(stay, leave)
             if opened is not None:
                 await mesh.enter(opened, wait=wait)
         except MeshError as exc:
             kept_out = exc
+        except BaseException:
+            leave.set()
+            raise
         else:
-            yield mesh
+            try:
+                yield mesh
+            finally:
+                leave.set()
+        leave.set()
     if kept_out is not None:
         raise kept_out
 

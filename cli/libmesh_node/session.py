@@ -126,7 +126,7 @@ class Session:
                 async with trio.open_nursery() as nursery:
                     port = await nursery.start(partial(serve_tunnel, self.mesh, peer, SERVICE_PREFIX + name))
                     self._ports[key] = port
-                    log.info("%s is also served by %s", name, peer)
+                    log.info("%s is served by the peer %s", name, peer)
                     self._on_change()
         finally:
             if self._tunnels.get(key) in (None, scope):
@@ -139,7 +139,9 @@ class Session:
         """Offer a TCP service until the session ends. Raises `CommandFailed`."""
         tasks = self._ready_for_forward()
         if name.startswith(SERVICE_PREFIX):
-            raise CommandFailed("invalid", f"Names that begin with {SERVICE_PREFIX} are for models; choose another.")
+            raise CommandFailed(
+                "invalid", f"Names that begin with {SERVICE_PREFIX} are for models; choose another."
+            )
         if any(forward.name == name and forward.direction == "expose" for forward in self._forwards):
             raise CommandFailed("conflict", f"This node exposes {name} already.")
         try:

@@ -1,0 +1,494 @@
+"""The wiring diagram: opens, connects, supervises. What the parts do is in the parts.
+
+    run_node ── data folder, log, signals
+       └── Node.run
+             ├── serve_http        API and console, in their own thread, behind the bridge
+             ├── LocalModels.run   a llama-server for each --model
+             ├── _mesh_loop        one Session after the other: one stay in one mesh each
+             └── _tick             refreshes what changes without an event, such as round-trip times
+
+All four are tasks of one nursery, so that cancelling it ends them at the same time, and the node within 3 s.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+
+import trio
+
+import libmesh
+from libmesh import (
+    AdmissionRefused,
+    InviteDenied,
+    InviteError,
+    Libp2pConfig,
+    Mesh,
+    MeshConfig,
+    MeshError,
+    PeerUnreachable,
+    Scope,
+    open_mesh,
+    read_invite,
+)
+from libmesh_node import picture
+from libmesh_node.announced import AnnouncedModel, NodeStatus
+from libmesh_node.bridge import Bridge, CommandFailed
+from libmesh_node.datadir import DataDir, NodeInfo, ephemeral_data_dir, held_data_dir, write_private
+from libmesh_node.errors import NodeError
+from libmesh_node.hardware import detect
+from libmesh_node.http.server import Listening, serve_http
+from libmesh_node.logs import logging_to
+from libmesh_node.membership import Membership, load_membership, save_membership, secret_key
+from libmesh_node.options import NodeOptions
+from libmesh_node.serving import LocalModels
+from libmesh_node.session import Session
+from libmesh_node.snapshot import NodeSnapshot, Server
+
+log = logging.getLogger(__name__)
+
+INVITE_TTL = 30 * 86400.0
+"""Seconds that the invite which a node shows at its start holds."""
+
+RENEW_INVITE = 86400.0
+"""Seconds after which that invite is made anew, so that the one shown is never close to its end."""
+
+TICK = 2.0
+"""Seconds between looks at what changes without an event. The console and `status --watch` are no faster."""
+
+PATIENCE = 2.8
+"""Seconds after the first signal, or `stop`, after which the process ends come what may. llama.cpp's processes cannot
+outlive it: their guards see to that."""
+
+_REPLY_TIME = 0.1  # seconds for the answer to `stop` to get out
+_PORT_FILE = "p2p-port"
+
+
+async def run_node(options: NodeOptions) -> int:
+    """Run a node until SIGINT, SIGTERM or a `stop` command; the exit code.
+
+    Raises `NodeError` for whatever keeps it from starting, with what to do about it. A second signal ends the process
+    at once.
+    """
+    with _folder(options) as folder, _log(options, folder):
+        async with trio.open_nursery() as nursery:
+            outcome: list[NodeError] = []
+            nursery.start_soon(_end_on_signal, nursery.cancel_scope)
+            nursery.start_soon(_run_and_end, Node(options, folder, nursery.cancel_scope), outcome)
+        if outcome:
+            raise outcome[0]
+    return 0
+
+
+async def _run_and_end(node: Node, outcome: list[NodeError]) -> None:
+    try:
+        await node.run()
+    except* (NodeError, MeshError, OSError) as group:
+        first = _first(group)
+        outcome.append(first if isinstance(first, NodeError) else NodeError(_sentence(str(first))))
+    finally:
+        node.ended.cancel()
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> Exception:
+    inner: BaseException = group
+    while isinstance(inner, BaseExceptionGroup):
+        inner = inner.exceptions[0]
+    assert isinstance(inner, Exception)
+    return inner
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+async def _end_on_signal(scope: trio.CancelScope) -> None:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
+        async for _ in signals:
+            if scope.cancel_called:
+                os._exit(130)
+            log.info("ending; once more to end at once")
+            scope.cancel()
+            _end_for_sure()
+            with trio.CancelScope(shield=True):
+                async for _ in signals:
+                    os._exit(130)
+
+
+def _end_for_sure() -> None:
+    """Let the kernel end the process if it is still there after `PATIENCE`: whatever hangs, the promise holds."""
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
+
+
+@contextmanager
+def _folder(options: NodeOptions) -> Iterator[DataDir]:
+    with ephemeral_data_dir() if options.ephemeral else held_data_dir(options.data_dir) as folder:
+        yield folder
+
+
+@contextmanager
+def _log(options: NodeOptions, folder: DataDir) -> Iterator[None]:
+    with logging_to(file=folder.node_log, json_logs=options.json_logs, verbose=options.verbose):
+        yield
+
+
+class Node:
+    """A node's parts, and the commands that the console may give it (`bridge.NodeCommands`).
+
+    Args:
+        options: the command line.
+        folder: the data folder, held.
+        ended: cancelled to end the node.
+    """
+
+    def __init__(self, options: NodeOptions, folder: DataDir, ended: trio.CancelScope) -> None:
+        self.ended = ended
+        self._options, self._folder = options, folder
+        self._key = secret_key(folder, "identity")
+        self._memory_bytes = 0 if options.client else detect().model_memory(max_vram_gb=options.max_vram_gb)
+        self._models = LocalModels(options, folder, self._memory_bytes, self._models_changed)
+        self._listening = Listening(api_port=options.api_port, console_port=options.console_port)
+        self._session: Session | None = None
+        self._mesh_id = ""
+        self._token = ""
+        self._token_made = 0.0
+        self._notice = ""
+        self._switch: _Switch | None = None
+        self._stay_scope: trio.CancelScope | None = None
+        self._bridge = Bridge(self, self._picture())
+
+    async def run(self) -> None:
+        """Start everything, and run until cancelled. Raises what keeps it from starting."""
+        log.info("node       %s", self._key.peer)
+        first = self._first_memberships()
+        async with trio.open_nursery() as nursery:
+            serve = partial(
+                serve_http,
+                self._bridge,
+                api=("127.0.0.1", self._options.api_port),
+                console=("127.0.0.1", self._options.console_port),
+                listen_all=self._options.listen_all,
+            )
+            self._listening = await nursery.start(serve)
+            self._write_info()
+            await self._models.prepare()
+            nursery.start_soon(self._models.run)
+            nursery.start_soon(self._mesh_loop, first)
+            nursery.start_soon(self._tick)
+
+    def _write_info(self) -> None:
+        ports = self._listening
+        info = NodeInfo(
+            pid=os.getpid(),
+            api_port=ports.api_port,
+            console_port=ports.console_port,
+            version=libmesh.__version__,
+            started_unix=time.time(),
+        )
+        self._folder.write_info(info)
+        log.info("API        http://localhost:%d/v1", ports.api_port)
+        log.info("console    http://localhost:%d", ports.console_port)
+
+    # ── meshes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _first_memberships(self) -> list[Membership]:
+        """The meshes to try, in order. Raises `NodeError` or `InviteError` if there is none to try."""
+        if self._options.join:
+            return _usable(self._options.join)
+        remembered = load_membership(self._folder)
+        if remembered is not None:
+            return [remembered]
+        return [Membership(secret_key(self._folder, "mesh").mesh_id)]
+
+    async def _mesh_loop(self, first: list[Membership]) -> None:
+        current = await self._enter_first(first)
+        while True:
+            switch, self._switch = self._switch, None
+            if switch is None:
+                await self._stay(current, must_enter=False)
+                continue
+            try:
+                await self._stay(switch.to, must_enter=True, entered=switch.succeed)
+                current = switch.to
+            except MeshError as exc:
+                switch.fail(exc)
+
+    async def _enter_first(self, memberships: list[Membership]) -> Membership:
+        """Stay in the first mesh that lets us in; if none answers, keep trying the first of those that may yet."""
+        failures: list[tuple[Membership, MeshError]] = []
+        for membership in memberships:
+            try:
+                await self._stay(membership, must_enter=True)
+            except (InviteError, AdmissionRefused, PeerUnreachable) as exc:
+                log.warning("%s", exc)
+                failures.append((membership, exc))
+            else:
+                return membership
+        for membership, failure in failures:
+            if isinstance(failure, PeerUnreachable):
+                self._notice = "Nobody in the mesh answers yet; this node keeps trying."
+                log.warning("nobody in the mesh answers yet; trying on")
+                await self._stay(membership, must_enter=False)
+                return membership
+        raise failures[0][1]
+
+    async def _stay(
+        self, membership: Membership, *, must_enter: bool, entered: Callable[[], None] = lambda: None
+    ) -> None:
+        """One stay in one mesh, until `_leave_mesh`. With `must_enter`, raises if nobody lets us in at once."""
+        failure: MeshError | None = None
+        own = secret_key(self._folder, "mesh") if membership.token is None else None
+        opened = open_mesh(
+            self._key,
+            mesh_key=own,
+            invite=membership.token,
+            network=None,
+            listen=self._listen(),
+            config=MeshConfig(agent=f"libmesh-node/{libmesh.__version__}"),
+            wait=False,
+        )
+        async with opened as mesh, trio.open_nursery() as nursery:
+            self._stay_scope = nursery.cancel_scope
+            self._remember_port(mesh.addresses)
+            self._session = Session(mesh, self._models, self._refresh)
+            self._mesh_id = mesh.mesh_id
+            nursery.start_soon(self._session.run)
+            self._models_changed()
+            if membership.token is not None:
+                failure = await self._enter(mesh, membership, must_enter=must_enter)
+            if failure is None:
+                entered()
+                self._introduce(mesh, membership)
+            else:
+                nursery.cancel_scope.cancel()
+        self._session, self._token, self._notice = None, "", ""
+        if failure is not None:
+            raise failure
+
+    async def _enter(self, mesh: Mesh, membership: Membership, *, must_enter: bool) -> MeshError | None:
+        assert membership.token is not None
+        try:
+            await mesh.join(membership.token)
+        except MeshError as exc:
+            if must_enter:
+                return exc
+            log.warning("%s", exc)
+            return None
+        self._notice = ""
+        save_membership(self._folder, membership)
+        return None
+
+    def _leave_mesh(self) -> None:
+        if self._stay_scope is not None:
+            self._stay_scope.cancel()
+
+    def _listen(self) -> Libp2pConfig:
+        return Libp2pConfig(port=self._port(), announce=self._options.announce_addresses)
+
+    def _port(self) -> int:
+        """The port for peers: the one asked for, or last time's if it is free, so that old invites lead here."""
+        if self._options.bind_port is not None:
+            return self._options.bind_port
+        with suppress(OSError, ValueError):
+            port = int((self._folder.path / _PORT_FILE).read_text())
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("0.0.0.0", port))
+            return port
+        return 0
+
+    def _remember_port(self, addresses: Sequence[str]) -> None:
+        own = [address for address in addresses if address not in self._options.announce_addresses]
+        if own:
+            write_private(self._folder.path / _PORT_FILE, own[0].rpartition("/")[2].encode() + b"\n")
+
+    def _introduce(self, mesh: Mesh, membership: Membership) -> None:
+        """Say in a few lines what a person needs to know now."""
+        how = "its own" if membership.token is None else f"joined as {mesh.scope.name.lower()}"
+        log.info("mesh       %s (%s)", mesh.mesh_id, how)
+        log.info("addresses  %s", "  ".join(mesh.addresses[:4]))
+        self._make_invite()
+        if self._token:
+            log.info(
+                "the next machine joins with:  libmesh-node --join %s", self._token, extra={"private": True}
+            )
+        if not self._options.models and not self._options.client and membership.token is None:
+            log.info(
+                "idle: nothing is served; start with --model PATH (or --model demo), or join a mesh with --join"
+            )
+
+    def _make_invite(self) -> None:
+        if self._session is None:
+            return
+        self._token_made = time.time()
+        try:
+            self._token = self._session.mesh.invite(
+                scope=Scope.WORKER, not_after_unix=time.time() + INVITE_TTL
+            )
+        except InviteDenied:
+            self._token = ""
+        if self._options.invite_file is not None and self._token:
+            try:
+                write_private(self._options.invite_file, self._token.encode() + b"\n")
+            except OSError as exc:
+                raise NodeError(
+                    f"Cannot write the invite to {self._options.invite_file}: {exc.strerror}."
+                ) from exc
+
+    # ── what others see ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _models_changed(self) -> None:
+        """A server of ours came or went: offer, announce and show it."""
+        if self._session is not None:
+            self._session.sync_offers()
+            self._session.announce(self._status())
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self._bridge.publish(self._picture())
+
+    async def _tick(self) -> None:
+        while True:
+            await trio.sleep(TICK)
+            if self._session is not None and time.time() > self._token_made + RENEW_INVITE:
+                self._make_invite()
+            self._refresh()
+
+    def _status(self) -> NodeStatus:
+        return NodeStatus(
+            version=libmesh.__version__,
+            hostname=socket.gethostname(),
+            client=self._options.client,
+            memory_bytes=self._memory_bytes,
+            models=self._models.announced,
+            node_status=self._word(),
+        )
+
+    def _word(self) -> str:
+        alone = self._session is None or not self._session.mesh.view.peers
+        return picture.node_status(client=self._options.client, own=self._models.announced, alone=alone)
+
+    def _picture(self) -> NodeSnapshot:
+        session = self._session
+        view = session.mesh.view if session is not None else None
+        own = [(model, self._local_server(model)) for model in self._models.announced]
+        return NodeSnapshot(
+            node_id=self._key.peer,
+            mesh_id=self._mesh_id,
+            version=libmesh.__version__,
+            hostname=socket.gethostname(),
+            node_status=self._word(),
+            is_client=self._options.client,
+            scope=view.scope.name.lower() if view is not None else "",
+            token=self._token,
+            api_port=self._listening.api_port,
+            console_port=self._listening.console_port,
+            my_vram_gb=self._memory_bytes / 1e9,
+            addresses=session.mesh.addresses if session is not None else (),
+            models=picture.models(own, session.servers() if session is not None else {}),
+            peers=picture.peers(view),
+            processes=self._models.processes,
+            tunnels=session.forwards if session is not None else (),
+            notices=(self._notice,) if self._notice else (),
+        )
+
+    def _local_server(self, model: AnnouncedModel) -> Server | None:
+        url = self._models.base_url(model.name)
+        if url is None:
+            return None
+        return Server(peer=self._key.peer, base_url=url, local=True, slots=model.slots)
+
+    # ── commands from the console ────────────────────────────────────────────────────────────────────────────────
+
+    async def join(self, token: str) -> str:
+        """See `NodeCommands.join`: another mesh's invite makes this node leave its own for it, if it is let in."""
+        try:
+            to = Membership.invited(token)
+            if self._session is not None and to.mesh_id == self._mesh_id:
+                await self._session.mesh.join(token)
+                return to.mesh_id
+            if self._switch is not None:
+                raise CommandFailed("busy", "This node is joining another mesh right now.")
+            self._switch = switch = _Switch(to)
+            self._leave_mesh()
+            await switch.outcome()
+        except (InviteError, AdmissionRefused) as exc:
+            raise CommandFailed("denied", _sentence(str(exc))) from exc
+        except MeshError as exc:
+            raise CommandFailed("unreachable", _sentence(str(exc))) from exc
+        return to.mesh_id
+
+    async def invite(self, scope: str, ttl: float) -> tuple[str, float]:
+        """See `NodeCommands.invite`."""
+        mesh = self._present_session().mesh
+        try:
+            token = mesh.invite(scope=Scope[scope.upper()], not_after_unix=time.time() + ttl)
+        except InviteDenied as exc:
+            raise CommandFailed("denied", _sentence(str(exc))) from exc
+        return token, float(read_invite(token).expires_unix or 0)
+
+    async def stop(self) -> None:
+        """See `NodeCommands.stop`."""
+        log.info("ending, as asked")
+        _end_for_sure()
+        trio.lowlevel.spawn_system_task(self._stop_soon)
+
+    async def _stop_soon(self) -> None:
+        await trio.sleep(_REPLY_TIME)
+        self.ended.cancel()
+
+    async def expose(self, name: str, host: str, port: int, scope: str) -> None:
+        """See `NodeCommands.expose`."""
+        await self._present_session().expose(name, host, port, Scope[scope.upper()])
+
+    async def connect(self, peer: str, name: str, port: int) -> int:
+        """See `NodeCommands.connect`."""
+        return await self._present_session().connect(peer, name, port)
+
+    def _present_session(self) -> Session:
+        if self._session is None:
+            raise CommandFailed("unreachable", "The node is not in a mesh now; try again in a moment.")
+        return self._session
+
+
+class _Switch:
+    """A wish to go to another mesh, and how that came out."""
+
+    def __init__(self, to: Membership) -> None:
+        self.to = to
+        self._done = trio.Event()
+        self._failure: MeshError | None = None
+
+    def succeed(self) -> None:
+        self._done.set()
+
+    def fail(self, failure: MeshError) -> None:
+        self._failure = failure
+        self._done.set()
+
+    async def outcome(self) -> None:
+        await self._done.wait()
+        if self._failure is not None:
+            raise self._failure
+
+
+def _usable(tokens: Sequence[str]) -> list[Membership]:
+    """The memberships that `tokens` stand for. Raises the first one's `InviteError` if none can be read."""
+    found: list[Membership] = []
+    failures: list[InviteError] = []
+    for token in tokens:
+        try:
+            found.append(Membership.invited(token))
+        except InviteError as exc:
+            log.warning("%s", exc)
+            failures.append(exc)
+    if not found:
+        raise failures[0]
+    return found

@@ -1,0 +1,80 @@
+"""From what the parts know to one `NodeSnapshot`. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from libmesh import PeerView, View
+from libmesh_node.announced import AnnouncedModel, NodeStatus, decode_status
+from libmesh_node.snapshot import Model, Peer, Server
+
+ServersByModel = Mapping[str, Sequence[tuple[AnnouncedModel, Server]]]
+
+
+def node_status(*, client: bool, own: Sequence[AnnouncedModel], alone: bool) -> str:
+    """The first mesh's word for what this node is doing."""
+    if client:
+        return "Client"
+    if any(model.ready for model in own):
+        return "Serving"
+    return "Idle" if alone or own else "Standby"
+
+
+def peers(view: View | None) -> tuple[Peer, ...]:
+    """The other nodes, as status shows them, sorted by id. The forgotten are not among them."""
+    return tuple(_peer(entry) for entry in view.peers) if view is not None else ()
+
+
+def models(own: Sequence[tuple[AnnouncedModel, Server | None]], others: ServersByModel) -> tuple[Model, ...]:
+    """All models that somebody serves or is about to serve here, sorted by name."""
+    found: dict[str, list[tuple[AnnouncedModel, Server | None]]] = {}
+    for model, server in own:
+        found.setdefault(model.name, []).append((model, server))
+    for name, entries in others.items():
+        found.setdefault(name, []).extend(entries)
+    return tuple(_model(name, entries) for name, entries in sorted(found.items()))
+
+
+def _model(name: str, entries: Iterable[tuple[AnnouncedModel, Server | None]]) -> Model:
+    entries = list(entries)
+    servers = sorted((server for _, server in entries if server is not None), key=lambda server: server.peer)
+    return Model(
+        name=name,
+        digest=next((model.digest for model, _ in entries if model.digest), ""),
+        size_bytes=max(model.size_bytes for model, _ in entries),
+        context_length=max(model.context_length for model, _ in entries),
+        servers=tuple(servers),
+    )
+
+
+def _peer(entry: PeerView) -> Peer:
+    status = decode_status(entry.attributes)
+    serving = tuple(model.name for model in status.models if model.ready)
+    return Peer(
+        id=entry.peer,
+        hostname=status.hostname,
+        role=_role(status, bool(serving)),
+        scope=entry.scope.name.lower(),
+        state=entry.state.value,
+        since_unix=round(entry.since_unix, 1),
+        version=status.version,
+        vram_gb=status.memory_bytes / 1e9,
+        models=tuple(model.name for model in status.models),
+        serving=serving,
+        path=entry.path.kind.value if entry.path is not None else None,
+        address=entry.path.address if entry.path is not None else "",
+        rtt_ms=_milliseconds(entry),
+    )
+
+
+def _role(status: NodeStatus, serving: bool) -> str:
+    if status.client:
+        return "Client"
+    return "Host" if serving else "Worker"
+
+
+def _milliseconds(entry: PeerView) -> float | None:
+    """To two digits: more would make every measurement a new snapshot."""
+    if entry.path is None or entry.path.rtt is None:
+        return None
+    return float(f"{entry.path.rtt * 1000:.2g}")
