@@ -285,6 +285,11 @@ class YamuxStream(IMuxedStream):
         self._finished = True
         self._receivable.wake()
 
+    @property
+    def both_finished(self) -> bool:
+        """Both sides have sent FIN: the connection has no more to do with this stream."""
+        return self._finished and self._eof_sent
+
     def peer_reset(self, reason: str) -> None:
         """Both directions ended; what had arrived can still be read."""
         if self._broken is None:
@@ -350,8 +355,11 @@ class YamuxStream(IMuxedStream):
         await trio.lowlevel.checkpoint()
 
     async def reset(self) -> None:
-        """End both directions abruptly."""
-        self.reset_nowait()
+        """End both directions abruptly. On a stream that is broken already, nothing: the swarm resets all of a dead
+        connection's, and their users are to learn why they ended.
+        """
+        if self._broken is None:
+            self.reset_nowait()
         await trio.lowlevel.checkpoint()
 
     @property

@@ -204,6 +204,9 @@ class YamuxConnection(IMuxedConn):
                     nursery.start_soon(self._send_loop)
                     nursery.start_soon(self._keep_time)
                     nursery.start_soon(self._receive_loop)
+        except Exception:
+            # Whatever leaves here ends the whole host. A mistake of ours is to cost this connection only.
+            log.exception("the connection to %s failed", self.peer_id)
         finally:
             self._fail("the connection was closed here")
             with trio.CancelScope(shield=True):
@@ -270,8 +273,10 @@ class YamuxConnection(IMuxedConn):
                     self._inbound.append(stream)
                     self._acceptable.unpark()
                 case Finished(stream_id):
-                    streams[stream_id].peer_finished()
-                    self._forget_if_done(stream_id)
+                    stream = streams[stream_id]
+                    stream.peer_finished()
+                    if stream.both_finished:
+                        del streams[stream_id]
                 case Reset(stream_id, reason):
                     self._stream_was_reset(stream_id, reason)
                 case OpenAllowed():
@@ -297,10 +302,6 @@ class YamuxConnection(IMuxedConn):
         if stream in self._inbound:
             self._inbound.remove(stream)
             self.consumed(stream_id, stream.unread)
-
-    def _forget_if_done(self, stream_id: int) -> None:
-        if not self._machine.knows(stream_id):
-            self._streams.pop(stream_id, None)
 
     def _fail(self, reason: str) -> None:
         if self._over is not None:
@@ -388,7 +389,8 @@ class YamuxConnection(IMuxedConn):
         """Send FIN behind the stream's data. With `released`, reset the stream if the peer never finishes."""
         linger_from = trio.current_time() if released else None
         self._post(self._machine.finish(stream.stream_id, linger_from=linger_from))
-        self._forget_if_done(stream.stream_id)
+        if stream.both_finished:
+            self._streams.pop(stream.stream_id, None)
         self._flush_soon()
 
     def abandon(self, stream: YamuxStream, unread: int) -> None:
