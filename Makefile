@@ -20,6 +20,8 @@ $(INSTALLED): pyproject.toml tools/make_venv.sh
 	@sh tools/make_venv.sh $(VENV)
 	@echo "Installing libmesh and its tools into $(VENV) (some minutes the first time) ..."
 	@$(PYTHON) -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@# trio-typing, which py-libp2p pulls in, brings stubs of a trio of 2021 that hide trio's own types from mypy.
+	@rm -rf $(VENV)/lib/python3*/site-packages/trio-stubs
 	@touch $@
 
 engine: $(INSTALLED) ## find llama.cpp's programs, or build them (about 7 minutes on two cores, once)
