@@ -16,6 +16,9 @@ ANSWER_TIMEOUT = 15.0
 _EVENTS_TIMEOUT = 45.0
 """Seconds without a line on `/api/events`; the node sends a keep-alive every 15."""
 
+_FIRST_WORD_TIMEOUT = 120.0
+"""Seconds without a byte of an answer, which a busy model may well need before its first."""
+
 _ANSWER_LIMIT = 16 << 20
 """Bytes. The status of a mesh of some thousand peers fits; more is not from a node, and is refused."""
 
@@ -43,23 +46,12 @@ class NodeClient:
 
         Close the iterator, or let it go, to end the connection.
         """
-        connection = self._connection(_EVENTS_TIMEOUT)
         try:
-            with connection.request_answered("GET", "/api/events", None) as response:
-                _raise_for_refusal(response)
-                data = b""
-                while line := response.readline(_ANSWER_LIMIT):
-                    if line.startswith(b"data:"):
-                        data += line[5:].strip()
-                    elif not line.strip() and data:
-                        yield _json_object(data)
-                        data = b""
+            yield from _events(self._connection(_EVENTS_TIMEOUT), "GET", "/api/events", None)
         except TimeoutError as error:
             raise NodeNotRunning(f"The node at console port {self.port} fell silent.") from error
-        except (ConnectionError, http.client.IncompleteRead):
+        except (ConnectionError, http.client.HTTPException):
             return
-        finally:
-            connection.close()
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         connection = self._connection(ANSWER_TIMEOUT)
@@ -119,6 +111,45 @@ def find_node(data_dir: DataDir, console_port: int | None) -> NodeClient:
         f"No node runs on the data folder {data_dir.path}. Start one with `libmesh-node`, "
         "or name another with --data-dir DIR or --console PORT."
     )
+
+
+def stream_answer(api_port: int, question: dict[str, Any]) -> Iterator[str]:
+    """The pieces of text of a chat completion, each when it comes. `question` is the body, without `stream`.
+
+    Raises `NodeRefused` for an answer that is an error, and `NodeError` if the answer breaks off.
+    """
+    connection = _Connection("127.0.0.1", api_port, timeout=_FIRST_WORD_TIMEOUT)
+    try:
+        for event in _events(connection, "POST", "/v1/chat/completions", {**question, "stream": True}):
+            if "error" in event:
+                raise NodeError(f"The answer broke off: {event['error']}")
+            for choice in event.get("choices", []):
+                if piece := choice.get("delta", {}).get("content"):
+                    yield piece
+    except (OSError, http.client.HTTPException) as error:
+        raise NodeError(f"The answer at API port {api_port} broke off ({error}).") from error
+
+
+def _events(
+    connection: _Connection, method: str, path: str, body: dict[str, Any] | None
+) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a stream of server-sent events (HTML standard, 9.2); `[DONE]` and comments are left out.
+
+    Closes the connection. Raises what the socket raises if the stream breaks off.
+    """
+    try:
+        with connection.request_answered(method, path, body) as response:
+            _raise_for_refusal(response)
+            data = b""
+            while line := response.readline(_ANSWER_LIMIT):
+                if line.startswith(b"data:"):
+                    data += line[5:].strip()
+                elif not line.strip():
+                    if data not in (b"", b"[DONE]"):
+                        yield _json_object(data)
+                    data = b""
+    finally:
+        connection.close()
 
 
 def _raise_for_refusal(response: http.client.HTTPResponse) -> None:

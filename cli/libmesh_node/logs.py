@@ -7,7 +7,8 @@ Three renderings of the same records:
   `"exception"`. `time` is in seconds since the epoch.
 - the file, if there is one: date, level, logger, message, traceback.
 
-In the first and the last, control characters in a message become U+FFFD: much of what is logged was said by peers.
+In the first and the last, control characters in the arguments of a message become U+FFFD: much of what is logged was
+said by peers.
 
 A record logged with `extra={"private": True}` (an invite token, say) is shown on stderr and kept out of the file.
 """
@@ -105,8 +106,7 @@ class CalmFormatter(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """One line for a calm record; the traceback below it only if asked for."""
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
-        message = harmless(record.getMessage())
-        text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  {level}{message}"
+        text = f"{time.strftime('%H:%M:%S', time.localtime(record.created))}  {level}{_message(record)}"
         if not record.exc_info:
             return text
         if self._tracebacks:
@@ -115,9 +115,17 @@ class CalmFormatter(logging.Formatter):
         return f"{text} ({harmless(f'{type(error).__name__}: {error}')})"
 
 
+def _message(record: logging.LogRecord) -> str:
+    """The message with harmless arguments. Line breaks in the format are ours, and stay."""
+    if not isinstance(record.args, tuple) or not record.args:
+        return record.getMessage()
+    args = (arg if isinstance(arg, (int, float)) else harmless(str(arg)) for arg in record.args)
+    return str(record.msg) % tuple(args)
+
+
 class _FileFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:
-        record.message = harmless(record.message)
+        record.message = _message(record)
         return super().formatMessage(record)
 
 

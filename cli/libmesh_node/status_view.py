@@ -32,7 +32,7 @@ def status_tables(status: Json, now_unix: float) -> RenderableType:
     names[_text(status, "node_id")] = "this node"
     sections = (
         ("peers", _peers(peers, now_unix), bool(peers)),
-        ("models", _models(_objects(status, "mesh_models"), names), bool(_objects(status, "mesh_models"))),
+        ("models", _models(_objects(status, "models"), names), bool(_objects(status, "models"))),
         ("processes", _processes(_objects(status, "processes")), bool(_objects(status, "processes"))),
     )
     for title, table, wanted in sections:
@@ -71,7 +71,7 @@ def _this_node(status: Json) -> RenderableType:
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     state = _text(status, "node_status") or "?"
-    where = _text(status, "my_hostname") or _text(status, "hostname")
+    where = _text(status, "my_hostname")
     version = _text(status, "version")
     _add(table, "node", f"{_text(status, 'node_id') or '?'}")
     _add(
@@ -113,26 +113,28 @@ def _peers(peers: Iterable[Json], now_unix: float) -> Table:
             ", ".join(_strings(peer, "serving_models") or _strings(peer, "models"))
             or _text(peer, "serving")
             or "–",
-            str(peer.get("inflight", peer.get("inflight_requests", 0))),
-            age(peer.get("since_unix", peer.get("since")), now_unix),
+            str(peer.get("inflight_requests", 0)),
+            age(peer.get("since"), now_unix),
         )
     return table
 
 
 def _models(models: Iterable[Json], names: Mapping[str, str]) -> Table:
-    table = _table("model", "state", ">size", ">context", "served by")
+    table = _table("model", "state", ">size", ">context", ">in flight", "served by", "digest")
     for model in models:
+        servers = _objects(model, "servers")
         context = model.get("context_length")
-        nodes = _strings(model, "nodes")
-        count = model.get("node_count", len(nodes))
+        bytes_ = model.get("size_bytes")
+        where = [names.get(_text(server, "peer")) or short_id(_text(server, "peer")) for server in servers]
         _add(
             table,
             _text(model, "name"),
-            _state(_text(model, "status")),
-            size(model.get("size_gb")),
+            _state("warm" if servers else "cold"),
+            size(bytes_ / 1e9 if isinstance(bytes_, (int, float)) else None),
             f"{context:,}" if isinstance(context, int) and context > 0 else "–",
-            ", ".join(names.get(node, short_id(node)) for node in nodes)
-            or (f"{count} nodes" if count else "nobody"),
+            str(sum(count for server in servers if isinstance(count := server.get("in_flight"), int))),
+            ", ".join(dict.fromkeys(where)) or "nobody",
+            _text(model, "digest")[:12] or "–",
         )
     return table
 

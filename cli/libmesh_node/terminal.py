@@ -30,6 +30,12 @@ def say(text: str = "") -> None:
     sys.stdout.flush()
 
 
+def say_part(text: str) -> None:
+    """Write a part of a line to stdout, now."""
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
 def remark(text: str) -> None:
     """Write one line about an answer to stderr, now."""
     sys.stdout.flush()

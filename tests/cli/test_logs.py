@@ -83,6 +83,23 @@ def test_a_peers_words_can_neither_forge_a_line_nor_steer_the_terminal(tmp_path:
     assert written.count("\n") == 2
 
 
+def test_line_breaks_in_a_format_are_ours_and_stay() -> None:
+    stream = io.StringIO()
+    with logging_to(stream=stream):
+        OURS.info(
+            "next machine:\n\n    libmesh-node --join %s (%d, %.1f, %s)\n",
+            "TOK\nEN",
+            3,
+            1.25,
+            ValueError("a\nb"),
+        )
+        OURS.info("100 % done")
+        OURS.info("%(name)s", {"name": "x"})
+    assert "  next machine:\n\n    libmesh-node --join TOK\ufffdEN (3, 1.2, a\ufffdb)\n" in stream.getvalue()
+    assert "  100 % done\n" in stream.getvalue()
+    assert stream.getvalue().endswith("  x\n")
+
+
 def test_a_terminal_gets_whole_lines_however_long() -> None:
     stream = Terminal()
     token = "x" * 500

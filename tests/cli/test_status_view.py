@@ -27,12 +27,15 @@ STATUS: dict[str, Any] = {
     "peers": [
         {
             "id": PEER, "hostname": "cellar", "role": "Client", "scope": "client", "state": "alive", "path": "direct",
-            "rtt_ms": 1.234, "vram_gb": 0, "models": ["m"], "inflight": 3, "since_unix": NOW - 125,
+            "rtt_ms": 1.234, "vram_gb": 0, "models": ["m"], "inflight_requests": 3, "since": NOW - 125,
         },
     ],
-    "mesh_models": [
-        {"name": "demo", "status": "warm", "size_gb": 0.0041, "context_length": 4096, "nodes": [ME, PEER, "1234567890"]},
-        {"name": "wanted", "status": "cold", "size_gb": 17.2, "context_length": 0, "nodes": []},
+    "models": [
+        {
+            "name": "demo", "digest": "0123456789abcdef", "size_bytes": 4_100_000, "context_length": 4096,
+            "servers": [{"peer": ME, "in_flight": 2}, {"peer": PEER, "in_flight": 1}, {"peer": "1234567890"}],
+        },
+        {"name": "wanted", "digest": "", "size_bytes": 17_200_000_000, "context_length": 0, "servers": []},
     ],
     "processes": [
         {"name": "llama-server", "pid": 7, "port": 8080, "model": "demo", "status": "failed", "failure": "out of memory"},
@@ -76,18 +79,8 @@ def test_everything_that_a_person_asks_for_is_there() -> None:
             "min",
         ]
     )
-    assert row(text, "demo") == [
-        "demo",
-        "warm",
-        "4.1",
-        "MB",
-        "4,096",
-        "this",
-        "node,",
-        "cellar,",
-        "…34567890",
-    ]
-    assert row(text, "wanted") == ["wanted", "cold", "17", "GB", "–", "nobody"]
+    assert " ".join(row(text, "demo")) == "demo warm 4.1 MB 4,096 3 this node, cellar, …34567890 0123456789ab"
+    assert " ".join(row(text, "wanted")) == "wanted cold 17 GB – 0 nobody –"
     assert row(text, "llama-server") == [
         "llama-server",
         "demo",
@@ -117,7 +110,9 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )
-fields = st.sampled_from([*STATUS, *STATUS["peers"][0], *STATUS["mesh_models"][0], *STATUS["processes"][0]])
+fields = st.sampled_from(
+    [*STATUS, *STATUS["peers"][0], *STATUS["models"][0], "in_flight", "peer", *STATUS["processes"][0]]
+)
 objects = st.dictionaries(fields, json_values, max_size=6)
 
 
