@@ -424,7 +424,9 @@ async def open_mesh(
         # network's own closing.
         with trio.CancelScope(shield=True):
             async with AsyncExitStack() as stack:
-                transport = network or await stack.enter_async_context(open_libp2p_network(key.seed, listen))
+                transport = network
+                if transport is None:
+                    transport = await stack.enter_async_context(open_libp2p_network(key.seed, listen))
                 mesh = Mesh(transport, key, authority, config, wall_clock)
                 await stack.enter_async_context(mesh.running())
                 task_status.started(mesh)

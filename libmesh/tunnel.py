@@ -114,12 +114,12 @@ class _OpeningStream(Stream):
             raise ServiceRefused(f"the peer {self.peer} declined: {why}", reason=refusal)
         self.opened = self._stream
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         if self.opened is None:
             await self.hear()
         return await self._stream.receive_some(max_bytes)
 
-    async def send_all(self, data: bytes | memoryview) -> None:
+    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.send_all(data)
 
     async def wait_send_all_might_not_block(self) -> None:

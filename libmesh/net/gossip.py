@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import trio
+from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
@@ -39,7 +40,7 @@ class Gossip:
 
     def __init__(self, host: BasicHost, deliver: Deliver) -> None:
         router = GossipSub(
-            protocols=list(PROTOCOLS),
+            protocols=[TProtocol(protocol) for protocol in PROTOCOLS],
             degree=DEGREE,
             degree_low=DEGREE_LOW,
             degree_high=DEGREE_HIGH,
@@ -55,7 +56,8 @@ class Gossip:
         self._topics: set[str] = set()
         self._tasks: trio.Nursery | None = None
         # Pubsub registered itself for every connection; we tell it of the admitted ones instead.
-        notifees = host.get_network().notifees
+        network: Any = host.get_network()
+        notifees = network.notifees
         self._notifee = next(n for n in notifees if isinstance(n, PubsubNotifee))
         notifees.remove(self._notifee)
 

@@ -14,17 +14,12 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import trio
-from libp2p import new_swarm
-from libp2p.abc import INetConn, INetwork, INotifee
-from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.io.trio import TrioTCPStream
-from libp2p.network.config import ConnectionConfig
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
@@ -42,9 +37,8 @@ from libmesh.net.base import (
 )
 from libmesh.net.gossip import PROTOCOLS as GOSSIP_PROTOCOLS
 from libmesh.net.gossip import Gossip
-from libmesh.net.muxer import YamuxConnection, install_muxer
 from libmesh.net.negotiate import accept_stream, open_lazy_stream
-from libmesh.net.noise import Noise
+from libmesh.net.swarm import ConnectionNotifee, new_mesh_swarm
 from libmesh.peers import Path, PathKind, PeerId
 
 log = logging.getLogger(__name__)
@@ -93,29 +87,16 @@ class Libp2pNetwork(Network):
     def __init__(self, seed: bytes, config: Libp2pConfig) -> None:
         self._config = config
         self._port = 0  # known once we listen
-        key_pair = create_new_key_pair(seed)
-        self._swarm: Any = new_swarm(
-            key_pair=key_pair,
-            sec_opt={TProtocol("/noise"): Noise(key_pair)},
-            muxer_opt={TProtocol("/yamux/1.0.0"): YamuxConnection},
-            transports=[],
-            connection_config=ConnectionConfig(
-                min_connections=0,
-                low_watermark=0,
-                high_watermark=config.max_connections,
-                max_connections=config.max_connections,
-                inbound_upgrade_timeout=config.handshake_limit,
-            ),
+        self._swarm = new_mesh_swarm(
+            seed, max_connections=config.max_connections, handshake_limit=config.handshake_limit
         )
-        install_muxer(self._swarm.upgrader)
         self._host = BasicHost(
             self._swarm,
             addrs_factory=lambda _: [Multiaddr(address) for address in self.addresses()],
             disable_identify_address_discovery=True,
         )
-        self._swarm.auto_connector.maybe_connect = _connect_nobody
         self._swarm.set_stream_handler(self._serve_stream)
-        self._swarm.register_notifee(_Notifee(self))
+        self._swarm.register_notifee(ConnectionNotifee(self._connected, self._disconnected))
         self._gossip = Gossip(self._host, self._deliver)
         self._me = PeerId(str(self._host.get_id()))
         self._handlers: dict[str, tuple[StreamHandler, bool]] = {}
@@ -208,6 +189,12 @@ class Libp2pNetwork(Network):
             for connection in self._connections(peer):
                 await connection.close()
 
+    def _take(self, stream: trio.SocketStream) -> None:
+        if self._tasks is None:
+            stream.socket.close()
+        else:
+            self._tasks.start_soon(self._accept, stream)
+
     async def _accept(self, stream: trio.SocketStream) -> None:
         with trio.CancelScope() as scope:
             if len(self._handshakes) >= self._config.max_handshakes:
@@ -264,6 +251,9 @@ class Libp2pNetwork(Network):
         """See `Network.set_handler`."""
         self._handlers[protocol] = (handler, admitted_only)
 
+    def _host_handler(self, protocol: str) -> Any:
+        return self._host.multiselect.handlers[TProtocol(protocol)]
+
     def _known(self, protocol: str) -> bool:
         return protocol in self._handlers or protocol in self._host.multiselect.handlers
 
@@ -280,7 +270,7 @@ class Libp2pNetwork(Network):
                     await self._run_handler(entry[0], stream)
             else:
                 net_stream.set_protocol(TProtocol(stream.protocol))
-                await self._host.multiselect.handlers[TProtocol(stream.protocol)](net_stream)
+                await self._host_handler(stream.protocol)(net_stream)
         except Exception as exc:  # noqa: BLE001 - the boundary named above; a bad stream must not end the host
             log.debug("a stream of %s failed: %r", peer, exc)
             await net_stream.reset()
@@ -331,8 +321,7 @@ class Libp2pNetwork(Network):
             async with self._host.run([]), self._gossip.running(), trio.open_nursery() as nursery:
                 self._tasks = nursery
                 for listener in listeners:
-                    take = partial(nursery.start_soon, self._accept)
-                    nursery.start_soon(tcp.accept_all, listener, take)
+                    nursery.start_soon(tcp.accept_all, listener, self._take)
                 try:
                     yield
                 finally:
@@ -364,34 +353,3 @@ def _path_of(connection: Any) -> Path:
     address = str(addresses[0]) if addresses else ""
     kind = PathKind.RELAYED if "/p2p-circuit" in address else PathKind.DIRECT
     return Path(kind=kind, address=address, rtt=getattr(connection.muxed_conn, "rtt", None))
-
-
-async def _connect_nobody() -> None:
-    """In place of py-libp2p's auto-connector, which would dial every peer it ever heard of."""
-
-
-class _Notifee(INotifee):
-    """Carries py-libp2p's notifications to the network."""
-
-    def __init__(self, network: Libp2pNetwork) -> None:
-        self._network = network
-
-    async def connected(self, network: INetwork, conn: INetConn) -> None:
-        """A connection stands."""
-        await self._network._connected(conn)
-
-    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
-        """A connection is gone."""
-        await self._network._disconnected(conn)
-
-    async def opened_stream(self, network: INetwork, stream: Any) -> None:
-        """Nothing to do."""
-
-    async def closed_stream(self, network: INetwork, stream: Any) -> None:
-        """Nothing to do."""
-
-    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
-        """Nothing to do."""
-
-    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
-        """Nothing to do."""

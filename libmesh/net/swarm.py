@@ -1,0 +1,82 @@
+"""py-libp2p's swarm, made to be fit for a mesh: our Noise and yamux only, and nobody dialled unasked.
+
+By default it would also take plaintext (no proof of identity), secio and mplex, and its auto-connector would dial every
+peer that it ever heard of, every 30 s.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, cast
+
+from libp2p import new_swarm
+from libp2p.abc import INetConn, INetwork, INotifee
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.custom_types import TProtocol
+from libp2p.network.config import ConnectionConfig
+from multiaddr import Multiaddr
+
+from libmesh.net.muxer import YamuxConnection, install_muxer
+from libmesh.net.noise import Noise
+
+
+def new_mesh_swarm(seed: bytes, *, max_connections: int, handshake_limit: float) -> Any:
+    """A swarm for the Ed25519 `seed`, without transports: connections are brought to it already made.
+
+    `handshake_limit` is in seconds. Typed `Any`: the class behind py-libp2p's interface has what we need, the interface
+    has not.
+    """
+    key_pair = create_new_key_pair(seed)
+    swarm = cast(
+        Any,
+        new_swarm(
+            key_pair=key_pair,
+            sec_opt={TProtocol("/noise"): Noise(key_pair)},
+            muxer_opt={TProtocol("/yamux/1.0.0"): YamuxConnection},
+            transports=[],
+            connection_config=ConnectionConfig(
+                min_connections=0,
+                low_watermark=0,
+                high_watermark=max_connections,
+                max_connections=max_connections,
+                inbound_upgrade_timeout=handshake_limit,
+            ),
+        ),
+    )
+    install_muxer(swarm.upgrader)
+    swarm.auto_connector.maybe_connect = _connect_nobody
+    return swarm
+
+
+async def _connect_nobody() -> None:
+    """In place of the auto-connector."""
+
+
+Listener = Callable[[Any], Awaitable[None]]
+
+
+class ConnectionNotifee(INotifee):
+    """Tells two functions of connections that stand and that are gone; each gets the swarm's connection object."""
+
+    def __init__(self, connected: Listener, disconnected: Listener) -> None:
+        self._connected, self._disconnected = connected, disconnected
+
+    async def connected(self, network: INetwork, conn: INetConn) -> None:
+        """A connection stands."""
+        await self._connected(conn)
+
+    async def disconnected(self, network: INetwork, conn: INetConn) -> None:
+        """A connection is gone."""
+        await self._disconnected(conn)
+
+    async def opened_stream(self, network: INetwork, stream: Any) -> None:
+        """Nothing to do."""
+
+    async def closed_stream(self, network: INetwork, stream: Any) -> None:
+        """Nothing to do."""
+
+    async def listen(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        """Nothing to do."""
+
+    async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
+        """Nothing to do."""
