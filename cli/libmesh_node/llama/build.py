@@ -121,7 +121,9 @@ def _installed(cache: Path) -> Engine | None:
     server, rpc = engine.llama_server, engine.rpc_server
     if server is None or rpc is None or not _is_whole(engine):
         return None
-    return replace(engine, llama_server=replace(server, origin="cache"), rpc_server=replace(rpc, origin="cache"))
+    return replace(
+        engine, llama_server=replace(server, origin="cache"), rpc_server=replace(rpc, origin="cache")
+    )
 
 
 def _is_whole(engine: Engine) -> bool:

@@ -21,7 +21,7 @@ class BoundedLog:
         self._limit = limit
         self._tail: deque[str] = deque(maxlen=tail)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = path.open("ab")
+        self._file = path.open("ab", buffering=0)
 
     @property
     def tail(self) -> tuple[str, ...]:
@@ -40,14 +40,13 @@ class BoundedLog:
             if self._file.tell() >= self._limit:
                 self._rotate()
             self._file.write(line.encode(errors="replace") + b"\n")
-            self._file.flush()
         except (OSError, ValueError):  # a full disk, or a rotation that failed half-way
             self.lost += 1
 
     def _rotate(self) -> None:
         self._file.close()
         self.path.replace(self.path.with_name(self.path.name + ".1"))
-        self._file = self.path.open("ab")
+        self._file = self.path.open("ab", buffering=0)
 
     def close(self) -> None:
         """Close the file; further lines are lost."""

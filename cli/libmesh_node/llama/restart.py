@@ -104,12 +104,11 @@ class RestartPolicy:
     def _ended(self, event: Ended, now: float) -> list[Effect]:
         if self._ready_since is not None and now - self._ready_since >= self._config.healthy_after:
             self._failures.clear()
-        self._ready_since = None
+        self._ready_since = self._launch_at = None
         self._failures.append(now)
         recent = sum(now - failure <= self._config.window for failure in self._failures)
         if recent >= self._config.failures:
             self._given_up = True
-            self._launch_at = None
             return [
                 GiveUp(
                     f"it failed {recent} times in {now - self._failures[0]:.0f} s; the last time {event.reason}"

@@ -30,7 +30,8 @@ import numpy.typing as npt
 
 from libmesh_node.llama.engine import cache_root
 
-DEMO_SEED = 20_26
+DEMO_SEED = 2026
+"""Also in the path of the cached file: whoever changes how the model is made, changes the seed with it."""
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
@@ -100,7 +101,7 @@ MEDIUM = ModelShape(layers=5, width=2048, heads=16, kv_heads=8, feed_forward=563
 
 def demo_model(cache: Path | None = None) -> Path:
     """The demo model's file, made on first use. Two processes may make it at once; both get the same bytes."""
-    path = (cache or cache_root()) / "models" / "demo.gguf"
+    path = (cache or cache_root()) / "models" / f"demo-{DEMO_SEED}" / "demo.gguf"
     if not path.is_file():
         write_model(path, TINY, DEMO_SEED, name="demo")
     return path

@@ -35,7 +35,7 @@ async def model_digest(parts: Sequence[Path], cache: Path | None = None) -> str:
 def _remembered(parts: tuple[Path, ...], folder: Path) -> str:
     entry = folder / _key(parts)
     with contextlib.suppress(OSError):
-        known = entry.read_text()
+        known = entry.read_text("ascii", "replace")
         if _DIGEST.fullmatch(known):
             return known
     digest = _compute(parts)

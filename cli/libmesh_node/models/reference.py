@@ -63,7 +63,7 @@ def resolve(reference: str, folders: Sequence[Path], cache: Path | None = None) 
         if "/" in reference:
             raise ModelError(f"There is no file {path}.")
     available = available_models(folders)
-    name = model_name(Path(reference))
+    name = model_name(Path(reference.removesuffix(".gguf") + ".gguf"))
     if name in available:
         return open_model(available[name])
     near = difflib.get_close_matches(name, [*available, DEMO], cutoff=0.4)
