@@ -81,7 +81,7 @@ class DemoNode:
     async def listen(self) -> None:
         """Keep the newest of what it says, until it ends."""
         async for data in self._process.output:
-            self._words.append(data)
+            self._words.append(bytes(data))
         self.ended.set()
 
     async def end(self) -> None:

@@ -5,7 +5,9 @@ Fields that are missing (an older node) or new (a newer one) are left out; nothi
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import compress
 from typing import Any
 
 from rich import box
@@ -15,7 +17,13 @@ from rich.text import Text
 
 from libmesh_node.terminal import harmless
 
+NARROW = 105
+"""Columns that the table of peers needs with short names."""
+
 Json = Mapping[str, Any]
+
+_WHOLE = {"peer", "state", "rtt", "pid", "port", "size"}
+"""Columns that are never cut or broken, however narrow it gets."""
 
 _STATE_STYLES = {
     "alive": "green", "ready": "green", "warm": "green", "direct": "green", "punched": "green",
@@ -24,15 +32,18 @@ _STATE_STYLES = {
 }  # fmt: skip
 
 
-def status_tables(status: Json, now_unix: float) -> RenderableType:
-    """Everything in `status`: this node, then peers, models and processes, each as a table that is there if needed."""
+def status_tables(status: Json, now_unix: float, width: int) -> RenderableType:
+    """Everything in `status`: this node, then peers, models and processes, each as a table that is there if needed.
+
+    Below `NARROW` columns of `width`, the tables leave out what matters least.
+    """
+    narrow = width < NARROW
     parts: list[RenderableType] = [_this_node(status)]
     peers = _objects(status, "peers")
-    names = {_text(peer, "id"): _peer_name(peer) for peer in peers}
-    names[_text(status, "node_id")] = "this node"
+    names = _names(status, peers)
     sections = (
-        ("peers", _peers(peers, now_unix), bool(peers)),
-        ("models", _models(_objects(status, "models"), names), bool(_objects(status, "models"))),
+        ("peers", _peers(peers, now_unix, narrow), bool(peers)),
+        ("models", _models(_objects(status, "models"), names, narrow), bool(_objects(status, "models"))),
         ("processes", _processes(_objects(status, "processes")), bool(_objects(status, "processes"))),
     )
     for title, table, wanted in sections:
@@ -73,35 +84,45 @@ def _this_node(status: Json) -> RenderableType:
     state = _text(status, "node_status") or "?"
     where = _text(status, "my_hostname")
     version = _text(status, "version")
-    _add(table, "node", f"{_text(status, 'node_id') or '?'}")
-    _add(
+    _row(table, "node", f"{_text(status, 'node_id') or '?'}")
+    _row(
         table,
         "state",
         state + (f" on {where}" if where else "") + (f", version {version}" if version else ""),
     )
     scope = _text(status, "scope")
-    _add(table, "mesh", f"{_text(status, 'mesh_id') or '?'}" + (f", scope {scope}" if scope else ""))
+    _row(table, "mesh", f"{_text(status, 'mesh_id') or '?'}" + (f", scope {scope}" if scope else ""))
     if status.get("api_port"):
-        _add(table, "API", f"http://localhost:{status['api_port']}/v1")
+        _row(table, "API", f"http://localhost:{status['api_port']}/v1")
     if status.get("console_port"):
-        _add(table, "console", f"http://localhost:{status['console_port']}")
+        _row(table, "console", f"http://localhost:{status['console_port']}")
     if status.get("my_vram_gb"):
-        _add(table, "memory", size(status["my_vram_gb"]))
+        _row(table, "memory", size(status["my_vram_gb"]))
     for number, address in enumerate(_strings(status, "addresses")):
-        _add(table, "" if number else "addresses", address)
+        _row(table, "" if number else "addresses", address)
     for notice in _strings(status, "notices"):
-        _add(table, Text("notice", style="yellow"), Text(notice, style="yellow"))
+        _row(table, Text("notice", style="yellow"), Text(notice, style="yellow"))
     return table
 
 
-def _peers(peers: Iterable[Json], now_unix: float) -> Table:
-    table = _table(
-        "peer", "host", "role", "scope", "state", "path", ">rtt", ">memory", "models", ">in flight", ">since"
+def _peers(peers: Iterable[Json], now_unix: float, narrow: bool) -> Table:
+    table = _Columns(
+        "peer",
+        "host",
+        "role",
+        "?scope",
+        "state",
+        "path",
+        ">rtt",
+        "?>memory",
+        "models",
+        ">in flight",
+        "?>since",
+        narrow=narrow,
     )
     for peer in peers:
         rtt = peer.get("rtt_ms")
-        _add(
-            table,
+        table.add(
             short_id(_text(peer, "id")),
             _text(peer, "hostname") or "–",
             _text(peer, "role"),
@@ -116,18 +137,19 @@ def _peers(peers: Iterable[Json], now_unix: float) -> Table:
             str(peer.get("inflight_requests", 0)),
             age(peer.get("since"), now_unix),
         )
-    return table
+    return table.rich
 
 
-def _models(models: Iterable[Json], names: Mapping[str, str]) -> Table:
-    table = _table("model", "state", ">size", ">context", ">in flight", "served by", "digest")
+def _models(models: Iterable[Json], names: Mapping[str, str], narrow: bool) -> Table:
+    table = _Columns(
+        "model", "state", ">size", ">context", ">in flight", "served by", "?digest", narrow=narrow
+    )
     for model in models:
         servers = _objects(model, "servers")
         context = model.get("context_length")
         bytes_ = model.get("size_bytes")
         where = [names.get(_text(server, "peer")) or short_id(_text(server, "peer")) for server in servers]
-        _add(
-            table,
+        table.add(
             _text(model, "name"),
             _state("warm" if servers else "cold"),
             size(bytes_ / 1e9 if isinstance(bytes_, (int, float)) else None),
@@ -136,14 +158,13 @@ def _models(models: Iterable[Json], names: Mapping[str, str]) -> Table:
             ", ".join(dict.fromkeys(where)) or "nobody",
             _text(model, "digest")[:12] or "–",
         )
-    return table
+    return table.rich
 
 
 def _processes(processes: Iterable[Json]) -> Table:
-    table = _table("process", "model", "state", ">pid", ">port", ">restarts", "why")
+    table = _Columns("process", "model", "state", ">pid", ">port", ">restarts", "why")
     for process in processes:
-        _add(
-            table,
+        table.add(
             _text(process, "name"),
             _text(process, "model"),
             _state(_text(process, "status")),
@@ -152,28 +173,50 @@ def _processes(processes: Iterable[Json]) -> Table:
             str(process.get("restarts", 0)),
             _text(process, "failure"),
         )
-    return table
+    return table.rich
 
 
-def _table(*columns: str) -> Table:
-    """Left-aligned columns; those that start with `>` are numbers and go to the right."""
-    table = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
-    for column in columns:
-        table.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
-    return table
+class _Columns:
+    """A table of plain text: rich would take `[…]` in a string for markup.
+
+    A column's name starts with `?` if a narrow table leaves it out, and with `>` if it holds numbers, which go to the
+    right.
+    """
+
+    def __init__(self, *columns: str, narrow: bool = False) -> None:
+        self.rich = Table(box=box.SIMPLE_HEAD, header_style="dim", pad_edge=False, show_edge=False)
+        self._shown = [not (narrow and column.startswith("?")) for column in columns]
+        for column in compress(columns, self._shown):
+            name = column.lstrip("?>")
+            self.rich.add_column(name, justify="right" if ">" in column else "left", no_wrap=name in _WHOLE)
+
+    def add(self, *cells: str | Text) -> None:
+        """Add a row; one cell for each column, shown or not."""
+        self.rich.add_row(*map(_plain, compress(cells, self._shown)))
 
 
-def _add(table: Table, *cells: str | Text) -> None:
-    """Add a row of plain text: rich would take `[…]` in a string for markup."""
-    table.add_row(*(Text(cell) if isinstance(cell, str) else cell for cell in cells))
+def _row(table: Table, *cells: str | Text) -> None:
+    table.add_row(*map(_plain, cells))
+
+
+def _plain(cell: str | Text) -> Text:
+    return Text(cell) if isinstance(cell, str) else cell
 
 
 def _state(word: str) -> Text:
     return Text(word, style=_STATE_STYLES.get(word, ""))
 
 
-def _peer_name(peer: Json) -> str:
-    return _text(peer, "hostname") or short_id(_text(peer, "id"))
+def _names(status: Json, peers: Iterable[Json]) -> dict[str, str]:
+    """What to call each peer where there is little room: its host name if no other has the same, else its short id."""
+    hosts = Counter([_text(status, "my_hostname"), *(_text(peer, "hostname") for peer in peers)])
+    names = {
+        _text(peer, "id"): host
+        if (host := _text(peer, "hostname")) and hosts[host] == 1
+        else short_id(_text(peer, "id"))
+        for peer in peers
+    }
+    return names | {_text(status, "node_id"): "this node"}
 
 
 def _text(source: Json, key: str) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
 
 _PIPE_WIDTH = 200
 """Columns when stdout is no terminal: wide enough that no table row is broken, as `grep` expects one."""
@@ -49,9 +51,23 @@ def say_json(value: Any, *, lines: bool = False) -> None:
 
 
 def stdout_console() -> Console:
-    """A rich console on stdout: the terminal's width and colours, or wide and plain into a pipe."""
+    """A rich console on stdout, with the terminal's width and colours."""
+    from rich.console import Console
+
+    return Console(highlight=False, markup=False, emoji=False)
+
+
+def show(tables: Callable[[int], RenderableType]) -> None:
+    """Print what `tables` makes of a width in columns: with a terminal's colours, or into a pipe plain and wide."""
     from rich.console import Console
 
     if sys.stdout.isatty():
-        return Console(highlight=False, markup=False, emoji=False)
-    return Console(highlight=False, markup=False, emoji=False, width=_PIPE_WIDTH, color_system=None)
+        console = stdout_console()
+        console.print(tables(console.width))
+        return
+    paper = io.StringIO()
+    console = Console(
+        file=paper, width=_PIPE_WIDTH, color_system=None, highlight=False, markup=False, emoji=False
+    )
+    console.print(tables(_PIPE_WIDTH))
+    say("\n".join(line.rstrip() for line in paper.getvalue().splitlines()))

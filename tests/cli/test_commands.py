@@ -98,6 +98,7 @@ def test_status_into_a_pipe_is_plain_and_unbroken(
     assert f"node   {PEER}" in printed
     assert "attic" in printed
     assert "\x1b" not in printed
+    assert not [line for line in printed.splitlines() if line != line.rstrip()]
 
 
 def test_watch_as_json_is_a_line_for_each_change_and_ends_with_the_node(

@@ -45,7 +45,7 @@ STATUS: dict[str, Any] = {
 
 def shown(status: Any, width: int = 200) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None, highlight=False)
-    console.print(status_tables(status, NOW))
+    console.print(status_tables(status, NOW, width))
     file = console.file
     assert isinstance(file, io.StringIO)
     return file.getvalue()
@@ -94,15 +94,25 @@ def test_everything_that_a_person_asks_for_is_there() -> None:
     ]
 
 
+def test_peers_on_hosts_of_one_name_are_told_apart_by_their_ids() -> None:
+    status = STATUS | {"my_hostname": "cellar"}
+    assert f"this node, {short_id(PEER)}, …34567890" in shown(status)
+
+
 def test_a_lonely_node_says_that_there_is_nobody() -> None:
     text = shown({"node_id": ME})
     assert "peers: none" in text
     assert "models: none" in text
 
 
-def test_a_narrow_terminal_breaks_no_promise() -> None:
-    for width in (10, 40, 80):
-        assert shown(STATUS, width)
+def test_a_narrow_terminal_leaves_out_what_matters_least_and_cuts_no_id() -> None:
+    for width in (70, 80, 100):
+        text = shown(STATUS, width)
+        assert max(map(len, text.splitlines())) <= width
+        assert short_id(PEER) in text
+        assert "in flight" in text
+        assert "digest" not in text
+    assert shown(STATUS, 10)
 
 
 json_values = st.recursive(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from functools import partial
 from typing import Any
 
 from rich.console import RenderableType
@@ -14,7 +15,7 @@ from libmesh_node.client import NodeClient, find_node
 from libmesh_node.datadir import DataDir
 from libmesh_node.options import add_node_choice, data_dir
 from libmesh_node.status_view import status_tables
-from libmesh_node.terminal import remark, say, say_json, stdout_console
+from libmesh_node.terminal import remark, say, say_json, show, stdout_console
 
 _REDRAWS_PER_SECOND = 2
 """Ages are in seconds, so twice that; each change is drawn at once besides."""
@@ -44,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         if args.json:
             say_json(status)
         else:
-            stdout_console().print(status_tables(status, time.time()))
+            show(partial(status_tables, status, time.time()))
         return 0
     try:
         _watch(node, as_json=args.json)
@@ -60,7 +61,7 @@ def _watch(node: NodeClient, *, as_json: bool) -> None:
             say_json(status, lines=True)
     elif not sys.stdout.isatty():
         for status in node.events():
-            stdout_console().print(status_tables(status, time.time()))
+            show(partial(status_tables, status, time.time()))
             say()
     else:
         _watch_live(node)
@@ -71,7 +72,7 @@ def _watch_live(node: NodeClient) -> None:
     newest: dict[str, Any] = {}
 
     def draw() -> RenderableType:
-        return status_tables(newest, time.time()) if newest else ""
+        return status_tables(newest, time.time(), console.width) if newest else ""
 
     console = stdout_console()
     with Live(

@@ -14,7 +14,7 @@ from libmesh_node.datadir import DataDir
 from libmesh_node.errors import NodeError
 from libmesh_node.options import add_node_choice, data_dir
 from libmesh_node.status_view import short_id
-from libmesh_node.terminal import remark, say, say_json, stdout_console
+from libmesh_node.terminal import remark, say, say_json, show
 
 
 def add_parser(subparsers: Any) -> None:
@@ -105,7 +105,7 @@ def _list(node: NodeClient, args: argparse.Namespace) -> int:
         here, there = f"127.0.0.1:{tunnel.get('port', 0)}", str(tunnel.get("target", ""))
         way = ("the mesh", there) if tunnel.get("direction") == "expose" else (here, f"peer {peer}")
         table.add_row(str(tunnel.get("name", "")), *way)
-    stdout_console().print(table)
+    show(lambda width: table)
     return 0
 
 
