@@ -4,7 +4,7 @@
        └── Node.run
              ├── serve_http        API and console, in their own thread, behind the bridge
              ├── LocalModels.run   a llama-server for each --model
-             ├── _mesh_loop        one Session after the other: one stay in one mesh each
+             ├── Stays.run         one stay in one mesh after the other, with a Session each
              └── _tick             refreshes what changes without an event, such as round-trip times
 
 All four are tasks of one nursery, so that cancelling it ends them at the same time, and the node within 3 s.
@@ -17,8 +17,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import trio
@@ -28,13 +28,10 @@ from libmesh import (
     AdmissionRefused,
     InviteDenied,
     InviteError,
-    Libp2pConfig,
     Mesh,
-    MeshConfig,
     MeshError,
-    PeerUnreachable,
     Scope,
-    open_mesh,
+    View,
     read_invite,
 )
 from libmesh_node import picture
@@ -45,11 +42,12 @@ from libmesh_node.errors import NodeError
 from libmesh_node.hardware import detect
 from libmesh_node.http.server import Listening, serve_http
 from libmesh_node.logs import logging_to
-from libmesh_node.membership import Membership, load_membership, save_membership, secret_key
+from libmesh_node.membership import Membership, secret_key
 from libmesh_node.options import NodeOptions
 from libmesh_node.serving import LocalModels
 from libmesh_node.session import Session
 from libmesh_node.snapshot import NodeSnapshot, Server
+from libmesh_node.stays import Stays
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +65,6 @@ PATIENCE = 2.8
 outlive it: their guards see to that."""
 
 _REPLY_TIME = 0.1  # seconds for the answer to `stop` to get out
-_PORT_FILE = "p2p-port"
 
 
 async def run_node(options: NodeOptions) -> int:
@@ -156,18 +153,18 @@ class Node:
         self._models = LocalModels(options, folder, self._memory_bytes, self._models_changed)
         self._listening = Listening(api_port=options.api_port, console_port=options.console_port)
         self._session: Session | None = None
-        self._mesh_id = ""
         self._token = ""
         self._token_made = 0.0
-        self._notice = ""
-        self._switch: _Switch | None = None
-        self._stay_scope: trio.CancelScope | None = None
+        self._invited = False
+        self._stays = Stays(
+            options, folder, self._key, opened=self._opened, entered=self._entered, closed=self._closed
+        )
         self._bridge = Bridge(self, self._picture())
 
     async def run(self) -> None:
         """Start everything, and run until cancelled. Raises what keeps it from starting."""
         log.info("node       %s", self._key.peer)
-        first = self._first_memberships()
+        first = self._stays.first()
         async with trio.open_nursery() as nursery:
             serve = partial(
                 serve_http,
@@ -180,7 +177,7 @@ class Node:
             self._write_info()
             await self._models.prepare()
             nursery.start_soon(self._models.run)
-            nursery.start_soon(self._mesh_loop, first)
+            nursery.start_soon(self._stays.run, first)
             nursery.start_soon(self._tick)
 
     def _write_info(self) -> None:
@@ -196,120 +193,18 @@ class Node:
         log.info("API        http://localhost:%d/v1", ports.api_port)
         log.info("console    http://localhost:%d", ports.console_port)
 
-    # ── meshes ───────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── stays ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _first_memberships(self) -> list[Membership]:
-        """The meshes to try, in order. Raises `NodeError` or `InviteError` if there is none to try."""
-        if self._options.join:
-            return _usable(self._options.join)
-        remembered = load_membership(self._folder)
-        if remembered is not None:
-            return [remembered]
-        return [Membership(secret_key(self._folder, "mesh").mesh_id)]
+    def _opened(self, mesh: Mesh, membership: Membership, nursery: trio.Nursery) -> None:
+        self._session = Session(mesh, self._models, self._refresh)
+        self._invited = membership.token is not None
+        nursery.start_soon(self._session.run)
+        self._models_changed()
 
-    async def _mesh_loop(self, first: list[Membership]) -> None:
-        current = await self._enter_first(first)
-        while True:
-            switch, self._switch = self._switch, None
-            if switch is None:
-                await self._stay(current, must_enter=False)
-                continue
-            try:
-                await self._stay(switch.to, must_enter=True, entered=switch.succeed)
-                current = switch.to
-            except MeshError as exc:
-                switch.fail(exc)
+    def _closed(self) -> None:
+        self._session, self._token = None, ""
 
-    async def _enter_first(self, memberships: list[Membership]) -> Membership:
-        """Stay in the first mesh that lets us in; if none answers, keep trying the first of those that may yet."""
-        failures: list[tuple[Membership, MeshError]] = []
-        for membership in memberships:
-            try:
-                await self._stay(membership, must_enter=True)
-            except (InviteError, AdmissionRefused, PeerUnreachable) as exc:
-                log.warning("%s", exc)
-                failures.append((membership, exc))
-            else:
-                return membership
-        for membership, failure in failures:
-            if isinstance(failure, PeerUnreachable):
-                self._notice = "Nobody in the mesh answers yet; this node keeps trying."
-                log.warning("nobody in the mesh answers yet; trying on")
-                await self._stay(membership, must_enter=False)
-                return membership
-        raise failures[0][1]
-
-    async def _stay(
-        self, membership: Membership, *, must_enter: bool, entered: Callable[[], None] = lambda: None
-    ) -> None:
-        """One stay in one mesh, until `_leave_mesh`. With `must_enter`, raises if nobody lets us in at once."""
-        failure: MeshError | None = None
-        own = secret_key(self._folder, "mesh") if membership.token is None else None
-        opened = open_mesh(
-            self._key,
-            mesh_key=own,
-            invite=membership.token,
-            network=None,
-            listen=self._listen(),
-            config=MeshConfig(agent=f"libmesh-node/{libmesh.__version__}"),
-            wait=False,
-        )
-        async with opened as mesh, trio.open_nursery() as nursery:
-            self._stay_scope = nursery.cancel_scope
-            self._remember_port(mesh.addresses)
-            self._session = Session(mesh, self._models, self._refresh)
-            self._mesh_id = mesh.mesh_id
-            nursery.start_soon(self._session.run)
-            self._models_changed()
-            if membership.token is not None:
-                failure = await self._enter(mesh, membership, must_enter=must_enter)
-            if failure is None:
-                entered()
-                self._introduce(mesh, membership)
-            else:
-                nursery.cancel_scope.cancel()
-        self._session, self._token, self._notice = None, "", ""
-        if failure is not None:
-            raise failure
-
-    async def _enter(self, mesh: Mesh, membership: Membership, *, must_enter: bool) -> MeshError | None:
-        assert membership.token is not None
-        try:
-            await mesh.join(membership.token)
-        except MeshError as exc:
-            if must_enter:
-                return exc
-            log.warning("%s", exc)
-            return None
-        self._notice = ""
-        save_membership(self._folder, membership)
-        return None
-
-    def _leave_mesh(self) -> None:
-        if self._stay_scope is not None:
-            self._stay_scope.cancel()
-
-    def _listen(self) -> Libp2pConfig:
-        return Libp2pConfig(port=self._port(), announce=self._options.announce_addresses)
-
-    def _port(self) -> int:
-        """The port for peers: the one asked for, or last time's if it is free, so that old invites lead here."""
-        if self._options.bind_port is not None:
-            return self._options.bind_port
-        with suppress(OSError, ValueError):
-            port = int((self._folder.path / _PORT_FILE).read_text())
-            with socket.socket() as probe:
-                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                probe.bind(("0.0.0.0", port))
-            return port
-        return 0
-
-    def _remember_port(self, addresses: Sequence[str]) -> None:
-        own = [address for address in addresses if address not in self._options.announce_addresses]
-        if own:
-            write_private(self._folder.path / _PORT_FILE, own[0].rpartition("/")[2].encode() + b"\n")
-
-    def _introduce(self, mesh: Mesh, membership: Membership) -> None:
+    def _entered(self, mesh: Mesh, membership: Membership) -> None:
         """Say in a few lines what a person needs to know now."""
         how = "its own" if membership.token is None else f"joined as {mesh.scope.name.lower()}"
         log.info("mesh       %s (%s)", mesh.mesh_id, how)
@@ -381,7 +276,7 @@ class Node:
         own = [(model, self._local_server(model)) for model in self._models.announced]
         return NodeSnapshot(
             node_id=self._key.peer,
-            mesh_id=self._mesh_id,
+            mesh_id=view.mesh_id if view is not None else "",
             version=libmesh.__version__,
             hostname=socket.gethostname(),
             node_status=self._word(),
@@ -396,8 +291,15 @@ class Node:
             peers=picture.peers(view),
             processes=self._models.processes,
             tunnels=session.forwards if session is not None else (),
-            notices=(self._notice,) if self._notice else (),
+            notices=self._notices(view),
         )
+
+    def _notices(self, view: View | None) -> tuple[str, ...]:
+        if view is None:
+            return ("This node is between two meshes.",)
+        if self._invited and not any(peer.path is not None for peer in view.peers):
+            return ("Nobody in the mesh answers; this node keeps trying.",)
+        return ()
 
     def _local_server(self, model: AnnouncedModel) -> Server | None:
         url = self._models.base_url(model.name)
@@ -411,14 +313,10 @@ class Node:
         """See `NodeCommands.join`: another mesh's invite makes this node leave its own for it, if it is let in."""
         try:
             to = Membership.invited(token)
-            if self._session is not None and to.mesh_id == self._mesh_id:
+            if self._session is not None and to.mesh_id == self._session.mesh.mesh_id:
                 await self._session.mesh.join(token)
-                return to.mesh_id
-            if self._switch is not None:
-                raise CommandFailed("busy", "This node is joining another mesh right now.")
-            self._switch = switch = _Switch(to)
-            self._leave_mesh()
-            await switch.outcome()
+            else:
+                await self._stays.switch(to)
         except (InviteError, AdmissionRefused) as exc:
             raise CommandFailed("denied", _sentence(str(exc))) from exc
         except MeshError as exc:
@@ -456,39 +354,3 @@ class Node:
         if self._session is None:
             raise CommandFailed("unreachable", "The node is not in a mesh now; try again in a moment.")
         return self._session
-
-
-class _Switch:
-    """A wish to go to another mesh, and how that came out."""
-
-    def __init__(self, to: Membership) -> None:
-        self.to = to
-        self._done = trio.Event()
-        self._failure: MeshError | None = None
-
-    def succeed(self) -> None:
-        self._done.set()
-
-    def fail(self, failure: MeshError) -> None:
-        self._failure = failure
-        self._done.set()
-
-    async def outcome(self) -> None:
-        await self._done.wait()
-        if self._failure is not None:
-            raise self._failure
-
-
-def _usable(tokens: Sequence[str]) -> list[Membership]:
-    """The memberships that `tokens` stand for. Raises the first one's `InviteError` if none can be read."""
-    found: list[Membership] = []
-    failures: list[InviteError] = []
-    for token in tokens:
-        try:
-            found.append(Membership.invited(token))
-        except InviteError as exc:
-            log.warning("%s", exc)
-            failures.append(exc)
-    if not found:
-        raise failures[0]
-    return found

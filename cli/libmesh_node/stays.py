@@ -1,0 +1,212 @@
+"""Which mesh this node is in, and how it gets from one to another: one stay after the other.
+
+A node starts with the invites that it was given, or with the mesh that last let it in, or with its own. Later a person
+may hand it an invite to another mesh: it leaves, tries that one, and comes back if nobody there lets it in.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import trio
+
+import libmesh
+from libmesh import (
+    AdmissionRefused,
+    InviteError,
+    Libp2pConfig,
+    Mesh,
+    MeshConfig,
+    MeshError,
+    PeerUnreachable,
+    SecretKey,
+    open_mesh,
+)
+from libmesh_node.datadir import DataDir, write_private
+from libmesh_node.membership import Membership, load_membership, save_membership, secret_key
+from libmesh_node.options import NodeOptions
+
+log = logging.getLogger(__name__)
+
+_PORT_FILE = "p2p-port"
+
+Dwell = Callable[[Mesh, Membership, trio.Nursery], None]
+"""Told that a mesh is open, before anybody let us in: starts what shall run there, in the nursery of this stay."""
+
+
+class Stays:
+    """The stays of one node, one at a time.
+
+    Args:
+        options: the command line.
+        folder: the data folder.
+        key: the node's identity.
+        opened: told of each stay's beginning.
+        entered: told when the mesh has let us in, or is our own.
+        closed: told that the stay is over.
+    """
+
+    def __init__(
+        self,
+        options: NodeOptions,
+        folder: DataDir,
+        key: SecretKey,
+        *,
+        opened: Dwell,
+        entered: Callable[[Mesh, Membership], None],
+        closed: Callable[[], None],
+    ) -> None:
+        self._options, self._folder, self._key = options, folder, key
+        self._opened, self._entered, self._closed = opened, entered, closed
+        self._switch: _Switch | None = None
+        self._scope: trio.CancelScope | None = None
+
+    def first(self) -> list[Membership]:
+        """The meshes to try, in order. Raises `NodeError` or `InviteError` if there is none to try."""
+        if self._options.join:
+            return _usable(self._options.join)
+        remembered = load_membership(self._folder)
+        if remembered is not None:
+            return [remembered]
+        return [Membership(secret_key(self._folder, "mesh").mesh_id)]
+
+    async def run(self, first: list[Membership]) -> None:
+        """Stay somewhere until cancelled. Raises a `MeshError` if none of `first` can be entered, now or later."""
+        current = await self._enter_first(first)
+        while True:
+            switch, self._switch = self._switch, None
+            if switch is None:
+                await self._stay(current, must_enter=False)
+                continue
+            try:
+                await self._stay(switch.to, must_enter=True, entered=switch.succeed)
+                current = switch.to
+            except MeshError as exc:
+                switch.fail(exc)
+
+    async def _enter_first(self, memberships: list[Membership]) -> Membership:
+        """Stay in the first mesh that lets us in; if none answers, keep trying the first of those that may yet."""
+        failures: list[tuple[Membership, MeshError]] = []
+        for membership in memberships:
+            try:
+                await self._stay(membership, must_enter=True)
+            except (InviteError, AdmissionRefused, PeerUnreachable) as exc:
+                log.warning("%s", exc)
+                failures.append((membership, exc))
+            else:
+                return membership
+        for membership, failure in failures:
+            if isinstance(failure, PeerUnreachable):
+                log.warning("nobody in the mesh answers yet; trying on")
+                await self._stay(membership, must_enter=False)
+                return membership
+        raise failures[0][1]
+
+    async def _stay(
+        self, membership: Membership, *, must_enter: bool, entered: Callable[[], None] = lambda: None
+    ) -> None:
+        """One stay in one mesh, until `switch`. With `must_enter`, raises if nobody lets us in at once."""
+        failure: MeshError | None = None
+        own = secret_key(self._folder, "mesh") if membership.token is None else None
+        opened = open_mesh(
+            self._key,
+            mesh_key=own,
+            invite=membership.token,
+            listen=self._listen(),
+            config=MeshConfig(agent=f"libmesh-node/{libmesh.__version__}"),
+            wait=False,
+        )
+        async with opened as mesh, trio.open_nursery() as nursery:
+            self._scope = nursery.cancel_scope
+            self._remember_port(mesh.addresses)
+            self._opened(mesh, membership, nursery)
+            if membership.token is not None:
+                failure = await self._enter(mesh, membership, must_enter=must_enter)
+            if failure is None:
+                entered()
+                self._entered(mesh, membership)
+            else:
+                nursery.cancel_scope.cancel()
+        self._closed()
+        if failure is not None:
+            raise failure
+
+    async def _enter(self, mesh: Mesh, membership: Membership, *, must_enter: bool) -> MeshError | None:
+        assert membership.token is not None
+        try:
+            await mesh.join(membership.token)
+        except MeshError as exc:
+            if must_enter:
+                return exc
+            log.warning("%s", exc)
+            return None
+        save_membership(self._folder, membership)
+        return None
+
+    async def switch(self, to: Membership) -> None:
+        """Leave this mesh for another one. Raises what kept us out of it; then we are back, or on the way back."""
+        if self._switch is not None:
+            raise MeshError("this node is joining another mesh right now")
+        self._switch = switch = _Switch(to)
+        if self._scope is not None:
+            self._scope.cancel()
+        await switch.outcome()
+
+    def _listen(self) -> Libp2pConfig:
+        return Libp2pConfig(port=self._port(), announce=self._options.announce_addresses)
+
+    def _port(self) -> int:
+        """The port for peers: the one asked for, or last time's if it is free, so that old invites lead here."""
+        if self._options.bind_port is not None:
+            return self._options.bind_port
+        with suppress(OSError, ValueError):
+            port = int((self._folder.path / _PORT_FILE).read_text())
+            with socket.socket() as probe:
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind(("0.0.0.0", port))
+            return port
+        return 0
+
+    def _remember_port(self, addresses: Sequence[str]) -> None:
+        own = [address for address in addresses if address not in self._options.announce_addresses]
+        if own:
+            write_private(self._folder.path / _PORT_FILE, own[0].rpartition("/")[2].encode() + b"\n")
+
+
+class _Switch:
+    """A wish to go to another mesh, and how that came out."""
+
+    def __init__(self, to: Membership) -> None:
+        self.to = to
+        self._done = trio.Event()
+        self._failure: MeshError | None = None
+
+    def succeed(self) -> None:
+        self._done.set()
+
+    def fail(self, failure: MeshError) -> None:
+        self._failure = failure
+        self._done.set()
+
+    async def outcome(self) -> None:
+        await self._done.wait()
+        if self._failure is not None:
+            raise self._failure
+
+
+def _usable(tokens: Sequence[str]) -> list[Membership]:
+    """The memberships that `tokens` stand for. Raises the first one's `InviteError` if none can be read."""
+    found: list[Membership] = []
+    failures: list[InviteError] = []
+    for token in tokens:
+        try:
+            found.append(Membership.invited(token))
+        except InviteError as exc:
+            log.warning("%s", exc)
+            failures.append(exc)
+    if not found:
+        raise failures[0]
+    return found
