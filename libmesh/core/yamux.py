@@ -1,13 +1,5 @@
 """The yamux multiplexer as a machine: frames, windows and stream states, no I/O and no clock.
 
-Source: the yamux specification (hashicorp/yamux `spec.md`, and libp2p/specs `yamux`). A frame is a header of twelve
-bytes, big endian, and for DATA a body:
-
-    version u8 = 0 | type u8 | flags u16 | stream id u32 | length u32
-
-    DATA 0           length: bytes of body          WINDOW_UPDATE 1   length: bytes added to the peer's send window
-    PING 2           length: opaque, echoed         GO_AWAY 3         length: 0 normal, 1 protocol error, 2 internal
-
 Theory of operation
 ===================
 The driver feeds received bytes to `receive`, in pieces of any size, and acts on the events. It asks `data` for the
@@ -29,19 +21,14 @@ with RST; so is silence, after `Options.linger`. Frames for streams that are for
 What a peer may not do ends the connection (`Broken`): a wrong version or type, an id of the wrong parity or used
 twice, more data than its window, streams opened without end. `receive` never raises because of what it was given.
 
-Windows
-=======
-Each stream may have 256 KiB under way from the start (specification). Beyond that we grant: `initial_window` when the
-stream is opened, then doubling up to `max_window` whenever the reader has consumed half a window within 0.25 s or two
-round trips of the last grant, which is the sign that the window and not the reader is the limit. All grants beyond
-256 KiB a stream come out of `window_budget`; when it is spent, windows stop growing. Unread bytes are bounded by
-`max_unread` for the connection; the stream whose data would pass it is reset.
+Windows are in `yamux_streams.py`, pings in `keepalive.py`, frames, options and events in `yamux_frames.py`. Unread bytes
+are bounded by `max_unread` for the connection; the stream whose data would pass it is reset.
 """
 
 from __future__ import annotations
 
-from enum import Enum
-
+from libmesh.core.keepalive import Keepalive
+from libmesh.core.yamux_control import ControlQueue
 from libmesh.core.yamux_frames import (
     ACK,
     DATA,
@@ -52,7 +39,6 @@ from libmesh.core.yamux_frames import (
     PING,
     PROTOCOL_ERROR,
     RST,
-    SPEC_WINDOW,
     SYN,
     WINDOW_UPDATE,
     Broken,
@@ -66,48 +52,11 @@ from libmesh.core.yamux_frames import (
     Reset,
     Writable,
 )
+from libmesh.core.yamux_parser import FrameParser, Header
+from libmesh.core.yamux_streams import State, StreamState, StreamTable, widen
 
-_MAX_SEND_WINDOW = 2**32 - 1
 _MAX_STREAM_ID = 2**32 - 1
-_MAX_PONGS = (
-    16  # unanswered pings kept; more at once is a flood, and a lost answer costs the peer one measurement
-)
 _MAX_REFUSALS = 1024  # streams refused in a row before the peer is cut off; go-yamux refuses for ever
-_MAX_CONTROL = 65536  # frames waiting for a peer that makes us answer and does not read the answers
-
-
-class _State(Enum):
-    OPEN = 0
-    LOCAL_FINISHED = 1
-    REMOTE_FINISHED = 2
-    LINGERING = 3
-
-
-class _Stream:
-    __slots__ = (
-        "consumed",
-        "extra",
-        "granted_at",
-        "inbound",
-        "receive_window",
-        "send_window",
-        "starved",
-        "state",
-        "target",
-        "unanswered",
-    )
-
-    def __init__(self, inbound: bool, now: float) -> None:
-        self.state = _State.OPEN
-        self.inbound = inbound
-        self.unanswered = True  # no ACK yet, in either direction
-        self.send_window = SPEC_WINDOW
-        self.starved = False
-        self.receive_window = SPEC_WINDOW  # what the peer may still send
-        self.target = SPEC_WINDOW  # the size of the window when all has been read
-        self.extra = 0  # what of it came out of the budget
-        self.consumed = 0  # read, and not yet granted again
-        self.granted_at = now
 
 
 class Yamux:
@@ -116,43 +65,31 @@ class Yamux:
     Times are seconds of any one monotonic clock. After `Broken` every call is harmless and does nothing.
 
     Attributes:
-        rtt: smoothed round-trip time in seconds (RFC 6298, gain 1/8), `None` until the first answer to a ping.
-        unread: bytes delivered as `Data` and not yet reported to `consumed`.
         broken: why the connection is over, or `None`.
     """
 
     def __init__(self, *, initiator: bool, now: float, options: Options | None = None) -> None:
         self._options = options or Options()
-        self._streams: dict[int, _Stream] = {}
+        self._table = StreamTable(self._options)
+        self._streams = self._table.states
+        self._windows = self._table.windows
         self._next_id = 1 if initiator else 2
         self._peer_parity = 0 if initiator else 1
-        self._last_peer_id = 0
-        self._inbound = 0
-        self._unaccepted = 0
-        self._unacknowledged = 0
         self._open_refused = False
         self._refusals = 0
-        self._budget = self._options.window_budget
         self._gone = False
         self.broken: str | None = None
-        self.unread = 0
-        self.rtt: float | None = None
-        # what waits to be sent
-        self._control: list[bytes] = []
-        self._grants: dict[int, int] = {}
-        self._pongs: list[int] = []
+        self._control = ControlQueue()
         # where the parser stands
-        self._partial = b""
+        self._parser = FrameParser()
         self._body_left = 0
         self._body_stream = 0
         self._body_known = False  # the body belongs to a live stream; otherwise it is skipped
         self._body_finishes = False
         # time
-        self._heard = now
-        self._ping = 0
-        self._ping_sent: float | None = None
-        self._next_ping = now
-        self._lingering: dict[int, float] = {}
+        self._keepalive = Keepalive(
+            interval=self._options.ping_interval, timeout=self._options.ping_timeout, now=now
+        )
 
     # ---- streams, from this side ------------------------------------------------------------------------------
 
@@ -171,14 +108,13 @@ class Yamux:
 
         SYN is among the control frames at once, so it precedes any data. Must not be called when `closing`.
         """
-        if self._unacknowledged >= self._options.max_unacknowledged:
+        if self._table.unacknowledged >= self._options.max_unacknowledged:
             self._open_refused = True
             return None
         stream_id = self._next_id
         self._next_id += 2
-        stream = self._streams[stream_id] = _Stream(False, now)
-        self._unacknowledged += 1
-        self._control.append(HEADER.pack(0, WINDOW_UPDATE, SYN, stream_id, self._first_grant(stream)))
+        stream = self._table.add(stream_id, now, inbound=False)
+        self._control.stream(SYN, stream_id, self._windows.first_grant(stream))
         return stream_id
 
     def accept(self, stream_id: int) -> None:
@@ -186,9 +122,8 @@ class Yamux:
         stream = self._streams.get(stream_id)
         if stream is None or not stream.inbound or not stream.unanswered:
             return
-        stream.unanswered = False
-        self._unaccepted -= 1
-        self._control.append(HEADER.pack(0, WINDOW_UPDATE, ACK, stream_id, self._first_grant(stream)))
+        self._table.answer(stream)
+        self._control.stream(ACK, stream_id, self._windows.first_grant(stream))
 
     def data(self, stream_id: int, size: int) -> tuple[bytes, int]:
         """The header of a DATA frame for the next bytes of a stream, and how many (1 to `size`) it covers.
@@ -197,7 +132,7 @@ class Yamux:
         The frame must be sent: the window has been charged.
         """
         stream = self._streams.get(stream_id)
-        if stream is None or stream.state not in (_State.OPEN, _State.REMOTE_FINISHED):
+        if stream is None or stream.state not in (State.OPEN, State.REMOTE_FINISHED):
             return b"", 0
         count = min(size, stream.send_window, self._options.max_frame)
         if count <= 0:
@@ -216,10 +151,6 @@ class Yamux:
         stream.starved = True
         return False
 
-    def knows(self, stream_id: int) -> bool:
-        """Whether the stream is not yet forgotten."""
-        return stream_id in self._streams
-
     def finish(self, stream_id: int, *, linger_from: float | None = None) -> bytes:
         """End the sending direction; return the FIN frame, to be sent after the stream's data, or nothing.
 
@@ -228,14 +159,14 @@ class Yamux:
         stream = self._streams.get(stream_id)
         if stream is None:
             return b""
-        if linger_from is not None and stream.state in (_State.OPEN, _State.LOCAL_FINISHED):
-            self._lingering.setdefault(stream_id, linger_from + self._options.linger)
-        if stream.state not in (_State.OPEN, _State.REMOTE_FINISHED):
-            return b""
-        if stream.state is _State.OPEN:
-            stream.state = _State.LOCAL_FINISHED
-        else:
+        if linger_from is not None and stream.state in (State.OPEN, State.LOCAL_FINISHED):
+            self._table.linger(stream_id, linger_from)
+        if stream.state is State.OPEN:
+            stream.state = State.LOCAL_FINISHED
+        elif stream.state is State.REMOTE_FINISHED:
             self._forget(stream_id)
+        else:
+            return b""
         return HEADER.pack(0, WINDOW_UPDATE, FIN, stream_id, 0)
 
     def abandon(self, stream_id: int, *, unread: bool, now: float) -> bytes:
@@ -246,103 +177,85 @@ class Yamux:
         """
         frames = self.finish(stream_id)
         stream = self._streams.get(stream_id)
-        if stream is None or stream.state is _State.LINGERING:
+        if stream is None or stream.state is State.LINGERING:
             return frames
         if unread:
             self._forget(stream_id)
             return frames + HEADER.pack(0, WINDOW_UPDATE, RST, stream_id, 0)
         if stream.inbound:
-            self._answer(stream)  # an outbound one still counts until the peer has seen it
-        stream.state = _State.LINGERING
-        self._lingering.setdefault(stream_id, now + self._options.linger)
+            self._table.answer(stream)  # an outbound one still counts until the peer has seen it
+        stream.state = State.LINGERING
+        self._table.linger(stream_id, now)
         return frames
 
     def reset(self, stream_id: int) -> None:
         """End a stream abruptly. Harmless when it is gone."""
         if stream_id in self._streams:
             self._forget(stream_id)
-            self._control.append(HEADER.pack(0, WINDOW_UPDATE, RST, stream_id, 0))
+            self._control.stream(RST, stream_id)
 
     def consumed(self, stream_id: int, count: int, now: float) -> None:
         """`count` bytes of `Data` were read or dropped. May open the peer's window, also of a larger size."""
-        self.unread -= count
+        self._windows.unread -= count
         stream = self._streams.get(stream_id)
-        if stream is None or stream.state is _State.REMOTE_FINISHED:
+        if stream is None or stream.state is State.REMOTE_FINISHED:
             return
-        stream.consumed += count
-        if stream.consumed * 2 < stream.target:
-            return
-        grant = stream.consumed
-        if now - stream.granted_at < max(0.25, 2 * (self.rtt or 0.0)):
-            grant += self._extend(stream, min(stream.target, self._options.max_window - stream.target))
-        stream.consumed = 0
-        stream.granted_at = now
-        stream.receive_window += grant
-        self._grants[stream_id] = self._grants.get(stream_id, 0) + grant
+        if grant := self._windows.consumed(stream, count, now, self._keepalive.rtt):
+            self._control.grant(stream_id, grant)
 
     # ---- the connection ---------------------------------------------------------------------------------------
 
     @property
+    def rtt(self) -> float | None:
+        """Smoothed round-trip time in seconds, `None` until the first answer to a ping."""
+        return self._keepalive.rtt
+
+    @property
+    def unread(self) -> int:
+        """Bytes delivered as `Data` and not yet reported to `consumed`."""
+        return self._windows.unread
+
+    @property
     def has_control(self) -> bool:
         """Whether `take_control` has anything."""
-        return bool(self._control or self._grants or self._pongs)
+        return bool(self._control)
 
     def take_control(self) -> bytes:
         """All frames that the machine has to send by itself, and forget them. To be sent ahead of waiting data."""
-        frames = self._control
-        for opaque in self._pongs:
-            frames.append(HEADER.pack(0, PING, ACK, 0, opaque))
-        for stream_id, grant in self._grants.items():
-            frames.append(HEADER.pack(0, WINDOW_UPDATE, 0, stream_id, grant))
-        self._control, self._pongs = [], []
-        self._grants.clear()
-        return b"".join(frames)
+        return self._control.take()
 
     def shutdown(self, code: int = NORMAL) -> None:
         """Say that this side goes away. Streams that are open go on; none can be opened."""
         if not self._gone and self.broken is None:
             self._gone = True
-            self._control.append(HEADER.pack(0, GO_AWAY, 0, 0, code))
+            self._control.go_away(code)
 
     def alive(self, now: float) -> None:
         """The peer gave a sign of life other than bytes: its TCP took more, after it had been full."""
-        self._heard = now
+        self._keepalive.heard(now)
 
     def deadline(self) -> float:
         """When `tick` is due. Infinite after `Broken`."""
         if self.broken is not None:
             return float("inf")
-        due = self._next_ping
-        if self._ping_sent is not None:
-            due = min(due, self._ping_sent + self._options.ping_timeout)
-        if self._lingering:
-            due = min(due, next(iter(self._lingering.values())))  # in order: all linger equally long
-        return due
+        return min(self._keepalive.deadline(), self._table.next_expiry())
 
     def tick(self, now: float) -> list[Event]:
         """Do what is due at `now`: ping, find the peer dead, end lingering streams. Moves `deadline` on."""
         events: list[Event] = []
         if self.broken is not None:
             return events
-        timeout = self._options.ping_timeout
-        if self._ping_sent is not None and now >= self._ping_sent + timeout:
-            if self._heard < self._ping_sent:
-                self._break(events, f"no sign of life for {now - self._heard:.1f} s")
-                return events
-            self._ping_sent = None  # it is slow, not dead: bytes came; the next ping asks again
-        while self._lingering:
-            stream_id, due = next(iter(self._lingering.items()))
-            if due > now:
-                break
-            if self._streams[stream_id].state is not _State.LINGERING:
+        silence = self._keepalive.silence(now)
+        if silence is not None:
+            self._break(events, f"no sign of life for {silence:.1f} s")
+            return events
+        for stream_id in self._table.expired(now):
+            if self._streams[stream_id].state is not State.LINGERING:
                 events.append(Reset(stream_id, "the peer did not finish in time"))
             self.reset(stream_id)
-        if now >= self._next_ping:
-            self._next_ping = now + self._options.ping_interval
-            if self._ping_sent is None:
-                self._ping = (self._ping + 1) & 0xFFFFFFFF
-                self._ping_sent = now
-                self._control.append(HEADER.pack(0, PING, SYN, 0, self._ping))
+        opaque = self._keepalive.tick(now)
+        if opaque is not None:
+            self._control.ping(opaque)
         return events
 
     # ---- what the peer sends ----------------------------------------------------------------------------------
@@ -352,50 +265,28 @@ class Yamux:
         events: list[Event] = []
         if not data:
             return events
-        self._heard = now
-        position, end = 0, len(data)
-        while position < end and self.broken is None:
-            if self._body_left:
-                take = min(self._body_left, end - position)
-                if self._body_known:
-                    piece = data if take == end else data[position : position + take]
-                    self._deliver(events, piece)
-                position += take
-                self._body_left -= take
-                if not self._body_left and self._body_finishes:
-                    self._finished(events, self._body_stream)
-                continue
-            if self._partial or end - position < HEADER.size:
-                take = min(HEADER.size - len(self._partial), end - position)
-                self._partial += data[position : position + take]
-                position += take
-                if len(self._partial) == HEADER.size:
-                    header, self._partial = HEADER.unpack(self._partial), b""
-                    self._header(events, now, *header)
-                continue
-            header = HEADER.unpack_from(data, position)
-            position += HEADER.size
-            self._header(events, now, *header)
-        if len(self._control) > _MAX_CONTROL and self.broken is None:
+        self._keepalive.heard(now)
+        for item in self._parser.feed(data):
+            if isinstance(item, bytes):
+                self._body(events, item)
+            else:
+                self._header(events, now, item)
+            if self.broken is not None:
+                return events
+        if self._control.overfull:
             self._break(events, "the peer does not read the answers that it causes")
         return events
 
-    def _header(
-        self,
-        events: list[Event],
-        now: float,
-        version: int,
-        kind: int,
-        flags: int,
-        stream_id: int,
-        length: int,
-    ) -> None:
+    def _header(self, events: list[Event], now: float, header: Header) -> None:
+        version, kind, flags, stream_id, length = header
         if version != 0:
             self._break(events, f"yamux version {version}")
         elif kind in (DATA, WINDOW_UPDATE):
             self._stream_header(events, now, kind, flags, stream_id, length)
+        elif kind == PING and flags & SYN:
+            self._control.pong(length)
         elif kind == PING:
-            self._pinged(now, flags, length)
+            self._keepalive.answered(length, now)
         elif kind == GO_AWAY:
             self._gone = True
             events.append(GoneAway(length))
@@ -407,11 +298,11 @@ class Yamux:
     ) -> None:
         if flags & SYN and not self._peer_opens(events, now, stream_id):
             if kind == DATA and self.broken is None:
-                self._expect_body(stream_id, length, known=False, finishes=False)
+                self._body_left, self._body_known, self._body_finishes = length, False, False
             return
         stream = self._streams.get(stream_id)
         if stream is not None and flags & ACK:
-            self._answer(stream)
+            self._table.answer(stream)
             self._allow_open(events)
         if kind == DATA:
             if stream is not None and not self._charge(events, stream_id, stream, length):
@@ -419,49 +310,41 @@ class Yamux:
                 if self.broken is not None:
                     return
             finishes = bool(flags & FIN) and not flags & RST
-            self._expect_body(stream_id, length, known=stream is not None, finishes=finishes and length > 0)
-            if flags & RST:
-                self._body_known = False
-            elif finishes and not length:
+            self._body_left, self._body_stream = length, stream_id
+            self._body_known = stream is not None and not flags & RST
+            self._body_finishes = finishes and length > 0
+            if finishes and not length:
                 self._finished(events, stream_id)
         elif stream is not None:
-            if length:
-                self._granted(events, stream_id, stream, length)
+            if length and widen(stream, length) and stream.state is not State.LINGERING:
+                events.append(Writable(stream_id))
             if flags & FIN and not flags & RST:
                 self._finished(events, stream_id)
         if flags & RST and stream is not None and stream_id in self._streams:
-            lingered = stream.state is _State.LINGERING
             self._forget(stream_id)
             self._allow_open(events)
-            if not lingered:
+            if stream.state is not State.LINGERING:
                 events.append(Reset(stream_id, "reset by the peer"))
 
-    def _expect_body(self, stream_id: int, length: int, *, known: bool, finishes: bool) -> None:
-        self._body_left, self._body_stream = length, stream_id
-        self._body_known, self._body_finishes = known, finishes
-
     def _peer_opens(self, events: list[Event], now: float, stream_id: int) -> bool:
-        if stream_id == 0 or stream_id % 2 != self._peer_parity or stream_id <= self._last_peer_id:
-            # ids grow; one that was used before, or is ours, cannot be told apart from a stream that is gone
+        # Smaller than the last one is fine: go-yamux numbers its streams before it queues for the socket.
+        if stream_id == 0 or stream_id % 2 != self._peer_parity or stream_id in self._streams:
             self._break(events, f"stream id {stream_id} cannot be opened by the peer")
             return False
-        self._last_peer_id = stream_id
-        options = self._options
-        if self._gone or self._inbound >= options.max_inbound or self._unaccepted >= options.backlog:
+        options, table = self._options, self._table
+        if self._gone or table.inbound >= options.max_inbound or table.unaccepted >= options.backlog:
             self._refusals += 1
             if self._refusals > _MAX_REFUSALS:
                 self._break(events, "streams opened without end")
             else:
-                self._control.append(HEADER.pack(0, WINDOW_UPDATE, RST, stream_id, 0))
+                self._control.stream(RST, stream_id)
             return False
         self._refusals = 0
-        self._streams[stream_id] = _Stream(True, now)
-        self._inbound += 1
-        self._unaccepted += 1
+        table.add(stream_id, now, inbound=True)
         events.append(Opened(stream_id))
         return True
 
-    def _charge(self, events: list[Event], stream_id: int, stream: _Stream, length: int) -> bool:
+    def _charge(self, events: list[Event], stream_id: int, stream: StreamState, length: int) -> bool:
         """Whether a body of `length` may come: within the window, wanted, and within the memory bound."""
         if length > stream.receive_window:
             self._break(
@@ -471,99 +354,57 @@ class Yamux:
         stream.receive_window -= length
         if not length:
             return True
-        if stream.state is _State.LINGERING:
+        if stream.state is State.LINGERING:
             self.reset(stream_id)
             return False
-        if stream.state is _State.REMOTE_FINISHED:
+        if stream.state is State.REMOTE_FINISHED:
             self.reset(stream_id)
             events.append(Reset(stream_id, "data after the end"))
             return False
-        if self.unread + length > self._options.max_unread:
+        if not self._windows.fits(length):
             self.reset(stream_id)
             events.append(Reset(stream_id, "too much unread data on this connection"))
             return False
         return True
 
-    def _deliver(self, events: list[Event], piece: bytes) -> None:
-        stream = self._streams.get(self._body_stream)
-        if stream is None:
-            return  # it was reset since its header came
-        if stream.state is _State.LINGERING:
-            self.reset(self._body_stream)
-        else:
-            self.unread += len(piece)
-            events.append(Data(self._body_stream, piece))
-
-    def _granted(self, events: list[Event], stream_id: int, stream: _Stream, length: int) -> None:
-        stream.send_window = min(stream.send_window + length, _MAX_SEND_WINDOW)
-        if stream.starved and stream.state is not _State.LINGERING:
-            stream.starved = False
-            events.append(Writable(stream_id))
+    def _body(self, events: list[Event], piece: bytes) -> None:
+        stream_id = self._body_stream
+        self._body_left -= len(piece)
+        stream = self._streams.get(stream_id) if self._body_known else None
+        if stream is not None and stream.state is State.LINGERING:
+            self.reset(stream_id)  # closed here since the header came
+        elif stream is not None:
+            self._windows.unread += len(piece)
+            events.append(Data(stream_id, piece))
+        if not self._body_left and self._body_finishes:
+            self._finished(events, stream_id)
 
     def _finished(self, events: list[Event], stream_id: int) -> None:
         stream = self._streams.get(stream_id)
-        if stream is None or stream.state is _State.REMOTE_FINISHED:
+        if stream is None or stream.state is State.REMOTE_FINISHED:
             return
-        if stream.state is _State.OPEN:
-            stream.state = _State.REMOTE_FINISHED
+        if stream.state is State.OPEN:
+            stream.state = State.REMOTE_FINISHED
             events.append(Finished(stream_id))
             return
-        lingered = stream.state is _State.LINGERING
         self._forget(stream_id)
         self._allow_open(events)
-        if not lingered:
+        if stream.state is not State.LINGERING:
             events.append(Finished(stream_id))
-
-    def _pinged(self, now: float, flags: int, opaque: int) -> None:
-        if flags & SYN:
-            if len(self._pongs) < _MAX_PONGS:
-                self._pongs.append(opaque)
-        elif flags & ACK and opaque == self._ping and self._ping_sent is not None:
-            sample = now - self._ping_sent
-            self.rtt = sample if self.rtt is None else self.rtt + (sample - self.rtt) / 8
-            self._ping_sent = None
 
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
-    def _first_grant(self, stream: _Stream) -> int:
-        # half of the budget is kept for windows that have shown that they need it
-        wanted = self._options.initial_window - SPEC_WINDOW
-        if self._budget - wanted < self._options.window_budget // 2:
-            return 0
-        grant = self._extend(stream, wanted)
-        stream.receive_window += grant
-        return grant
-
-    def _extend(self, stream: _Stream, wanted: int) -> int:
-        grant = max(0, min(wanted, self._budget))
-        self._budget -= grant
-        stream.extra += grant
-        stream.target += grant
-        return grant
-
-    def _answer(self, stream: _Stream) -> None:
-        if stream.unanswered:
-            stream.unanswered = False
-            if stream.inbound:
-                self._unaccepted -= 1
-            else:
-                self._unacknowledged -= 1
-
     def _forget(self, stream_id: int) -> None:
-        stream = self._streams.pop(stream_id)
-        self._answer(stream)
-        self._inbound -= stream.inbound
-        self._budget += stream.extra
-        self._grants.pop(stream_id, None)
-        self._lingering.pop(stream_id, None)
+        self._table.forget(stream_id)
+        self._control.drop_grants(stream_id)
 
     def _allow_open(self, events: list[Event]) -> None:
-        if self._open_refused and self._unacknowledged < self._options.max_unacknowledged:
+        if self._open_refused and self._table.unacknowledged < self._options.max_unacknowledged:
             self._open_refused = False
             events.append(OpenAllowed())
 
     def _break(self, events: list[Event], reason: str) -> None:
         self._gone = True
-        self._control.append(HEADER.pack(0, GO_AWAY, 0, 0, PROTOCOL_ERROR))
+        self._control.go_away(PROTOCOL_ERROR)
         self.broken = reason
         events.append(Broken(reason))

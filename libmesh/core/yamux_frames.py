@@ -1,4 +1,13 @@
-"""The vocabulary of the yamux machine: frame layout, options, events. The rules are in `yamux.py`."""
+"""The vocabulary of the yamux machine: frame layout, options, events. The rules are in `yamux.py`.
+
+Source: the yamux specification (hashicorp/yamux `spec.md`, and libp2p/specs `yamux`). A frame is a header of twelve
+bytes, big endian, and for DATA a body:
+
+    version u8 = 0 | type u8 | flags u16 | stream id u32 | length u32
+
+    DATA 0           length: bytes of body          WINDOW_UPDATE 1   length: bytes added to the peer's send window
+    PING 2           length: opaque, echoed         GO_AWAY 3         length: 0 normal, 1 protocol error, 2 internal
+"""
 
 from __future__ import annotations
 

@@ -1,0 +1,58 @@
+"""When to ping, how far away the peer is, and when it must be taken for dead. No clock: times are arguments."""
+
+from __future__ import annotations
+
+
+class Keepalive:
+    """Pings on a schedule and judges the answers.
+
+    A peer is dead when nothing at all has come from it for `timeout` after a ping. An answer that stays out while
+    other bytes come is a slow peer, or one whose answer waits behind bulk; that costs a measurement, not the
+    connection.
+
+    Attributes:
+        rtt: smoothed round-trip time in seconds (RFC 6298, gain 1/8), `None` until the first answer.
+    """
+
+    def __init__(self, *, interval: float, timeout: float, now: float) -> None:
+        self._interval = interval
+        self._timeout = timeout
+        self._heard = now
+        self._opaque = 0
+        self._sent: float | None = None
+        self._next = now
+        self.rtt: float | None = None
+
+    def heard(self, now: float) -> None:
+        """The peer gave a sign of life."""
+        self._heard = now
+
+    def deadline(self) -> float:
+        """When `tick` has something to do."""
+        return self._next if self._sent is None else min(self._next, self._sent + self._timeout)
+
+    def tick(self, now: float) -> int | None:
+        """The number to ping with, if a ping is due. Afterwards `deadline` is later than `now`."""
+        if self._sent is not None and now >= self._sent + self._timeout:
+            self._sent = None
+        if now < self._next:
+            return None
+        self._next = now + self._interval
+        if self._sent is not None:
+            return None
+        self._opaque = (self._opaque + 1) & 0xFFFFFFFF
+        self._sent = now
+        return self._opaque
+
+    def silence(self, now: float) -> float | None:
+        """For how long the peer has been silent, if that is too long. To be asked before `tick`."""
+        if self._sent is None or now < self._sent + self._timeout or self._heard >= self._sent:
+            return None
+        return now - self._heard
+
+    def answered(self, opaque: int, now: float) -> None:
+        """The peer echoed a ping. Echoes of old ones, and of none, are ignored."""
+        if self._sent is not None and opaque == self._opaque:
+            sample = now - self._sent
+            self.rtt = sample if self.rtt is None else self.rtt + (sample - self.rtt) / 8
+            self._sent = None
