@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tarfile
+import zlib
 from pathlib import Path
 
 import trio
@@ -69,17 +70,24 @@ def is_genuine(archive: Path) -> bool:
 def unpack(archive: Path, destination: Path) -> None:
     """Unpack llama.cpp, and nothing else, so that `destination` appears complete or not at all.
 
-    Runs in a worker thread of trio; cancelling is noticed from file to file, and the next call starts over.
+    Runs in a worker thread of trio; cancelling is noticed from file to file, and the next call starts over. Raises
+    `EngineError` if the archive is damaged, or reaches outside, or the disk is full.
     """
     partial = destination.with_name(destination.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    with tarfile.open(archive) as tar:
-        for member in tar:
-            trio.from_thread.check_cancelled()
-            if not member.name.startswith(_PREFIX):
-                continue
-            member.name = member.name.removeprefix(_PREFIX)
-            tar.extract(member, partial, filter="data")
+    try:
+        _extract(archive, partial)
+    except (tarfile.TarError, EOFError, zlib.error, OSError) as exc:
+        raise EngineError(f"{archive} cannot be unpacked: {exc}.") from exc
     if not (partial / "CMakeLists.txt").is_file():
         raise EngineError(f"{archive} holds no llama.cpp.")
     partial.rename(destination)
+
+
+def _extract(archive: Path, destination: Path) -> None:
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            trio.from_thread.check_cancelled()
+            if member.name.startswith(_PREFIX):
+                member.name = member.name.removeprefix(_PREFIX)
+                tar.extract(member, destination, filter="data")
