@@ -19,7 +19,7 @@ install: $(INSTALLED) ## make .venv and install everything into it
 $(INSTALLED): pyproject.toml tools/make_venv.sh
 	@sh tools/make_venv.sh $(VENV)
 	@echo "Installing libmesh and its tools into $(VENV) (some minutes the first time) ..."
-	@$(PYTHON) -m pip install --disable-pip-version-check --quiet --editable '.[dev]'
+	@$(PYTHON) -m pip install --disable-pip-version-check -qq --editable '.[dev]'
 	@# trio-typing, which py-libp2p pulls in, brings stubs of a trio of 2021 that hide trio's own types from mypy.
 	@rm -rf $(VENV)/lib/python3*/site-packages/trio-stubs
 	@touch $@
