@@ -9,8 +9,8 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -73,13 +73,12 @@ def call(
         connection.close()
 
 
-def wait_until(condition: object, limit: float = 10.0) -> float:
+def wait_until(condition: Callable[[], bool], limit: float = 10.0, every: float = 0.01) -> float:
     """Poll a real process until `condition()` holds; return how long it took."""
-    assert callable(condition)
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < limit, "it never came true"
-        time.sleep(0.01)
+        time.sleep(every)
     return time.monotonic() - began
 
 
@@ -198,7 +197,8 @@ class Node:
         trio.from_thread.run_sync(self.bridge.publish, snapshot, trio_token=self.token)
 
     def end(self) -> None:
-        self.token.run_sync_soon(self.stop.set)
+        with suppress(trio.RunFinishedError):  # a test may have ended it before
+            self.token.run_sync_soon(self.stop.set)
         self.thread.join(10)
         assert not self.thread.is_alive()
 
@@ -249,7 +249,7 @@ def running_node(*models: Model, listen_all: bool = False, origins: tuple[str, .
     def run() -> None:
         try:
             trio.run(main)
-        except BaseException as exc:  # for the test's own thread
+        except BaseException as exc:  # noqa: BLE001  for the test's own thread
             made.put(exc)
 
     threading.Thread(target=run, daemon=True).start()

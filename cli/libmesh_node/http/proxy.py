@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import logging
 import random
+import socket
+import struct
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager
@@ -77,7 +79,7 @@ class Proxy:
         client has been sent nothing.
         """
         tried: set[str] = set()
-        disconnected: set[str] = set()
+        hung_up: set[str] = set()
         failure: Exception | None = None
         while exchange.attempts < MAX_ATTEMPTS:
             model = find()
@@ -95,11 +97,8 @@ class Proxy:
                         "%s at %s did not answer: %s", model.name, server.peer, exc or type(exc).__name__
                     )
                     # A kept connection may have been closed under us. That says nothing of the server: ask once more.
-                    if (
-                        isinstance(exc, aiohttp.ServerDisconnectedError)
-                        and server.base_url not in disconnected
-                    ):
-                        disconnected.add(server.base_url)
+                    if _hung_up(exc) and server.base_url not in hung_up:
+                        hung_up.add(server.base_url)
                     else:
                         tried.add(server.base_url)
                     continue
@@ -172,7 +171,10 @@ class Proxy:
         if transport is None:
             return
         if request.version < aiohttp.HttpVersion11:
-            transport.abort()  # its answers end with the connection; only a reset is not an end
+            # Its answers end with the connection, so only a reset is not an end; without the linger abort() sends none.
+            linger = struct.pack("ii", 1, 0)
+            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            transport.abort()
         else:
             transport.close()  # after what was written, and without the last chunk
 
@@ -201,6 +203,13 @@ def new_session() -> aiohttp.ClientSession:
 
 class _Broken(Exception):
     """The server's side of an answer ended early."""
+
+
+def _hung_up(failure: Exception) -> bool:
+    """Whether a connection that stood was closed before any answer."""
+    if isinstance(failure, aiohttp.ClientConnectorError):
+        return False
+    return isinstance(failure, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
 
 
 async def _next(upstream: aiohttp.ClientResponse) -> bytes:
