@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from libmesh import keys
 from libmesh.core import credentials
-from libmesh.core.credentials import Credential
+from libmesh.core.credentials import Credential, Revoked
 from libmesh.peers import MeshId, PeerId, Service
 
 SIGNING_CONTEXT = b"libmesh announcement 1\0"
@@ -46,7 +46,7 @@ Seal = Callable[[Announcement], Record]
 """Encodes and signs an announcement of our own. Pure."""
 
 
-def authentic(record: Record, *, mesh_id: MeshId, now_unix: float) -> bool:
+def authentic(record: Record, *, mesh_id: MeshId, now_unix: float, revoked: Revoked | None = None) -> bool:
     """Whether `record` was signed by the peer that it speaks for, and that peer is a member of the mesh now."""
     announcement = record.announcement
     try:
@@ -54,6 +54,6 @@ def authentic(record: Record, *, mesh_id: MeshId, now_unix: float) -> bool:
     except ValueError:
         return False
     refusal = credentials.verify(
-        announcement.credential, mesh_id=mesh_id, peer_key=peer_key, now_unix=now_unix
+        announcement.credential, mesh_id=mesh_id, peer_key=peer_key, now_unix=now_unix, revoked=revoked
     )
     return refusal is None and keys.verify(peer_key, SIGNING_CONTEXT + record.body, record.signature)

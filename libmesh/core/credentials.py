@@ -18,7 +18,7 @@ Any member checks it offline, from the mesh's id alone. The rules, each with its
 4. A link never has a wider scope or a later end than its parent (`widened`), and only a parent with the scope
    `INVITE` may be followed by another invite link (`widened`).
 5. No link has ended, with `CLOCK_TOLERANCE` for clocks that disagree (`expired`).
-6. No link is revoked (`revoked`).
+6. No link was revoked by a key that stands above it (`revoked`).
 
 What is signed is not the protobuf but the fixed layout of `Link.signed_bytes`, so that there is exactly one
 encoding of it (protobuf does not promise one). The idea of chains that can only narrow is that of macaroons
@@ -30,7 +30,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -45,8 +45,17 @@ CLOCK_TOLERANCE = 30.0
 """Seconds that a link is still taken after its end. NTP keeps clocks within 1 s, a laptop just woken needs some
 seconds to catch up. A joiner checks its own invite without any tolerance."""
 
+MAX_REVOCATIONS = 1024
+"""Revocations kept. Each needs a real link of the mesh and the key of somebody above it, so that outsiders cannot fill
+this; a mesh that needs more is better founded anew."""
+
 _CONTEXT = b"libmesh link 1\0"
+_REVOCATION_CONTEXT = b"libmesh revocation 1\0"
 _NO_END = 2**64 - 1
+
+
+Verify = Callable[[bytes, bytes, bytes], bool]
+"""Checks a signature: public key, data, signature."""
 
 
 class LinkKind(IntEnum):
@@ -162,6 +171,20 @@ class Authority:
         link = self._sign(keys.public_key(seed), LinkKind.INVITE, scope, min(ends, default=None))
         return Authority(mesh_key=self.mesh_key, links=(*self.links, link), seed=seed)
 
+    def revoke(self, links: tuple[Link, ...]) -> Revocation:
+        """Take back the last of `links`, a chain of this mesh. Raises `InviteDenied` unless our key stands above it."""
+        issuers = [self.mesh_key, *(link.subject for link in links[:-1])]
+        own = keys.public_key(self.seed)
+        if own not in issuers:
+            raise InviteDenied("only those who let it in, or whoever let them in, can revoke it")
+        signed = _REVOCATION_CONTEXT + self.mesh_key + links[-1].id
+        return Revocation(
+            mesh_key=self.mesh_key,
+            links=links,
+            signer=issuers.index(own),
+            signature=keys.sign(self.seed, signed),
+        )
+
     def _sign(self, subject: bytes, kind: LinkKind, scope: Scope, not_after_unix: int | None) -> Link:
         issuer = self.links[-1].subject if self.links else self.mesh_key
         body = _signed_bytes(self.mesh_key, issuer, subject, kind, scope, not_after_unix)
@@ -172,6 +195,72 @@ class Authority:
             not_after_unix=not_after_unix,
             signature=keys.sign(self.seed, body),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Revocation:
+    """The taking back of a link: the chain down to it, and the signature of a key above it.
+
+    `signer` is 0 for the mesh key, i for the subject of the i-th link. It is good or bad by itself: `is_valid`.
+    """
+
+    mesh_key: bytes
+    links: tuple[Link, ...]
+    signer: int
+    signature: bytes
+
+    @property
+    def link_id(self) -> bytes:
+        """The id of the link that is taken back."""
+        return self.links[-1].id
+
+    @property
+    def signer_key(self) -> bytes:
+        """The public key of whoever takes it back."""
+        return self.links[self.signer - 1].subject if self.signer else self.mesh_key
+
+    def is_valid(self, mesh_id: MeshId, verify_signature: Verify = keys.verify) -> bool:
+        """Whether the chain is one of the mesh, and the signer stands above its last link and signed."""
+        if keys.mesh_id_of(self.mesh_key) != mesh_id or not 1 <= len(self.links) <= MAX_LINKS:
+            return False
+        if not 0 <= self.signer < len(self.links) or _narrowing_broken(self.links) is not None:
+            return False
+        issuers = [self.mesh_key, *(link.subject for link in self.links[:-1])]
+        signed = _REVOCATION_CONTEXT + self.mesh_key + self.link_id
+        return verify_signature(issuers[self.signer], signed, self.signature) and all(
+            verify_signature(issuer, link.signed_bytes(self.mesh_key, issuer), link.signature)
+            for issuer, link in zip(issuers, self.links, strict=True)
+        )
+
+
+class Revoked:
+    """The revocations that a peer knows, all valid, at most `MAX_REVOCATIONS`."""
+
+    def __init__(self) -> None:
+        self._by_link: dict[bytes, dict[bytes, Revocation]] = {}
+
+    def __len__(self) -> int:
+        return sum(map(len, self._by_link.values()))
+
+    def __iter__(self) -> Iterator[Revocation]:
+        return (revocation for found in self._by_link.values() for revocation in found.values())
+
+    def add(self, revocation: Revocation) -> bool:
+        """Remember a valid revocation. Whether it is new; a further one is forgotten when there is no room."""
+        signers = self._by_link.get(revocation.link_id, {})
+        if revocation.signer_key in signers or len(self) >= MAX_REVOCATIONS:
+            return False
+        self._by_link.setdefault(revocation.link_id, {})[revocation.signer_key] = revocation
+        return True
+
+    def covers(self, credential: Credential) -> bool:
+        """Whether any link of `credential` was taken back by a key above it."""
+        above = {credential.mesh_key}
+        for link in credential.links:
+            if above & self._by_link.get(link.id, {}).keys():
+                return True
+            above.add(link.subject)
+        return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,16 +282,13 @@ class Refusal:
     detail: str
 
 
-Verify = Callable[[bytes, bytes, bytes], bool]
-
-
 def verify(
     credential: Credential,
     *,
     mesh_id: MeshId,
     peer_key: bytes,
     now_unix: float,
-    revoked: Collection[bytes] = (),
+    revoked: Revoked | None = None,
     verify_signature: Verify = keys.verify,
 ) -> Refusal | None:
     """Check `credential`, shown by the holder of `peer_key`, against all rules; `None` if it is good.
@@ -224,8 +310,8 @@ def verify(
     for link in links:
         if link.not_after_unix is not None and now_unix > link.not_after_unix + CLOCK_TOLERANCE:
             return Refusal("expired", f"it ended {_ago(now_unix - link.not_after_unix)} ago")
-        if link.id in revoked:
-            return Refusal("revoked", "it, or an invite that it came from, was revoked")
+    if revoked is not None and revoked.covers(credential):
+        return Refusal("revoked", "it, or an invite that it came from, was revoked")
     issuer = credential.mesh_key
     for position, link in enumerate(links):
         if not verify_signature(issuer, link.signed_bytes(credential.mesh_key, issuer), link.signature):

@@ -6,17 +6,18 @@ Every peer signs announcements of itself. Of two announcements of one peer the o
 `(incarnation, sequence)` holds, so it does not matter by which way, how often or in which order they come. A peer
 raises its sequence with each change and every `refresh` seconds, and its incarnation with each restart.
 
-======== ============================ ===================================================================
-state    meaning                      how it is left
-======== ============================ ===================================================================
-ALIVE    connected, or heard of       connection lost → SUSPECT; silent and unreachable → SUSPECT
-SUSPECT  may be gone                  connected again or newer announcement → ALIVE; `suspicion` over → DEAD
-DEAD     fell silent                  connected or newer announcement → ALIVE; `tombstone` over → forgotten
-LEFT     said goodbye                 a higher incarnation → ALIVE; `tombstone` over → forgotten
-======== ============================ ===================================================================
+======== ================== =================================================================================
+state    meaning            how it is left
+======== ================== =================================================================================
+ALIVE    as far as we know  connection lost, or no probe answered → SUSPECT
+SUSPECT  may be gone        connected, heard, or a newer announcement → ALIVE; `suspicion` over → DEAD
+DEAD     fell silent        connected, heard, or a newer announcement → ALIVE; `tombstone` over → forgotten
+LEFT     said goodbye       a higher incarnation → ALIVE; `tombstone` over → forgotten
+======== ================== =================================================================================
 
 Only the peer itself can announce, change or end itself: every announcement carries its own signature and its chain
-of credentials, both checked here. What others say of a peer changes nothing but the connection attempts made.
+of credentials, both checked here. What others say of a peer changes nothing but when we probe it (`liveness`). Whoever
+suspects a peer says so, and the peer, if it is there, answers with a newer announcement.
 
 The machine wants a connection to every peer that it believes in. It asks for one with `Dial` and hears the outcome
 as `Connected` or `DialFailed`. Of two peers that learn of each other at once, the one with the lower id dials first.
@@ -31,7 +32,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from libmesh.core.announcement import Announcement, Record, Seal, authentic
-from libmesh.core.credentials import CLOCK_TOLERANCE, Credential
+from libmesh.core.credentials import CLOCK_TOLERANCE, Credential, Revocation
+from libmesh.core.credentials import Revoked as RevokedLinks
 from libmesh.core.membership_io import (
     Changed,
     Connected,
@@ -42,9 +44,16 @@ from libmesh.core.membership_io import (
     Effect,
     Event,
     Leave,
+    PeerHeard,
+    PeerSilent,
     Publish,
+    Question,
     RecordHeard,
+    RevocationHeard,
+    Revoked,
     SelfChanged,
+    Suspicion,
+    SuspicionHeard,
     Wake,
 )
 from libmesh.peers import MeshId, Path, PeerId, PeerState, PeerView, Scope, Service, View
@@ -58,32 +67,28 @@ class MembershipConfig:
     """The machine's times, in seconds, each greater than 0.
 
     Attributes:
-        refresh: how often an unchanged announcement is repeated. Less costs every peer a message each time.
-        silence: an unconnected peer of which nothing new was heard for so long is suspected. Must be well over
-            `refresh`; twice and a half survives two lost messages.
-        suspicion: how long a suspect has to come back. A lost TCP connection to a live peer is up again within a
-            second on a LAN; five allow for a router's hiccup.
+        refresh: how often an unchanged announcement is repeated. Probes tell who is there and digests what was missed,
+            so this is only a last resort; each costs every peer a message, and gossipsub's cost 4 ms of CPU.
+        suspicion: how long a suspect has to come back. Longer forgives longer pauses: a process stopped for two
+            seconds must survive. Together with a probe's turn and two timeouts it is what death takes.
         tombstone: how long the dead are remembered, and dialled now and then.
         coalesce: changes of one's own announcement within this time go out as one.
         dial_first: how long the peer with the higher id leaves the first dial to the other.
         dial_min, dial_max: back-off between attempts to reach a peer, doubling.
     """
 
-    refresh: float = 30.0
-    silence: float = 75.0
-    suspicion: float = 5.0
+    refresh: float = 300.0
+    suspicion: float = 2.5
     tombstone: float = 600.0
     coalesce: float = 0.1
     dial_first: float = 0.5
     dial_min: float = 0.5
-    dial_max: float = 60.0
+    dial_max: float = 8.0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
-        if self.silence <= self.refresh:
-            raise ValueError(f"silence ({self.silence}) must be greater than refresh ({self.refresh})")
 
 
 _BELIEVED = (PeerState.ALIVE, PeerState.SUSPECT)
@@ -94,7 +99,6 @@ class _Entry:
     record: Record
     state: PeerState
     since: float
-    heard: float
     connected: bool
     dialling: bool = False
     failures: int = 0
@@ -121,6 +125,7 @@ class Membership:
     ) -> None:
         self.mesh_id = mesh_id
         self.config = config or MembershipConfig()
+        self.revoked = RevokedLinks()
         self._seal = seal
         self._me = seal(me)
         self._pending: Announcement | None = None
@@ -128,6 +133,12 @@ class Membership:
         self._peers: dict[PeerId, _Entry] = {}
         self._connected: set[PeerId] = set()
         self._left = False
+
+    @property
+    def watched(self) -> tuple[frozenset[PeerId], frozenset[PeerId]]:
+        """The peers that should be probed, and those among them that are suspected."""
+        believed = frozenset(peer for peer, entry in self._peers.items() if entry.state in _BELIEVED)
+        return believed, frozenset(p for p in believed if self._peers[p].state is PeerState.SUSPECT)
 
     @property
     def me(self) -> Record:
@@ -141,6 +152,14 @@ class Membership:
         match event:
             case RecordHeard(record, gossiped):
                 return self._heard(record, gossiped, now)
+            case RevocationHeard(revocation, gossiped):
+                return self._revoke(revocation, gossiped, now)
+            case SuspicionHeard(suspicion):
+                return self._doubt(suspicion, now)
+            case PeerSilent(peer):
+                return self._silent(peer, "it answers no probe", now)
+            case PeerHeard(peer):
+                return self._believe(peer, "it answered a probe", now)
             case Connected(peer):
                 return self._connect(peer, now)
             case Disconnected(peer):
@@ -163,8 +182,6 @@ class Membership:
             times.append(entry.state_ends)
             if entry.state in _BELIEVED:
                 times.append(_end_of(entry.announcement.credential))
-                if not entry.connected and entry.state is PeerState.ALIVE:
-                    times.append(entry.heard + self.config.silence)
             if self._wants_dial(peer, entry):
                 times.append(entry.next_dial)
         return min(times)
@@ -263,13 +280,13 @@ class Membership:
         if entry is not None and not self._supersedes(new, entry):
             return []
         if (entry is None and len(self._peers) >= MAX_PEERS) or not authentic(
-            record, mesh_id=self.mesh_id, now_unix=now
+            record, mesh_id=self.mesh_id, now_unix=now, revoked=self.revoked
         ):
             return []
         if entry is None:
             before = None
             entry = self._peers[new.peer] = _Entry(
-                record, PeerState.ALIVE, now, now, new.peer in self._connected, next_dial=now
+                record, PeerState.ALIVE, now, new.peer in self._connected, next_dial=now
             )
             if new.peer < self._me.announcement.peer:
                 entry.next_dial = now + self.config.dial_first
@@ -277,7 +294,7 @@ class Membership:
             before = entry.state
             if new.addresses != entry.announcement.addresses:
                 entry.next_dial = min(entry.next_dial, now)
-            entry.record, entry.heard = record, now
+            entry.record = record
         effects: list[Effect] = [] if gossiped else [Publish(record)]
         if new.leaving:
             self._set_state(entry, PeerState.LEFT, now)
@@ -308,22 +325,68 @@ class Membership:
         entry = self._peers.get(peer)
         if entry is None:
             return []
-        before = entry.state
-        entry.connected, entry.dialling, entry.failures, entry.heard = True, False, 0, now
-        if before in (PeerState.SUSPECT, PeerState.DEAD):
-            self._set_state(entry, PeerState.ALIVE, now)
-        return [Changed(peer, before, entry.state, "connected")]
+        entry.connected, entry.dialling, entry.failures = True, False, 0
+        return self._believe(peer, "connected", now) or [Changed(peer, entry.state, entry.state, "connected")]
 
     def _disconnect(self, peer: PeerId, now: float) -> list[Effect]:
         self._connected.discard(peer)
         entry = self._peers.get(peer)
         if entry is None or not entry.connected:
             return []
-        before = entry.state
         entry.connected, entry.next_dial, entry.failures = False, now, 0
-        if before is PeerState.ALIVE:
-            self._set_state(entry, PeerState.SUSPECT, now)
-        return [Changed(peer, before, entry.state, "connection lost"), *self._dials(now)]
+        return [*self._silent(peer, "connection lost", now), *self._dials(now)]
+
+    # ── belief ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _silent(self, peer: PeerId, reason: str, now: float) -> list[Effect]:
+        entry = self._peers.get(peer)
+        if entry is None or entry.state is not PeerState.ALIVE:
+            return []
+        self._set_state(entry, PeerState.SUSPECT, now)
+        told = entry.announcement
+        suspicion = Suspicion(peer, told.incarnation, told.sequence)
+        return [Publish(suspicion), Changed(peer, PeerState.ALIVE, PeerState.SUSPECT, reason)]
+
+    def _believe(self, peer: PeerId, reason: str, now: float) -> list[Effect]:
+        entry = self._peers.get(peer)
+        if entry is None or entry.state not in (PeerState.SUSPECT, PeerState.DEAD) or self._ended(entry, now):
+            return []
+        before = entry.state
+        self._set_state(entry, PeerState.ALIVE, now)
+        return [Changed(peer, before, PeerState.ALIVE, reason)]
+
+    def _doubt(self, suspicion: Suspicion, now: float) -> list[Effect]:
+        doubted = (suspicion.incarnation, suspicion.sequence)
+        mine = self._me.announcement
+        if suspicion.peer == mine.peer:
+            if self._left or doubted < mine.age:
+                return []
+            self._pending = self._pending or mine
+            return self._announce_if_due(now)
+        entry = self._peers.get(suspicion.peer)
+        if entry is None or entry.state is not PeerState.ALIVE or doubted < entry.announcement.age:
+            return []
+        return [Question(suspicion.peer)]
+
+    def _revoke(self, revocation: Revocation, gossiped: bool, now: float) -> list[Effect]:
+        if not revocation.is_valid(self.mesh_id) or not self.revoked.add(revocation):
+            return []
+        effects: list[Effect] = (
+            [Revoked(revocation)] if gossiped else [Revoked(revocation), Publish(revocation)]
+        )
+        for peer, entry in self._peers.items():
+            if entry.state in _BELIEVED and self.revoked.covers(entry.announcement.credential):
+                effects += self._expel(peer, entry, "its membership was revoked", now)
+        return effects
+
+    def _expel(self, peer: PeerId, entry: _Entry, reason: str, now: float) -> list[Effect]:
+        before = entry.state
+        self._set_state(entry, PeerState.DEAD, now)
+        return [Drop(peer, reason), Changed(peer, before, PeerState.DEAD, reason)]
+
+    def _ended(self, entry: _Entry, now: float) -> bool:
+        credential = entry.announcement.credential
+        return now >= _end_of(credential) or self.revoked.covers(credential)
 
     def _dial_failed(self, peer: PeerId, now: float) -> list[Effect]:
         entry = self._peers.get(peer)
@@ -341,6 +404,7 @@ class Membership:
             and not entry.connected
             and not entry.dialling
             and entry.state is not PeerState.LEFT
+            and not self.revoked.covers(entry.announcement.credential)
             and bool(entry.announcement.addresses)
         )
 
@@ -365,12 +429,7 @@ class Membership:
     def _age(self, peer: PeerId, entry: _Entry, now: float) -> list[Effect]:
         before = entry.state
         if before in _BELIEVED and now >= _end_of(entry.announcement.credential):
-            self._set_state(entry, PeerState.DEAD, now)
-            reason = "its membership expired"
-            return [Drop(peer, reason), Changed(peer, before, PeerState.DEAD, reason)]
-        if before is PeerState.ALIVE and not entry.connected and now >= entry.heard + self.config.silence:
-            self._set_state(entry, PeerState.SUSPECT, now)
-            return [Changed(peer, before, PeerState.SUSPECT, "nothing heard of it")]
+            return self._expel(peer, entry, "its membership expired", now)
         if now < entry.state_ends:
             return []
         if before is PeerState.SUSPECT:

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from libmesh.core.announcement import Record
+from libmesh.core.credentials import Revocation
 from libmesh.peers import PeerId, PeerState, Service
+
+
+@dataclass(frozen=True, slots=True)
+class Suspicion:
+    """Somebody hears nothing of `peer`, whose newest announcement they hold is `(incarnation, sequence)`."""
+
+    peer: PeerId
+    incarnation: int
+    sequence: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +24,35 @@ class RecordHeard:
 
     record: Record
     gossiped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class RevocationHeard:
+    """A revocation came in, or was made here. `gossiped` as for records."""
+
+    revocation: Revocation
+    gossiped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SuspicionHeard:
+    """A hint from another peer."""
+
+    suspicion: Suspicion
+
+
+@dataclass(frozen=True, slots=True)
+class PeerSilent:
+    """`peer` answered no probe, neither ours nor others' on our behalf."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class PeerHeard:
+    """`peer` answered a probe."""
+
+    peer: PeerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +95,40 @@ class Wake:
     """`deadline()` has come."""
 
 
-Event = RecordHeard | Connected | Disconnected | DialFailed | SelfChanged | Leave | Wake
+Event = (
+    RecordHeard
+    | RevocationHeard
+    | SuspicionHeard
+    | PeerSilent
+    | PeerHeard
+    | Connected
+    | Disconnected
+    | DialFailed
+    | SelfChanged
+    | Leave
+    | Wake
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Publish:
     """Tell everybody."""
 
-    record: Record
+    said: Record | Revocation | Suspicion
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """Others doubt that `peer` is there: probe it now."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
+class Revoked:
+    """A link was taken back that was not before. Keep it: it holds for ever."""
+
+    revocation: Revocation
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,4 +157,4 @@ class Changed:
     reason: str
 
 
-Effect = Publish | Dial | Drop | Changed
+Effect = Publish | Dial | Drop | Question | Revoked | Changed

@@ -263,7 +263,7 @@ class Yamux:
     def receive(self, data: bytes, now: float) -> list[Event]:
         """Take the next bytes of the connection, of any size; return what they mean, in order."""
         events: list[Event] = []
-        if not data:
+        if not data or self.broken is not None:
             return events
         self._keepalive.heard(now)
         for item in self._parser.feed(data):
