@@ -13,7 +13,9 @@ What is exported here is the public API; everything else may change without noti
 """
 
 from libmesh.admission import AdmissionConfig
+from libmesh.core.liveness import LivenessConfig
 from libmesh.core.membership import MembershipConfig
+from libmesh.driver import MeshConfig
 from libmesh.errors import (
     AddressUnavailable,
     AdmissionRefused,
@@ -29,7 +31,7 @@ from libmesh.errors import (
 )
 from libmesh.identity import SecretKey
 from libmesh.invites import InviteInfo, read_invite
-from libmesh.mesh import Mesh, MeshConfig, ServiceHandler, open_mesh
+from libmesh.mesh import Mesh, ServiceHandler, open_mesh
 from libmesh.net.base import Network, Stream, StreamReset
 from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
 from libmesh.peers import MeshId, Path, PathKind, PeerId, PeerState, PeerView, Scope, Service, View
@@ -47,6 +49,7 @@ __all__ = [
     "InviteInfo",
     "InviteMalformed",
     "Libp2pConfig",
+    "LivenessConfig",
     "MembershipConfig",
     "Mesh",
     "MeshClosed",

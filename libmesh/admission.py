@@ -135,10 +135,10 @@ class Admission:
         peer = stream.peer
         self._admitted[peer] = credential
         self._network.admit(peer)
-        records = await hello.exchange(stream, self._membership, dialled=dialled)
+        events = await hello.exchange(stream, self._membership, self._tell, opener=dialled)
         self._tell(io.Connected(peer))
-        for record in records:
-            self._tell(io.RecordHeard(record, gossiped=False))
+        for event in events:
+            self._tell(event)
 
     async def expect_hello(self, peer: PeerId) -> None:
         """Drop an inbound connection whose peer does not say hello in time."""

@@ -6,13 +6,14 @@ nothing but the reason of its refusal.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import trio
 
 from libmesh import keys, wire
 from libmesh.core import credentials
-from libmesh.core.announcement import Record
+from libmesh.core import membership_io as io
 from libmesh.core.credentials import Credential, Refusal
 from libmesh.core.membership import Membership
 from libmesh.errors import AdmissionRefused
@@ -21,6 +22,11 @@ from libmesh.net.base import Stream
 from libmesh.peers import PeerId
 
 PROTOCOL = "/libmesh/hello/1.0.0"
+
+SYNC_PROTOCOL = "/libmesh/sync/1.0.0"
+
+Tell = Callable[[io.Event], None]
+"""Passes an event to the membership machine, and does what it asks."""
 
 _ADVICE = {
     "wrong_mesh": "the invite is for another mesh",
@@ -52,7 +58,11 @@ class Greeting:
     def check(self, peer: PeerId, shown: Credential) -> Refusal | None:
         """Whether `peer` may be in our mesh with what it showed."""
         return credentials.verify(
-            shown, mesh_id=self.membership.mesh_id, peer_key=keys.public_key_of(peer), now_unix=self.now_unix
+            shown,
+            mesh_id=self.membership.mesh_id,
+            peer_key=keys.public_key_of(peer),
+            now_unix=self.now_unix,
+            revoked=self.membership.revoked,
         )
 
 
@@ -103,21 +113,25 @@ async def _wait_until_read(stream: Stream) -> None:
             pass
 
 
-async def exchange(stream: Stream, membership: Membership, *, dialled: bool) -> list[Record]:
-    """After both are admitted: swap digests, then what the other lacks; return the records that we lacked.
+async def exchange(stream: Stream, membership: Membership, tell: Tell, *, opener: bool) -> list[io.Event]:
+    """Swap digests, then what the other lacks: anti-entropy. Returns the events of what we lacked.
 
-    The sides take turns, the dialler first, so that neither waits for the other to read.
+    The sides take turns, the opener first, so that neither waits for the other to read. The digest is told to the
+    machine at once, for it may change what we have to say of ourselves.
     """
-    digest = frame(wire.encode_digest(membership.digest()))
-    if dialled:
-        await stream.send_all(digest)
+    if opener:
+        await stream.send_all(frame(wire.encode_digest(membership.digest())))
     theirs = wire.decode_digest(await receive_frame(stream, wire.MAX_DIGEST))
-    lacking = frame(wire.encode_records(membership.newer_than(theirs)))
-    if dialled:
-        records = wire.decode_records(await receive_frame(stream, wire.MAX_RECORDS))
+    tell(io.DigestHeard(theirs))
+    lacking = frame(wire.encode_records(membership.newer_than(theirs), membership.revoked))
+    if opener:
+        records, revocations = wire.decode_records(await receive_frame(stream, wire.MAX_RECORDS))
         await stream.send_all(lacking)
         await stream.send_eof()
     else:
-        await stream.send_all(digest + lacking)
-        records = wire.decode_records(await receive_frame(stream, wire.MAX_RECORDS))
-    return records
+        await stream.send_all(frame(wire.encode_digest(membership.digest())) + lacking)
+        records, revocations = wire.decode_records(await receive_frame(stream, wire.MAX_RECORDS))
+    return [
+        *(io.RevocationHeard(revocation, gossiped=False) for revocation in revocations),
+        *(io.RecordHeard(record, gossiped=False) for record in records),
+    ]

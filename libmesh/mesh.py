@@ -1,27 +1,21 @@
-"""The driver: one loop that turns what happens into events of the membership machine, and its effects into deeds.
-
-`open_mesh` is the library's front door. Everything that is decided is decided in `core/`; everything that moves
-bytes is behind `net/`; this file only carries between the two, and offers what applications call.
-"""
+"""The front door: `open_mesh`, and what an application may ask of the mesh that it is in."""
 
 from __future__ import annotations
 
 import logging
 import os
+import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 
 import trio
 
-from libmesh import hello, tunnel, wire
-from libmesh.admission import Admission, AdmissionConfig
-from libmesh.core import membership as core
+from libmesh import tunnel, wire
 from libmesh.core import membership_io as io
-from libmesh.core.announcement import Announcement
 from libmesh.core.credentials import Authority, Invite
+from libmesh.driver import Driver, MeshConfig
 from libmesh.errors import (
     AdmissionRefused,
     InviteDenied,
@@ -30,34 +24,15 @@ from libmesh.errors import (
 )
 from libmesh.identity import SecretKey
 from libmesh.invites import check_invite
-from libmesh.net import base as net
 from libmesh.net.base import Network, Stream
 from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
-from libmesh.peers import MeshId, PeerId, PeerState, Scope, Service, View
-from libmesh.wire import WireError
+from libmesh.peers import MeshId, PeerId, Scope, Service, View
 
 log = logging.getLogger(__name__)
 
 ServiceHandler = Callable[[Stream], Awaitable[None]]
 """Called in its own task for each stream that a member opened to a service. The stream is closed when it returns, and
 reset if it raises."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeshConfig:
-    """How a mesh behaves. The defaults suit a handful to some dozens of peers on a LAN or a WAN.
-
-    Attributes:
-        agent: name and version of the application, shown to peers; at most 128 bytes.
-        farewell: seconds given to our goodbye to get out before connections are closed.
-        admission: times of hellos and of seeking the first peer.
-        membership: times of the membership machine.
-    """
-
-    agent: str = "libmesh"
-    farewell: float = 0.3
-    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
-    membership: core.MembershipConfig = field(default_factory=core.MembershipConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,53 +44,18 @@ class _Offer:
 class Mesh:
     """A mesh that this process is a member of. Obtained from `open_mesh`; use from its trio thread only."""
 
-    def __init__(
-        self,
-        network: Network,
-        key: SecretKey,
-        authority: Authority,
-        config: MeshConfig,
-        wall_clock: Callable[[], float],
-    ) -> None:
-        self._network, self._config, self._authority = network, config, authority
-        self._wall_base = wall_clock() - trio.current_time()
-        self._credential = authority.admit(key.public)
-        incarnation = int(self._now() * 1000)
-        self._membership = core.Membership(
-            Announcement(
-                peer=key.peer,
-                credential=self._credential,
-                incarnation=incarnation,
-                sequence=0,
-                addresses=network.addresses()[: wire.MAX_ADDRESSES],
-            ),
-            mesh_id=authority.mesh_id,
-            seal=partial(wire.seal, seed=key.seed),
-            config=config.membership,
-        )
-        self._admission = Admission(
-            network,
-            self._membership,
-            credential=self._credential,
-            agent=config.agent,
-            config=config.admission,
-            now=self._now,
-            tell=self._handle,
-        )
-        self._topic = f"libmesh/1/{self.mesh_id}/peers"
+    def __init__(self, driver: Driver, authority: Authority) -> None:
+        self._driver, self._authority = driver, authority
         self._offers: dict[str, _Offer] = {}
         self._attributes = b""
-        self._watchers: dict[trio.MemorySendChannel[View], trio.MemoryReceiveChannel[View]] = {}
-        self._rearm = trio.Event()
-        self._tasks: trio.Nursery
-        self._outbox, self._outgoing = trio.open_memory_channel[bytes](256)
+        driver.network.set_handler(tunnel.PROTOCOL, self._answer_open)
 
     # ── what applications ask ────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def peer(self) -> PeerId:
         """This node's own id."""
-        return self._network.peer
+        return self._driver.network.peer
 
     @property
     def mesh_id(self) -> MeshId:
@@ -125,22 +65,22 @@ class Mesh:
     @property
     def scope(self) -> Scope:
         """What this node may do."""
-        return self._credential.scope
+        return self._driver.credential.scope
 
     @property
     def expires_unix(self) -> int | None:
         """When this node's membership ends; `None` never."""
-        return self._credential.not_after_unix
+        return self._driver.credential.not_after_unix
 
     @property
     def addresses(self) -> tuple[str, ...]:
         """Multiaddrs at which others may reach this node, best first."""
-        return self._network.addresses()
+        return self._driver.network.addresses()
 
     @property
     def view(self) -> View:
         """The mesh as this node sees it now."""
-        return self._membership.view(self._network.path)
+        return self._driver.view
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[trio.MemoryReceiveChannel[View]]:
@@ -151,15 +91,8 @@ class Mesh:
 
         Keeps the newest view only: a slow reader skips, never lags.
         """
-        send, receive = trio.open_memory_channel[View](1)
-        send.send_nowait(self.view)
-        self._watchers[send] = receive
-        try:
-            async with receive:
-                yield receive
-        finally:
-            del self._watchers[send]
-            send.close()
+        async with self._driver.watch() as views:
+            yield views
 
     def announce(self, attributes: bytes) -> None:
         """Tell all peers this node's attributes: opaque bytes, at most 48 KiB (`ValueError` beyond that).
@@ -213,9 +146,9 @@ class Mesh:
         With `wait` it returns when the peer has accepted. Without, at once, so that the first bytes travel with the
         request; a refusal then comes from the first receive. Raises `ServiceRefused` or `PeerUnreachable`.
         """
-        if self._admission.credential_of(peer) is None:
-            await self._admission.connect(peer, self._membership.addresses_of(peer))
-        stream = await self._network.open_stream(peer, tunnel.PROTOCOL)
+        if self._driver.admission.credential_of(peer) is None:
+            await self._driver.admission.connect(peer, self._driver.membership.addresses_of(peer))
+        stream = await self._driver.network.open_stream(peer, tunnel.PROTOCOL)
         return await tunnel.request(stream, service, wait=wait)
 
     def invite(self, *, scope: Scope, not_after_unix: float | None, name_contacts: bool = True) -> str:
@@ -223,7 +156,7 @@ class Mesh:
 
         It names this node's addresses, and up to two connected peers', as ways in. Raises `InviteDenied`.
         """
-        if self._membership.me.announcement.leaving:
+        if self._driver.membership.me.announcement.leaving:
             raise InviteDenied("this node is leaving the mesh")
         end = None if not_after_unix is None else int(not_after_unix)
         authority = self._authority.delegate(scope=scope, not_after_unix=end, seed=os.urandom(32))
@@ -240,7 +173,7 @@ class Mesh:
         refused, `PeerUnreachable` if none was reached. The contacts are tried again in the background whenever this
         node knows nobody.
         """
-        invite = check_invite(token, now_unix=self._now())
+        invite = check_invite(token, now_unix=self._driver.now())
         if invite.authority.mesh_id != self.mesh_id:
             raise AdmissionRefused(
                 f"the invite is for the mesh {invite.authority.mesh_id}, this is {self.mesh_id}",
@@ -251,96 +184,14 @@ class Mesh:
 
     async def enter(self, invite: Invite, *, wait: bool) -> None:
         """Use the contacts of a checked invite; with `wait`, return when one of them has admitted us."""
-        self._admission.add_contacts(invite.contacts)
+        self._driver.admission.add_contacts(invite.contacts)
         if wait:
-            await self._admission.seek()
-
-    # ── the loop ─────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _now(self) -> float:
-        """Seconds since the epoch, from a clock that does not jump."""
-        return self._wall_base + trio.current_time()
-
-    def _announce(self) -> None:
-        services = tuple(offer.service for offer in self._offers.values())
-        addresses = self._network.addresses()[: wire.MAX_ADDRESSES]
-        self._handle(io.SelfChanged(services, addresses, self._attributes))
-
-    def _handle(self, event: io.Event) -> None:
-        changed = False
-        for effect in self._membership.handle(event, self._now()):
-            match effect:
-                case io.Publish(record):
-                    self._publish(wire.encode_record(record))
-                case io.Dial(peer, addresses):
-                    self._tasks.start_soon(self._admission.dial, peer, addresses)
-                case io.Drop(peer, reason):
-                    log.info("dropping the peer %s: %s", peer, reason)
-                    self._admission.revoke(peer)
-                    self._tasks.start_soon(self._network.disconnect, peer)
-                case io.Changed(peer, before, state, reason):
-                    changed = True
-                    if before is not state:
-                        _log_change(peer, state, reason)
-        if changed:
-            self._tell_watchers()
-        self._rearm.set()
-
-    def _tell_watchers(self) -> None:
-        view = self.view
-        for send, receive in self._watchers.items():
-            try:
-                send.send_nowait(view)
-            except trio.WouldBlock:
-                receive.receive_nowait()
-                send.send_nowait(view)
-            except trio.BrokenResourceError:
-                continue
-
-    def _publish(self, data: bytes) -> None:
-        try:
-            self._outbox.send_nowait(data)
-        except trio.WouldBlock:
-            log.debug("gossip is not keeping up; an announcement was left to the next digest exchange")
-
-    async def _publish_loop(self) -> None:
-        async for data in self._outgoing:
-            await self._network.publish(self._topic, data)
-
-    async def _timer_loop(self) -> None:
-        while True:
-            self._rearm = trio.Event()
-            deadline = self._membership.deadline()
-            with trio.move_on_after(float("inf") if deadline is None else max(0.0, deadline - self._now())):
-                await self._rearm.wait()
-                continue
-            self._handle(io.Wake())
-
-    async def _event_loop(self, events: trio.MemoryReceiveChannel[net.NetworkEvent]) -> None:
-        async for event in events:
-            match event:
-                case net.PeerConnected(peer, _, inbound):
-                    if inbound:
-                        self._tasks.start_soon(self._admission.expect_hello, peer)
-                case net.PeerDisconnected(peer):
-                    self._admission.disconnected(peer)
-                case net.PathChanged():
-                    self._tell_watchers()
-                case net.Message(topic, _, data) if topic == self._topic:
-                    self._hear(data)
-
-    def _hear(self, data: bytes) -> None:
-        try:
-            record = wire.decode_record(data)
-        except WireError as exc:
-            log.debug("ignored a malformed announcement: %s", exc)
-            return
-        self._handle(io.RecordHeard(record, gossiped=True))
+            await self._driver.admission.seek()
 
     # ── services ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _answer_open(self, stream: Stream) -> None:
-        credential = self._admission.credential_of(stream.peer)
+        credential = self._driver.admission.credential_of(stream.peer)
         if credential is None:
             stream.reset()
             return
@@ -355,30 +206,9 @@ class Mesh:
 
         await tunnel.answer(stream, choose)
 
-    # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    @asynccontextmanager
-    async def running(self) -> AsyncIterator[None]:
-        """Take part for as long as the context lasts. `open_mesh` does this."""
-        self._network.set_handler(hello.PROTOCOL, self._admission.answer_hello, admitted_only=False)
-        self._network.set_handler(tunnel.PROTOCOL, self._answer_open)
-        async with self._network.events() as events, trio.open_nursery() as nursery:
-            self._tasks = nursery
-            await self._network.subscribe(self._topic)
-            for loop in (self._publish_loop, self._timer_loop, self._admission.seek_loop):
-                nursery.start_soon(loop)
-            nursery.start_soon(self._event_loop, events)
-            try:
-                yield
-                if self._admission.anybody:
-                    self._handle(io.Leave())
-                    await trio.sleep(self._config.farewell)
-            finally:
-                nursery.cancel_scope.cancel()
-
-
-def _log_change(peer: PeerId, state: PeerState | None, reason: str) -> None:
-    log.info("peer %s is %s: %s", peer, "forgotten" if state is None else state.value, reason)
+    def _announce(self) -> None:
+        services = tuple(offer.service for offer in self._offers.values())
+        self._driver.handle(io.SelfChanged(services, self.addresses[: wire.MAX_ADDRESSES], self._attributes))
 
 
 @asynccontextmanager
@@ -392,6 +222,7 @@ async def open_mesh(
     config: MeshConfig | None = None,
     wait: bool = True,
     wall_clock: Callable[[], float] = time.time,
+    rng: random.Random | None = None,
 ) -> AsyncIterator[Mesh]:
     """Be a member of a mesh for as long as the context lasts.
 
@@ -404,6 +235,7 @@ async def open_mesh(
         config: times and limits.
         wait: with an invite, return only when a contact has admitted us. Without, keep trying in the background.
         wall_clock: seconds since the epoch; read once.
+        rng: for what is left to chance, such as whom to probe next; not for keys.
 
     Raises:
         InviteError: the token cannot be used.
@@ -417,7 +249,7 @@ async def open_mesh(
         raise ValueError("exactly one of mesh_key and invite is needed")
     opened = check_invite(invite, now_unix=wall_clock()) if invite is not None else None
     authority = opened.authority if opened is not None else Authority.of_mesh(_seed_of(mesh_key))
-    config = config or MeshConfig()
+    config, rng = config or MeshConfig(), rng or random.Random()
 
     async def stay(leave: trio.Event, *, task_status: trio.TaskStatus[Mesh]) -> None:
         # Shielded, so that a goodbye can still be said when the caller is cancelled; bounded by `farewell` and by the
@@ -427,8 +259,9 @@ async def open_mesh(
                 transport = network
                 if transport is None:
                     transport = await stack.enter_async_context(open_libp2p_network(key.seed, listen))
-                mesh = Mesh(transport, key, authority, config, wall_clock)
-                await stack.enter_async_context(mesh.running())
+                driver = Driver(transport, key, authority, config, wall_clock=wall_clock, rng=rng)
+                mesh = Mesh(driver, authority)
+                await stack.enter_async_context(driver.running())
                 task_status.started(mesh)
                 await leave.wait()
 

@@ -10,7 +10,7 @@ import base64
 import binascii
 import hashlib
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,7 +22,9 @@ from multiaddr.exceptions import Error as MultiaddrError
 from libmesh import keys
 from libmesh._pb import mesh_pb2 as pb
 from libmesh.core.announcement import SIGNING_CONTEXT, Announcement, Record
-from libmesh.core.credentials import MAX_LINKS, Authority, Credential, Invite, Link, LinkKind
+from libmesh.core.credentials import MAX_LINKS, Authority, Credential, Invite, Link, LinkKind, Revocation
+from libmesh.core.membership_io import Suspicion
+from libmesh.core.roster import Digest
 from libmesh.errors import InviteMalformed, MeshError
 from libmesh.peers import PeerId, Scope, Service
 
@@ -30,6 +32,8 @@ MAX_HELLO = 4 * 1024
 MAX_DIGEST = 1024 * 1024
 MAX_RECORDS = 8 * 1024 * 1024
 MAX_RECORD = 60 * 1024
+MAX_REVOCATIONS = 1024
+MAX_PROBE = 1024
 MAX_OPEN = 1024
 MAX_ATTRIBUTES = 48 * 1024
 MAX_SERVICES = 256
@@ -186,25 +190,31 @@ def decode_hello_reply(data: bytes) -> HelloReply:
     return HelloReply(agent=message.agent[:128], credential=_credential_from_pb(message.credential))
 
 
-def encode_digest(digest: Mapping[PeerId, tuple[int, int]]) -> bytes:
-    """The bytes of a `Digest`: peer → (incarnation, sequence)."""
+def encode_digest(digest: Digest) -> bytes:
+    """The bytes of a `Digest`."""
     entries = [
-        pb.Digest.Entry(peer_key=keys.public_key_of(peer), incarnation=incarnation, sequence=sequence)
-        for peer, (incarnation, sequence) in digest.items()
+        pb.Digest.Entry(
+            peer_key=keys.public_key_of(peer),
+            incarnation=incarnation,
+            sequence=sequence,
+            dead=peer in digest.dead,
+        )
+        for peer, (incarnation, sequence) in digest.ages.items()
     ]
     return pb.Digest(entries=entries).SerializeToString()
 
 
-def decode_digest(data: bytes) -> dict[PeerId, tuple[int, int]]:
+def decode_digest(data: bytes) -> Digest:
     """The inverse of `encode_digest`."""
     message = _parse(pb.Digest(), data, MAX_DIGEST)
-    return {
-        keys.peer_id_of(_exactly(keys.KEY_LENGTH, entry.peer_key, "a peer's key")): (
-            entry.incarnation,
-            entry.sequence,
-        )
-        for entry in message.entries
-    }
+    ages: dict[PeerId, tuple[int, int]] = {}
+    dead: set[PeerId] = set()
+    for entry in message.entries:
+        peer = keys.peer_id_of(_exactly(keys.KEY_LENGTH, entry.peer_key, "a peer's key"))
+        ages[peer] = (entry.incarnation, entry.sequence)
+        if entry.dead:
+            dead.add(peer)
+    return Digest(ages, frozenset(dead))
 
 
 # ── announcements ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -229,14 +239,73 @@ def seal(announcement: Announcement, seed: bytes) -> Record:
     return Record(announcement=announcement, body=body, signature=keys.sign(seed, SIGNING_CONTEXT + body))
 
 
-def encode_record(record: Record) -> bytes:
-    """The bytes of a `Record`, as gossip carries it."""
-    return pb.Record(body=record.body, signature=record.signature).SerializeToString()
+def encode_gossip(said: Record | Revocation | Suspicion) -> bytes:
+    """The bytes of a `Gossip`."""
+    message = pb.Gossip()
+    match said:
+        case Record():
+            message.record.CopyFrom(pb.Record(body=said.body, signature=said.signature))
+        case Revocation():
+            message.revocation.CopyFrom(_revocation_to_pb(said))
+        case Suspicion():
+            message.suspicion.CopyFrom(
+                pb.Suspicion(
+                    peer_key=keys.public_key_of(said.peer),
+                    incarnation=said.incarnation,
+                    sequence=said.sequence,
+                )
+            )
+    return message.SerializeToString()
 
 
-def decode_record(data: bytes) -> Record:
-    """The inverse of `encode_record`. Says nothing of whether the signature is good."""
-    return _record_from_pb(_parse(pb.Record(), data, MAX_RECORD))
+def decode_gossip(data: bytes) -> Record | Revocation | Suspicion | None:
+    """The inverse of `encode_gossip`; `None` for a kind that is not known. Signatures are not looked at."""
+    message = _parse(pb.Gossip(), data, MAX_RECORD)
+    match message.WhichOneof("kind"):
+        case "record":
+            return _record_from_pb(message.record)
+        case "revocation":
+            return _revocation_from_pb(message.revocation)
+        case "suspicion":
+            hint = message.suspicion
+            return Suspicion(
+                keys.peer_id_of(_exactly(keys.KEY_LENGTH, hint.peer_key, "a peer's key")),
+                hint.incarnation,
+                hint.sequence,
+            )
+        case _:
+            return None
+
+
+def _revocation_to_pb(revocation: Revocation) -> pb.Revocation:
+    return pb.Revocation(
+        mesh_key=revocation.mesh_key,
+        links=[_link_to_pb(link) for link in revocation.links],
+        signer=revocation.signer,
+        signature=revocation.signature,
+    )
+
+
+def _revocation_from_pb(message: pb.Revocation) -> Revocation:
+    links = _links_from_pb(message.links)
+    if not links or message.signer >= len(links):
+        raise WireError("a revocation whose signer does not stand above its link")
+    return Revocation(
+        mesh_key=_exactly(keys.KEY_LENGTH, message.mesh_key, "a mesh key"),
+        links=links,
+        signer=message.signer,
+        signature=_exactly(keys.SIGNATURE_LENGTH, message.signature, "a revocation's signature"),
+    )
+
+
+def encode_revocation(revocation: Revocation) -> bytes:
+    """The bytes of a `Revocation`, as kept on disk."""
+    return _revocation_to_pb(revocation).SerializeToString()
+
+
+def decode_revocation(data: bytes) -> Revocation:
+    """The inverse of `encode_revocation`."""
+    return _revocation_from_pb(_parse(pb.Revocation(), data, MAX_HELLO))
 
 
 def _record_from_pb(message: pb.Record) -> Record:
@@ -263,9 +332,10 @@ def _record_from_pb(message: pb.Record) -> Record:
     return Record(announcement=announcement, body=message.body, signature=signature)
 
 
-def encode_records(records: Iterable[Record]) -> bytes:
+def encode_records(records: Iterable[Record], revocations: Iterable[Revocation] = ()) -> bytes:
     """The bytes of a `Records`. What would go over its limit is left out; gossip brings it later."""
-    message, size = pb.Records(), 0
+    message = pb.Records(revocations=[_revocation_to_pb(revocation) for revocation in revocations])
+    size = message.ByteSize()
     for record in records:
         size += len(record.body) + 128
         if size > MAX_RECORDS:
@@ -274,10 +344,39 @@ def encode_records(records: Iterable[Record]) -> bytes:
     return message.SerializeToString()
 
 
-def decode_records(data: bytes) -> list[Record]:
+def decode_records(data: bytes) -> tuple[list[Record], list[Revocation]]:
     """The inverse of `encode_records`. One bad record spoils all: its sender is broken or lies."""
     message = _parse(pb.Records(), data, MAX_RECORDS)
-    return [_record_from_pb(record) for record in message.records]
+    if len(message.revocations) > MAX_REVOCATIONS:
+        raise WireError(f"{len(message.revocations)} revocations; at most {MAX_REVOCATIONS} are allowed")
+    records = [_record_from_pb(record) for record in message.records]
+    return records, [_revocation_from_pb(revocation) for revocation in message.revocations]
+
+
+# ── probes ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def encode_probe(target: PeerId | None) -> bytes:
+    """The bytes of a `Probe`; `None` asks whether the other side itself is there."""
+    return pb.Probe(target_key=None if target is None else keys.public_key_of(target)).SerializeToString()
+
+
+def decode_probe(data: bytes) -> PeerId | None:
+    """The inverse of `encode_probe`."""
+    message = _parse(pb.Probe(), data, MAX_PROBE)
+    if not message.HasField("target_key"):
+        return None
+    return keys.peer_id_of(_exactly(keys.KEY_LENGTH, message.target_key, "a target's key"))
+
+
+def encode_probe_answer(heard: bool) -> bytes:
+    """The bytes of a `ProbeAnswer`."""
+    return pb.ProbeAnswer(heard=heard).SerializeToString()
+
+
+def decode_probe_answer(data: bytes) -> bool:
+    """The inverse of `encode_probe_answer`."""
+    return _parse(pb.ProbeAnswer(), data, MAX_PROBE).heard
 
 
 # ── tunnels ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15libmesh/v1/mesh.proto\x12\nlibmesh.v1\"\x96\x01\n\x04Link\x12\x0f\n\x07subject\x18\x01 \x01(\x0c\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.libmesh.v1.LinkKind\x12 \n\x05scope\x18\x03 \x01(\x0e\x32\x11.libmesh.v1.Scope\x12\x16\n\tnot_after\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x42\x0c\n\n_not_after\"?\n\nCredential\x12\x10\n\x08mesh_key\x18\x01 \x01(\x0c\x12\x1f\n\x05links\x18\x02 \x03(\x0b\x32\x10.libmesh.v1.Link\".\n\x07\x43ontact\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12\x11\n\taddresses\x18\x02 \x03(\x0c\"p\n\x06Invite\x12\x10\n\x08mesh_key\x18\x01 \x01(\x0c\x12\x1f\n\x05links\x18\x02 \x03(\x0b\x32\x10.libmesh.v1.Link\x12\x0c\n\x04seed\x18\x03 \x01(\x0c\x12%\n\x08\x63ontacts\x18\x04 \x03(\x0b\x32\x13.libmesh.v1.Contact\"B\n\x05Hello\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12*\n\ncredential\x18\x02 \x01(\x0b\x32\x16.libmesh.v1.Credential\"i\n\nHelloReply\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x14\n\x07refusal\x18\x02 \x01(\tH\x00\x88\x01\x01\x12*\n\ncredential\x18\x03 \x01(\x0b\x32\x16.libmesh.v1.CredentialB\n\n\x08_refusal\"u\n\x06\x44igest\x12)\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x18.libmesh.v1.Digest.Entry\x1a@\n\x05\x45ntry\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\".\n\x07Records\x12#\n\x07records\x18\x01 \x03(\x0b\x32\x12.libmesh.v1.Record\")\n\x06Record\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xd2\x01\n\x0c\x41nnouncement\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12*\n\ncredential\x18\x02 \x01(\x0b\x32\x16.libmesh.v1.Credential\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\x12%\n\x08services\x18\x06 \x03(\x0b\x32\x13.libmesh.v1.Service\x12\x11\n\taddresses\x18\x07 \x03(\x0c\x12\x12\n\nattributes\x18\x08 \x01(\x0c\"9\n\x07Service\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05scope\x18\x02 \x01(\x0e\x32\x11.libmesh.v1.Scope\"\x17\n\x04Open\x12\x0f\n\x07service\x18\x01 \x01(\t\"*\n\x06Opened\x12\x14\n\x07refusal\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_refusal*T\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSCOPE_CLIENT\x10\x01\x12\x10\n\x0cSCOPE_WORKER\x10\x02\x12\x10\n\x0cSCOPE_INVITE\x10\x03*O\n\x08LinkKind\x12\x19\n\x15LINK_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10LINK_KIND_INVITE\x10\x01\x12\x12\n\x0eLINK_KIND_PEER\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15libmesh/v1/mesh.proto\x12\nlibmesh.v1\"\x96\x01\n\x04Link\x12\x0f\n\x07subject\x18\x01 \x01(\x0c\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.libmesh.v1.LinkKind\x12 \n\x05scope\x18\x03 \x01(\x0e\x32\x11.libmesh.v1.Scope\x12\x16\n\tnot_after\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x42\x0c\n\n_not_after\"?\n\nCredential\x12\x10\n\x08mesh_key\x18\x01 \x01(\x0c\x12\x1f\n\x05links\x18\x02 \x03(\x0b\x32\x10.libmesh.v1.Link\".\n\x07\x43ontact\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12\x11\n\taddresses\x18\x02 \x03(\x0c\"p\n\x06Invite\x12\x10\n\x08mesh_key\x18\x01 \x01(\x0c\x12\x1f\n\x05links\x18\x02 \x03(\x0b\x32\x10.libmesh.v1.Link\x12\x0c\n\x04seed\x18\x03 \x01(\x0c\x12%\n\x08\x63ontacts\x18\x04 \x03(\x0b\x32\x13.libmesh.v1.Contact\"B\n\x05Hello\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12*\n\ncredential\x18\x02 \x01(\x0b\x32\x16.libmesh.v1.Credential\"i\n\nHelloReply\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x14\n\x07refusal\x18\x02 \x01(\tH\x00\x88\x01\x01\x12*\n\ncredential\x18\x03 \x01(\x0b\x32\x16.libmesh.v1.CredentialB\n\n\x08_refusal\"\x83\x01\n\x06\x44igest\x12)\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x18.libmesh.v1.Digest.Entry\x1aN\n\x05\x45ntry\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x65\x61\x64\x18\x04 \x01(\x08\"[\n\x07Records\x12#\n\x07records\x18\x01 \x03(\x0b\x32\x12.libmesh.v1.Record\x12+\n\x0brevocations\x18\x02 \x03(\x0b\x32\x16.libmesh.v1.Revocation\"\x90\x01\n\x06Gossip\x12$\n\x06record\x18\x01 \x01(\x0b\x32\x12.libmesh.v1.RecordH\x00\x12,\n\nrevocation\x18\x02 \x01(\x0b\x32\x16.libmesh.v1.RevocationH\x00\x12*\n\tsuspicion\x18\x03 \x01(\x0b\x32\x15.libmesh.v1.SuspicionH\x00\x42\x06\n\x04kind\"D\n\tSuspicion\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\"b\n\nRevocation\x12\x10\n\x08mesh_key\x18\x01 \x01(\x0c\x12\x1f\n\x05links\x18\x02 \x03(\x0b\x32\x10.libmesh.v1.Link\x12\x0e\n\x06signer\x18\x03 \x01(\r\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"/\n\x05Probe\x12\x17\n\ntarget_key\x18\x01 \x01(\x0cH\x00\x88\x01\x01\x42\r\n\x0b_target_key\"\x1c\n\x0bProbeAnswer\x12\r\n\x05heard\x18\x01 \x01(\x08\")\n\x06Record\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xd2\x01\n\x0c\x41nnouncement\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12*\n\ncredential\x18\x02 \x01(\x0b\x32\x16.libmesh.v1.Credential\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\x12%\n\x08services\x18\x06 \x03(\x0b\x32\x13.libmesh.v1.Service\x12\x11\n\taddresses\x18\x07 \x03(\x0c\x12\x12\n\nattributes\x18\x08 \x01(\x0c\"9\n\x07Service\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05scope\x18\x02 \x01(\x0e\x32\x11.libmesh.v1.Scope\"\x17\n\x04Open\x12\x0f\n\x07service\x18\x01 \x01(\t\"*\n\x06Opened\x12\x14\n\x07refusal\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_refusal*T\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSCOPE_CLIENT\x10\x01\x12\x10\n\x0cSCOPE_WORKER\x10\x02\x12\x10\n\x0cSCOPE_INVITE\x10\x03*O\n\x08LinkKind\x12\x19\n\x15LINK_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10LINK_KIND_INVITE\x10\x01\x12\x12\n\x0eLINK_KIND_PEER\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'libmesh.v1.mesh_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCOPE']._serialized_start=1143
-  _globals['_SCOPE']._serialized_end=1227
-  _globals['_LINKKIND']._serialized_start=1229
-  _globals['_LINKKIND']._serialized_end=1308
+  _globals['_SCOPE']._serialized_start=1599
+  _globals['_SCOPE']._serialized_end=1683
+  _globals['_LINKKIND']._serialized_start=1685
+  _globals['_LINKKIND']._serialized_end=1764
   _globals['_LINK']._serialized_start=38
   _globals['_LINK']._serialized_end=188
   _globals['_CREDENTIAL']._serialized_start=190
@@ -47,20 +47,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HELLO']._serialized_end=483
   _globals['_HELLOREPLY']._serialized_start=485
   _globals['_HELLOREPLY']._serialized_end=590
-  _globals['_DIGEST']._serialized_start=592
-  _globals['_DIGEST']._serialized_end=709
-  _globals['_DIGEST_ENTRY']._serialized_start=645
-  _globals['_DIGEST_ENTRY']._serialized_end=709
-  _globals['_RECORDS']._serialized_start=711
-  _globals['_RECORDS']._serialized_end=757
-  _globals['_RECORD']._serialized_start=759
-  _globals['_RECORD']._serialized_end=800
-  _globals['_ANNOUNCEMENT']._serialized_start=803
-  _globals['_ANNOUNCEMENT']._serialized_end=1013
-  _globals['_SERVICE']._serialized_start=1015
-  _globals['_SERVICE']._serialized_end=1072
-  _globals['_OPEN']._serialized_start=1074
-  _globals['_OPEN']._serialized_end=1097
-  _globals['_OPENED']._serialized_start=1099
-  _globals['_OPENED']._serialized_end=1141
+  _globals['_DIGEST']._serialized_start=593
+  _globals['_DIGEST']._serialized_end=724
+  _globals['_DIGEST_ENTRY']._serialized_start=646
+  _globals['_DIGEST_ENTRY']._serialized_end=724
+  _globals['_RECORDS']._serialized_start=726
+  _globals['_RECORDS']._serialized_end=817
+  _globals['_GOSSIP']._serialized_start=820
+  _globals['_GOSSIP']._serialized_end=964
+  _globals['_SUSPICION']._serialized_start=966
+  _globals['_SUSPICION']._serialized_end=1034
+  _globals['_REVOCATION']._serialized_start=1036
+  _globals['_REVOCATION']._serialized_end=1134
+  _globals['_PROBE']._serialized_start=1136
+  _globals['_PROBE']._serialized_end=1183
+  _globals['_PROBEANSWER']._serialized_start=1185
+  _globals['_PROBEANSWER']._serialized_end=1213
+  _globals['_RECORD']._serialized_start=1215
+  _globals['_RECORD']._serialized_end=1256
+  _globals['_ANNOUNCEMENT']._serialized_start=1259
+  _globals['_ANNOUNCEMENT']._serialized_end=1469
+  _globals['_SERVICE']._serialized_start=1471
+  _globals['_SERVICE']._serialized_end=1528
+  _globals['_OPEN']._serialized_start=1530
+  _globals['_OPEN']._serialized_end=1553
+  _globals['_OPENED']._serialized_start=1555
+  _globals['_OPENED']._serialized_end=1597
 # @@protoc_insertion_point(module_scope)

@@ -13,8 +13,10 @@ An unknown field is ignored, never an error. A missing field has protobuf's defa
 Protocols.
   /libmesh/hello/1.0.0    dialler: Hello; other side: HelloReply. Then, if not refused, in turns: dialler: Digest;
                           other side: Digest, Records; dialler: Records. Then both end the stream.
+  /libmesh/sync/1.0.0     opener: Digest; other side: Digest, Records; opener: Records. Then both end the stream.
+  /libmesh/probe/1.0.0    Probe → ProbeAnswer. Then both end the stream.
   /libmesh/tunnel/1.0.0   Open → Opened; then, if not refused, the bytes of the service, both ways.
-  gossipsub, topic "libmesh/1/<mesh id>/peers": one Record per message, in gossipsub's strict-signing mode.
+  gossipsub, topic "libmesh/1/<mesh id>/peers": one Gossip per message, in gossipsub's strict-signing mode.
 
 The first stream on a connection is a hello, opened by whoever dialled. Until it has succeeded, a peer's other
 streams (gossipsub's included, identify and ping excepted) wait for it, for at most 5 s, and are reset then.
@@ -299,19 +301,23 @@ class Digest(_message.Message):
         PEER_KEY_FIELD_NUMBER: _builtins.int
         INCARNATION_FIELD_NUMBER: _builtins.int
         SEQUENCE_FIELD_NUMBER: _builtins.int
+        DEAD_FIELD_NUMBER: _builtins.int
         peer_key: _builtins.bytes
         incarnation: _builtins.int
         sequence: _builtins.int
+        dead: _builtins.bool
+        """the sender takes this peer for dead; if it is the reader, it raises its incarnation above this one"""
         def __init__(
             self,
             *,
             peer_key: _builtins.bytes = ...,
             incarnation: _builtins.int = ...,
             sequence: _builtins.int = ...,
+            dead: _builtins.bool = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "peer_key", b"peer_key", "sequence", b"sequence"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["dead", b"dead", "incarnation", b"incarnation", "peer_key", b"peer_key", "sequence", b"sequence"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -338,20 +344,175 @@ class Records(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     RECORDS_FIELD_NUMBER: _builtins.int
+    REVOCATIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]: ...
+    @_builtins.property
+    def revocations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Revocation]:
+        """all that the sender knows; at most 1,024"""
+
     def __init__(
         self,
         *,
         records: _abc.Iterable[Global___Record] | None = ...,
+        revocations: _abc.Iterable[Global___Revocation] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["records", b"records"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["records", b"records", "revocations", b"revocations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Records: _TypeAlias = Records  # noqa: Y015
+
+@_typing.final
+class Gossip(_message.Message):
+    """What is said to everybody. At most 60 KiB. An unknown kind is ignored."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RECORD_FIELD_NUMBER: _builtins.int
+    REVOCATION_FIELD_NUMBER: _builtins.int
+    SUSPICION_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def record(self) -> Global___Record: ...
+    @_builtins.property
+    def revocation(self) -> Global___Revocation: ...
+    @_builtins.property
+    def suspicion(self) -> Global___Suspicion: ...
+    def __init__(
+        self,
+        *,
+        record: Global___Record | None = ...,
+        revocation: Global___Revocation | None = ...,
+        suspicion: Global___Suspicion | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "record", b"record", "revocation", b"revocation", "suspicion", b"suspicion"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "record", b"record", "revocation", b"revocation", "suspicion", b"suspicion"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["record", "revocation", "suspicion"]  # noqa: Y015
+    _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
+
+Global___Gossip: _TypeAlias = Gossip  # noqa: Y015
+
+@_typing.final
+class Suspicion(_message.Message):
+    """"I hear nothing of this peer." A hint, never a verdict: whoever hears it probes that peer for itself, and the peer
+    itself, if it hears it and holds no newer announcement, announces itself anew.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_KEY_FIELD_NUMBER: _builtins.int
+    INCARNATION_FIELD_NUMBER: _builtins.int
+    SEQUENCE_FIELD_NUMBER: _builtins.int
+    peer_key: _builtins.bytes
+    """exactly 32 bytes"""
+    incarnation: _builtins.int
+    """of the newest announcement that the sender holds"""
+    sequence: _builtins.int
+    def __init__(
+        self,
+        *,
+        peer_key: _builtins.bytes = ...,
+        incarnation: _builtins.int = ...,
+        sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["incarnation", b"incarnation", "peer_key", b"peer_key", "sequence", b"sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Suspicion: _TypeAlias = Suspicion  # noqa: Y015
+
+@_typing.final
+class Revocation(_message.Message):
+    """Takes back a link, and with it everything below it, for ever. Anybody whose key stands above the link may do so.
+
+    The signature (Ed25519) is over the 21 bytes "libmesh revocation 1" 0x00 | mesh key (32) | the revoked link's id (16).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESH_KEY_FIELD_NUMBER: _builtins.int
+    LINKS_FIELD_NUMBER: _builtins.int
+    SIGNER_FIELD_NUMBER: _builtins.int
+    SIGNATURE_FIELD_NUMBER: _builtins.int
+    mesh_key: _builtins.bytes
+    """exactly 32 bytes"""
+    signer: _builtins.int
+    """whose key signed: 0 the mesh key, i the subject of the i-th link; less than the number of links"""
+    signature: _builtins.bytes
+    """exactly 64 bytes"""
+    @_builtins.property
+    def links(self) -> _containers.RepeatedCompositeFieldContainer[Global___Link]:
+        """the chain down to the revoked link, which is the last; at most 8"""
+
+    def __init__(
+        self,
+        *,
+        mesh_key: _builtins.bytes = ...,
+        links: _abc.Iterable[Global___Link] | None = ...,
+        signer: _builtins.int = ...,
+        signature: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["links", b"links", "mesh_key", b"mesh_key", "signature", b"signature", "signer", b"signer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Revocation: _TypeAlias = Revocation  # noqa: Y015
+
+@_typing.final
+class Probe(_message.Message):
+    """"Are you there?", or, with a target, "is that peer there?" At most 1 KiB. A peer without a connection to the target
+    answers that it heard nothing; it does not make one.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TARGET_KEY_FIELD_NUMBER: _builtins.int
+    target_key: _builtins.bytes
+    """exactly 32 bytes"""
+    def __init__(
+        self,
+        *,
+        target_key: _builtins.bytes | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_target_key", b"_target_key", "target_key", b"target_key"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_target_key", b"_target_key", "target_key", b"target_key"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__target_key: _TypeAlias = _typing.Literal["target_key"]  # noqa: Y015
+    _WhichOneofArgType__target_key: _TypeAlias = _typing.Literal["_target_key", b"_target_key"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__target_key) -> _WhichOneofReturnType__target_key | None: ...
+
+Global___Probe: _TypeAlias = Probe  # noqa: Y015
+
+@_typing.final
+class ProbeAnswer(_message.Message):
+    """At most 1 KiB. Without a target always true. With one: whether the target answered a probe within 0.6 s."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEARD_FIELD_NUMBER: _builtins.int
+    heard: _builtins.bool
+    def __init__(
+        self,
+        *,
+        heard: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["heard", b"heard"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProbeAnswer: _TypeAlias = ProbeAnswer  # noqa: Y015
 
 @_typing.final
 class Record(_message.Message):

@@ -11,13 +11,14 @@ state    meaning            how it is left
 ======== ================== =================================================================================
 ALIVE    as far as we know  connection lost, or no probe answered → SUSPECT
 SUSPECT  may be gone        connected, heard, or a newer announcement → ALIVE; `suspicion` over → DEAD
-DEAD     fell silent        connected, heard, or a newer announcement → ALIVE; `tombstone` over → forgotten
+DEAD     fell silent        a higher incarnation → ALIVE; `tombstone` over → forgotten
 LEFT     said goodbye       a higher incarnation → ALIVE; `tombstone` over → forgotten
 ======== ================== =================================================================================
 
 Only the peer itself can announce, change or end itself: every announcement carries its own signature and its chain
 of credentials, both checked here. What others say of a peer changes nothing but when we probe it (`liveness`). Whoever
-suspects a peer says so, and the peer, if it is there, answers with a newer announcement.
+suspects a peer says so; the peer, if it is there, raises its incarnation, as in SWIM. A peer that was taken for dead
+learns it from the digest at its next connection, and raises its incarnation, too.
 
 The machine wants a connection to every peer that it believes in. It asks for one with `Dial` and hears the outcome
 as `Connected` or `DialFailed`. Of two peers that learn of each other at once, the one with the lower id dials first.
@@ -28,17 +29,19 @@ from a clock that never jumps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
+from libmesh.core import roster
 from libmesh.core.announcement import Announcement, Record, Seal, authentic
-from libmesh.core.credentials import CLOCK_TOLERANCE, Credential, Revocation
+from libmesh.core.credentials import Revocation
 from libmesh.core.credentials import Revoked as RevokedLinks
 from libmesh.core.membership_io import (
     Changed,
     Connected,
     Dial,
     DialFailed,
+    DigestHeard,
     Disconnected,
     Drop,
     Effect,
@@ -56,7 +59,8 @@ from libmesh.core.membership_io import (
     SuspicionHeard,
     Wake,
 )
-from libmesh.peers import MeshId, Path, PeerId, PeerState, PeerView, Scope, Service, View
+from libmesh.core.roster import Digest, Entry
+from libmesh.peers import MeshId, Path, PeerId, PeerState, Service, View
 
 MAX_PEERS = 4096
 """Peers remembered, the dead included. Announcements of further ones are ignored until tombstones end."""
@@ -91,25 +95,6 @@ class MembershipConfig:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
 
 
-_BELIEVED = (PeerState.ALIVE, PeerState.SUSPECT)
-
-
-@dataclass(slots=True)
-class _Entry:
-    record: Record
-    state: PeerState
-    since: float
-    connected: bool
-    dialling: bool = False
-    failures: int = 0
-    next_dial: float = 0.0
-    state_ends: float = field(default=float("inf"))
-
-    @property
-    def announcement(self) -> Announcement:
-        return self.record.announcement
-
-
 class Membership:
     """The peer table of one mesh, as one of its peers sees it.
 
@@ -130,20 +115,9 @@ class Membership:
         self._me = seal(me)
         self._pending: Announcement | None = None
         self._announced_at = float("-inf")
-        self._peers: dict[PeerId, _Entry] = {}
+        self._peers: dict[PeerId, Entry] = {}
         self._connected: set[PeerId] = set()
         self._left = False
-
-    @property
-    def watched(self) -> tuple[frozenset[PeerId], frozenset[PeerId]]:
-        """The peers that should be probed, and those among them that are suspected."""
-        believed = frozenset(peer for peer, entry in self._peers.items() if entry.state in _BELIEVED)
-        return believed, frozenset(p for p in believed if self._peers[p].state is PeerState.SUSPECT)
-
-    @property
-    def me(self) -> Record:
-        """This node's own newest record."""
-        return self._me
 
     # ── the two calls of every machine ───────────────────────────────────────────────────────────────────────────
 
@@ -156,6 +130,8 @@ class Membership:
                 return self._revoke(revocation, gossiped, now)
             case SuspicionHeard(suspicion):
                 return self._doubt(suspicion, now)
+            case DigestHeard(digest):
+                return self._hear_digest(digest, now)
             case PeerSilent(peer):
                 return self._silent(peer, "it answers no probe", now)
             case PeerHeard(peer):
@@ -180,28 +156,32 @@ class Membership:
         times = [self._announce_due]
         for peer, entry in self._peers.items():
             times.append(entry.state_ends)
-            if entry.state in _BELIEVED:
-                times.append(_end_of(entry.announcement.credential))
+            if entry.believed:
+                times.append(entry.ends)
             if self._wants_dial(peer, entry):
                 times.append(entry.next_dial)
         return min(times)
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def digest(self) -> dict[PeerId, tuple[int, int]]:
-        """The age of each record held, this node's own included."""
-        ages = {peer: entry.announcement.age for peer, entry in self._peers.items()}
-        return ages | {self._me.announcement.peer: self._me.announcement.age}
+    @property
+    def me(self) -> Record:
+        """This node's own newest record."""
+        return self._me
 
-    def newer_than(self, digest: Mapping[PeerId, tuple[int, int]]) -> list[Record]:
+    @property
+    def watched(self) -> tuple[frozenset[PeerId], frozenset[PeerId]]:
+        """The peers that should be probed, and those among them that are suspected."""
+        believed = frozenset(peer for peer, entry in self._peers.items() if entry.believed)
+        return believed, frozenset(p for p in believed if self._peers[p].state is PeerState.SUSPECT)
+
+    def digest(self) -> Digest:
+        """What is known of each peer, this node included."""
+        return roster.digest_of(self._me, self._peers)
+
+    def newer_than(self, digest: Digest) -> list[Record]:
         """The records that somebody with `digest` lacks. The dead are not told of; goodbyes are."""
-        records = [self._me, *(e.record for e in self._peers.values() if e.state is not PeerState.DEAD)]
-        return [r for r in records if digest.get(r.announcement.peer, (-1, -1)) < r.announcement.age]
-
-    def scope_of(self, peer: PeerId) -> Scope | None:
-        """What a peer's announced credential allows it; `None` if nothing is known of it."""
-        entry = self._peers.get(peer)
-        return entry.announcement.credential.scope if entry else None
+        return roster.newer_than(self._me, self._peers, digest)
 
     def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
         """Where a peer says that it can be reached; empty if unknown."""
@@ -210,26 +190,7 @@ class Membership:
 
     def view(self, path_of: Callable[[PeerId], Path | None]) -> View:
         """A picture of the mesh now. The forgotten are not in it, the dead and the left are."""
-        mine = self._me.announcement
-        return View(
-            mesh_id=self.mesh_id,
-            me=mine.peer,
-            scope=mine.credential.scope,
-            peers=tuple(
-                PeerView(
-                    peer=peer,
-                    scope=entry.announcement.credential.scope,
-                    state=entry.state,
-                    services=entry.announcement.services,
-                    attributes=entry.announcement.attributes,
-                    addresses=entry.announcement.addresses,
-                    path=path_of(peer) if entry.connected else None,
-                    since_unix=entry.since,
-                    incarnation=entry.announcement.incarnation,
-                )
-                for peer, entry in sorted(self._peers.items())
-            ),
-        )
+        return roster.view_of(self._me, self._peers, self.mesh_id, path_of)
 
     # ── our own announcement ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -275,7 +236,7 @@ class Membership:
     def _heard(self, record: Record, gossiped: bool, now: float) -> list[Effect]:
         new = record.announcement
         if new.peer == self._me.announcement.peer:
-            return self._heard_of_myself(new, now)
+            return self._outlive(new.incarnation, now) if new.age > self._me.announcement.age else []
         entry = self._peers.get(new.peer)
         if entry is not None and not self._supersedes(new, entry):
             return []
@@ -285,7 +246,7 @@ class Membership:
             return []
         if entry is None:
             before = None
-            entry = self._peers[new.peer] = _Entry(
+            entry = self._peers[new.peer] = Entry(
                 record, PeerState.ALIVE, now, new.peer in self._connected, next_dial=now
             )
             if new.peer < self._me.announcement.peer:
@@ -304,19 +265,31 @@ class Membership:
         reason = "joined" if before is None else "announced"
         return [*effects, Changed(new.peer, before, entry.state, reason), *self._dials(now)]
 
-    def _heard_of_myself(self, claimed: Announcement, now: float) -> list[Effect]:
-        """An earlier run of this node got further than this one: speak with a higher incarnation than that."""
+    def _outlive(self, incarnation: int, now: float) -> list[Effect]:
+        """Speak with a higher incarnation than `incarnation`: it is what others believe of us, and it is wrong."""
         mine = self._me.announcement
-        if self._left or claimed.age <= mine.age:
+        if self._left or incarnation < mine.incarnation:
             return []
-        self._pending = replace(self._pending or mine, incarnation=claimed.incarnation + 1)
-        return self._announce_if_due(now)
+        self._me = self._seal(
+            replace(self._pending or mine, incarnation=incarnation + 1, sequence=mine.sequence + 1)
+        )
+        self._pending = None
+        self._announced_at = now
+        return [Publish(self._me)]
+
+    def _hear_digest(self, digest: Digest, now: float) -> list[Effect]:
+        """Somebody holds us for dead, or remembers an earlier run of ours that got further than this one."""
+        mine = self._me.announcement
+        age = digest.ages.get(mine.peer)
+        if age is None or not (age > mine.age or mine.peer in digest.dead):
+            return []
+        return self._outlive(age[0], now)
 
     @staticmethod
-    def _supersedes(new: Announcement, entry: _Entry) -> bool:
-        if entry.state is PeerState.LEFT:
-            return new.incarnation > entry.announcement.incarnation
-        return new.age > entry.announcement.age
+    def _supersedes(new: Announcement, entry: Entry) -> bool:
+        if entry.believed:
+            return new.age > entry.announcement.age
+        return new.incarnation > entry.announcement.incarnation
 
     # ── connections ──────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -349,7 +322,7 @@ class Membership:
 
     def _believe(self, peer: PeerId, reason: str, now: float) -> list[Effect]:
         entry = self._peers.get(peer)
-        if entry is None or entry.state not in (PeerState.SUSPECT, PeerState.DEAD) or self._ended(entry, now):
+        if entry is None or entry.state is not PeerState.SUSPECT or self._ended(entry, now):
             return []
         before = entry.state
         self._set_state(entry, PeerState.ALIVE, now)
@@ -359,10 +332,7 @@ class Membership:
         doubted = (suspicion.incarnation, suspicion.sequence)
         mine = self._me.announcement
         if suspicion.peer == mine.peer:
-            if self._left or doubted < mine.age:
-                return []
-            self._pending = self._pending or mine
-            return self._announce_if_due(now)
+            return self._outlive(suspicion.incarnation, now) if doubted >= mine.age else []
         entry = self._peers.get(suspicion.peer)
         if entry is None or entry.state is not PeerState.ALIVE or doubted < entry.announcement.age:
             return []
@@ -375,18 +345,17 @@ class Membership:
             [Revoked(revocation)] if gossiped else [Revoked(revocation), Publish(revocation)]
         )
         for peer, entry in self._peers.items():
-            if entry.state in _BELIEVED and self.revoked.covers(entry.announcement.credential):
+            if entry.believed and self.revoked.covers(entry.announcement.credential):
                 effects += self._expel(peer, entry, "its membership was revoked", now)
         return effects
 
-    def _expel(self, peer: PeerId, entry: _Entry, reason: str, now: float) -> list[Effect]:
+    def _expel(self, peer: PeerId, entry: Entry, reason: str, now: float) -> list[Effect]:
         before = entry.state
         self._set_state(entry, PeerState.DEAD, now)
         return [Drop(peer, reason), Changed(peer, before, PeerState.DEAD, reason)]
 
-    def _ended(self, entry: _Entry, now: float) -> bool:
-        credential = entry.announcement.credential
-        return now >= _end_of(credential) or self.revoked.covers(credential)
+    def _ended(self, entry: Entry, now: float) -> bool:
+        return now >= entry.ends or self.revoked.covers(entry.announcement.credential)
 
     def _dial_failed(self, peer: PeerId, now: float) -> list[Effect]:
         entry = self._peers.get(peer)
@@ -398,7 +367,7 @@ class Membership:
         entry.next_dial = now + min(delay, self.config.dial_max)
         return []
 
-    def _wants_dial(self, peer: PeerId, entry: _Entry) -> bool:
+    def _wants_dial(self, peer: PeerId, entry: Entry) -> bool:
         return (
             not self._left
             and not entry.connected
@@ -426,9 +395,9 @@ class Membership:
             effects += self._age(peer, entry, now)
         return [*effects, *self._announce_if_due(now), *self._dials(now)]
 
-    def _age(self, peer: PeerId, entry: _Entry, now: float) -> list[Effect]:
+    def _age(self, peer: PeerId, entry: Entry, now: float) -> list[Effect]:
         before = entry.state
-        if before in _BELIEVED and now >= _end_of(entry.announcement.credential):
+        if entry.believed and now >= entry.ends:
             return self._expel(peer, entry, "its membership expired", now)
         if now < entry.state_ends:
             return []
@@ -438,13 +407,7 @@ class Membership:
         del self._peers[peer]
         return [Changed(peer, before, None, "forgotten")]
 
-    def _set_state(self, entry: _Entry, state: PeerState, now: float) -> None:
+    def _set_state(self, entry: Entry, state: PeerState, now: float) -> None:
         entry.state, entry.since = state, now
         lasts = {PeerState.ALIVE: float("inf"), PeerState.SUSPECT: self.config.suspicion}
         entry.state_ends = now + lasts.get(state, self.config.tombstone)
-
-
-def _end_of(credential: Credential) -> float:
-    if credential.not_after_unix is None:
-        return float("inf")
-    return credential.not_after_unix + CLOCK_TOLERANCE

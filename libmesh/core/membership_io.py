@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from libmesh.core.announcement import Record
 from libmesh.core.credentials import Revocation
+from libmesh.core.roster import Digest
 from libmesh.peers import PeerId, PeerState, Service
 
 
@@ -39,6 +40,13 @@ class SuspicionHeard:
     """A hint from another peer."""
 
     suspicion: Suspicion
+
+
+@dataclass(frozen=True, slots=True)
+class DigestHeard:
+    """What another peer knows, as it told us on a connection."""
+
+    digest: Digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +107,7 @@ Event = (
     RecordHeard
     | RevocationHeard
     | SuspicionHeard
+    | DigestHeard
     | PeerSilent
     | PeerHeard
     | Connected

@@ -1,0 +1,272 @@
+"""The one loop: turns what happens into events of the machines, and their effects into deeds.
+
+Everything that is decided is decided in `core/`; everything that moves bytes is behind `net/`; this file only carries
+between the two.
+"""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import trio
+
+from libmesh import hello, probing, wire
+from libmesh.admission import Admission, AdmissionConfig
+from libmesh.core import membership as core
+from libmesh.core import membership_io as io
+from libmesh.core.announcement import Announcement, Record
+from libmesh.core.credentials import Authority, Revocation
+from libmesh.core.liveness import LivenessConfig
+from libmesh.errors import MeshError
+from libmesh.identity import SecretKey
+from libmesh.net import base as net
+from libmesh.net.base import Network, Stream
+from libmesh.peers import PeerId, PeerState, View
+from libmesh.probing import Prober
+from libmesh.wire import WireError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeshConfig:
+    """How a mesh behaves. The defaults suit a handful to some dozens of peers on a LAN or a WAN.
+
+    Attributes:
+        agent: name and version of the application, shown to peers; at most 128 bytes.
+        farewell: seconds given to our goodbye to get out before connections are closed.
+        sync_interval: seconds between digest exchanges with a peer chosen at random, which repair what gossip lost.
+        admission: times of hellos and of seeking the first peer.
+        membership: times of the membership machine.
+        liveness: times of probes.
+    """
+
+    agent: str = "libmesh"
+    farewell: float = 0.3
+    sync_interval: float = 10.0
+    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
+    membership: core.MembershipConfig = field(default_factory=core.MembershipConfig)
+    liveness: LivenessConfig = field(default_factory=LivenessConfig)
+
+
+class Driver:
+    """Runs the machines of one peer over a network.
+
+    Args:
+        network: the transport, running.
+        key: this peer's identity.
+        authority: what lets us be a member.
+        config: times and limits.
+        wall_clock: seconds since the epoch; read once.
+        rng: for everything that is left to chance.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        key: SecretKey,
+        authority: Authority,
+        config: MeshConfig,
+        *,
+        wall_clock: Callable[[], float],
+        rng: random.Random,
+    ) -> None:
+        self.network = network
+        self._config, self._rng = config, rng
+        self._wall_base = wall_clock() - trio.current_time()
+        self.credential = authority.admit(key.public)
+        self.membership = core.Membership(
+            Announcement(
+                peer=key.peer,
+                credential=self.credential,
+                incarnation=int(self.now() * 1000),
+                sequence=0,
+                addresses=network.addresses()[: wire.MAX_ADDRESSES],
+            ),
+            mesh_id=authority.mesh_id,
+            seal=partial(wire.seal, seed=key.seed),
+            config=config.membership,
+        )
+        self.admission = Admission(
+            network,
+            self.membership,
+            credential=self.credential,
+            agent=config.agent,
+            config=config.admission,
+            now=self.now,
+            tell=self.handle,
+        )
+        self._prober = Prober(network, self.membership, self.handle, config.liveness, rng)
+        self._topic = f"libmesh/1/{authority.mesh_id}/peers"
+        self._watchers: dict[trio.MemorySendChannel[View], trio.MemoryReceiveChannel[View]] = {}
+        self._rearm = trio.Event()
+        self._tasks: trio.Nursery
+        self._outbox, self._outgoing = trio.open_memory_channel[bytes](256)
+
+    @property
+    def view(self) -> View:
+        """The mesh as this peer sees it now."""
+        return self.membership.view(self.network.path)
+
+    @asynccontextmanager
+    async def watch(self) -> AsyncIterator[trio.MemoryReceiveChannel[View]]:
+        """See `Mesh.watch`."""
+        send, receive = trio.open_memory_channel[View](1)
+        send.send_nowait(self.view)
+        self._watchers[send] = receive
+        try:
+            async with receive:
+                yield receive
+        finally:
+            del self._watchers[send]
+            send.close()
+
+    def now(self) -> float:
+        """Seconds since the epoch, from a clock that does not jump."""
+        return self._wall_base + trio.current_time()
+
+    def handle(self, event: io.Event) -> None:
+        """Tell the membership machine, and do what it asks."""
+        changed = False
+        for effect in self.membership.handle(event, self.now()):
+            match effect:
+                case io.Publish(said):
+                    self._publish(wire.encode_gossip(said))
+                case io.Question(peer):
+                    self._prober.doubt(peer)
+                case io.Revoked(revocation):
+                    log.info("a membership was revoked: %s", revocation.link_id.hex())
+                case io.Dial(peer, addresses):
+                    self._tasks.start_soon(self.admission.dial, peer, addresses)
+                case io.Drop(peer, reason):
+                    log.info("dropping the peer %s: %s", peer, reason)
+                    self.admission.revoke(peer)
+                    self._tasks.start_soon(self.network.disconnect, peer)
+                case io.Changed(peer, before, state, reason):
+                    changed = True
+                    if before is not state:
+                        _log_change(peer, state, reason)
+        if changed:
+            self._prober.update()
+            self._tell_watchers()
+        self._rearm.set()
+
+    def _tell_watchers(self) -> None:
+        view = self.view
+        for send, receive in self._watchers.items():
+            try:
+                send.send_nowait(view)
+            except trio.WouldBlock:
+                receive.receive_nowait()
+                send.send_nowait(view)
+            except trio.BrokenResourceError:
+                continue
+
+    def _publish(self, data: bytes) -> None:
+        try:
+            self._outbox.send_nowait(data)
+        except trio.WouldBlock:
+            log.debug("gossip is not keeping up; an announcement was left to the next digest exchange")
+
+    async def _publish_loop(self) -> None:
+        async for data in self._outgoing:
+            await self.network.publish(self._topic, data)
+
+    async def _timer_loop(self) -> None:
+        while True:
+            self._rearm = trio.Event()
+            deadline = self.membership.deadline()
+            with trio.move_on_after(float("inf") if deadline is None else max(0.0, deadline - self.now())):
+                await self._rearm.wait()
+                continue
+            self.handle(io.Wake())
+
+    async def _event_loop(self, events: trio.MemoryReceiveChannel[net.NetworkEvent]) -> None:
+        async for event in events:
+            match event:
+                case net.PeerConnected(peer, _, inbound):
+                    if inbound:
+                        self._tasks.start_soon(self.admission.expect_hello, peer)
+                case net.PeerDisconnected(peer):
+                    self.admission.disconnected(peer)
+                case net.PathChanged():
+                    self._tell_watchers()
+                case net.Message(topic, _, data) if topic == self._topic:
+                    self._hear(data)
+
+    def _hear(self, data: bytes) -> None:
+        try:
+            said = wire.decode_gossip(data)
+        except WireError as exc:
+            log.debug("ignored malformed gossip: %s", exc)
+            return
+        match said:
+            case Record():
+                self.handle(io.RecordHeard(said, gossiped=True))
+            case Revocation():
+                self.handle(io.RevocationHeard(said, gossiped=True))
+            case io.Suspicion():
+                self.handle(io.SuspicionHeard(said))
+
+    async def _sync_loop(self) -> None:
+        """Anti-entropy: now and then compare with somebody what is known."""
+        while True:
+            await trio.sleep(self._config.sync_interval * self._rng.uniform(0.8, 1.2))
+            connected = [entry.peer for entry in self.view.peers if entry.path is not None]
+            if connected:
+                await self._sync(self._rng.choice(connected))
+
+    async def _sync(self, peer: PeerId) -> None:
+        try:
+            with trio.fail_after(self._config.sync_interval):
+                async with await self.network.open_stream(peer, hello.SYNC_PROTOCOL) as stream:
+                    await self._exchange(stream, opener=True)
+        except (MeshError, trio.BrokenResourceError, trio.TooSlowError) as exc:
+            log.debug("no digest exchange with %s: %s", peer, exc or "too slow")
+
+    async def _answer_sync(self, stream: Stream) -> None:
+        try:
+            with trio.fail_after(self._config.sync_interval):
+                await self._exchange(stream, opener=False)
+        except (WireError, trio.BrokenResourceError, trio.TooSlowError) as exc:
+            log.debug("no digest exchange with %s: %s", stream.peer, exc or "too slow")
+            stream.reset()
+
+    async def _exchange(self, stream: Stream, *, opener: bool) -> None:
+        for event in await hello.exchange(stream, self.membership, self.handle, opener=opener):
+            self.handle(event)
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Take part for as long as the context lasts; say goodbye if it ends without an error."""
+        self.network.set_handler(hello.PROTOCOL, self.admission.answer_hello, admitted_only=False)
+        self.network.set_handler(hello.SYNC_PROTOCOL, self._answer_sync)
+        self.network.set_handler(probing.PROTOCOL, self._prober.answer)
+        async with self.network.events() as events, trio.open_nursery() as nursery:
+            self._tasks = nursery
+            await self.network.subscribe(self._topic)
+            nursery.start_soon(self._event_loop, events)
+            for task in (
+                self._publish_loop,
+                self._timer_loop,
+                self._sync_loop,
+                self._prober.run,
+                self.admission.seek_loop,
+            ):
+                nursery.start_soon(task)
+            try:
+                yield
+                if self.admission.anybody:
+                    self.handle(io.Leave())
+                    await trio.sleep(self._config.farewell)
+            finally:
+                nursery.cancel_scope.cancel()
+
+
+def _log_change(peer: PeerId, state: PeerState | None, reason: str) -> None:
+    log.info("peer %s is %s: %s", peer, "forgotten" if state is None else state.value, reason)

@@ -1,0 +1,123 @@
+"""Does what the liveness machine asks: probes, directly and through others, and answers those of others."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import trio
+
+from libmesh import wire
+from libmesh.core import liveness
+from libmesh.core import membership_io as io
+from libmesh.core.liveness import Liveness, LivenessConfig
+from libmesh.core.membership import Membership
+from libmesh.errors import MeshError
+from libmesh.framing import frame, receive_frame
+from libmesh.net.base import Network, Stream
+from libmesh.peers import PeerId
+from libmesh.wire import WireError
+
+PROTOCOL = "/libmesh/probe/1.0.0"
+
+PATIENCE = 5.0
+"""Seconds after which a probe's stream is given up; the machine has drawn its conclusions long before."""
+
+
+class Prober:
+    """Drives one `Liveness` machine over a network.
+
+    Args:
+        network: the transport. Only peers that are connected can be probed directly.
+        membership: says whom to watch.
+        tell: passes an event to the membership machine.
+        config: the times.
+        rng: orders the rounds.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        membership: Membership,
+        tell: Callable[[io.Event], None],
+        config: LivenessConfig,
+        rng: random.Random,
+    ) -> None:
+        self._network, self._membership, self._tell = network, membership, tell
+        self._machine = Liveness(config, rng=rng)
+        self._watched = membership.watched
+        self._rearm = trio.Event()
+        self._tasks: trio.Nursery | None = None
+
+    def update(self) -> None:
+        """Watch whoever the membership machine believes in now. Cheap when that has not changed."""
+        watched = self._membership.watched
+        if watched != self._watched:
+            self._watched = watched
+            self._handle(liveness.Watch(*watched))
+
+    def doubt(self, peer: PeerId) -> None:
+        """Probe `peer` now."""
+        self._handle(liveness.Doubt(peer))
+
+    async def run(self) -> None:
+        """Probe until cancelled."""
+        async with trio.open_nursery() as nursery:
+            self._tasks = nursery
+            while True:
+                self._rearm = trio.Event()
+                deadline = self._machine.deadline()
+                wait = float("inf") if deadline is None else max(0.0, deadline - trio.current_time())
+                with trio.move_on_after(wait):
+                    await self._rearm.wait()
+                    continue
+                self._handle(liveness.Wake())
+
+    def _handle(self, event: liveness.Event) -> None:
+        if self._tasks is None:
+            return
+        for effect in self._machine.handle(event, trio.current_time()):
+            match effect:
+                case liveness.Ping(peer):
+                    self._tasks.start_soon(self._ping, peer)
+                case liveness.PingThrough(peer, helpers):
+                    for helper in helpers:
+                        self._tasks.start_soon(self._ping, helper, peer)
+                case liveness.Silent(peer):
+                    self._tell(io.PeerSilent(peer))
+                case liveness.Heard(peer):
+                    self._tell(io.PeerHeard(peer))
+        self._rearm.set()
+
+    async def _ping(self, peer: PeerId, target: PeerId | None = None) -> None:
+        if await self._ask(peer, target, PATIENCE):
+            self._handle(liveness.Answered(target or peer))
+
+    async def _ask(self, peer: PeerId, target: PeerId | None, limit: float) -> bool:
+        with trio.move_on_after(limit):
+            try:
+                stream = await self._network.open_stream(peer, PROTOCOL)
+                try:
+                    await stream.send_all(frame(wire.encode_probe(target)))
+                    answer = await receive_frame(stream, wire.MAX_PROBE)
+                    return wire.decode_probe_answer(answer)
+                finally:
+                    stream.reset()
+            except (MeshError, trio.BrokenResourceError):
+                return False
+        return False
+
+    async def answer(self, stream: Stream) -> None:
+        """Serve an inbound probe. Asks nobody to whom there is no connection."""
+        with trio.move_on_after(PATIENCE):
+            try:
+                target = wire.decode_probe(await receive_frame(stream, wire.MAX_PROBE))
+                heard = target is None or await self._asked_for(target)
+                await stream.send_all(frame(wire.encode_probe_answer(heard)))
+            except (WireError, trio.BrokenResourceError):
+                stream.reset()
+
+    async def _asked_for(self, target: PeerId) -> bool:
+        if self._network.path(target) is None:
+            return False
+        return await self._ask(target, None, self._machine.config.timeout)
