@@ -14,7 +14,7 @@ What is exported here is the public API; everything else may change without noti
 
 from libmesh.admission import AdmissionConfig
 from libmesh.core.liveness import LivenessConfig
-from libmesh.core.membership import MembershipConfig
+from libmesh.core.membership_io import MembershipConfig
 from libmesh.driver import MeshConfig
 from libmesh.errors import (
     AddressUnavailable,

@@ -19,7 +19,7 @@ from libmesh.core.membership import Membership
 from libmesh.errors import AdmissionRefused, MeshError, PeerUnreachable, ServiceRefused
 from libmesh.net.base import Network, Stream
 from libmesh.peers import PeerId
-from libmesh.wire import WireError
+from libmesh.wire_pieces import WireError
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from libmesh.net import base as net
 from libmesh.net.base import Network, Stream
 from libmesh.peers import PeerId, PeerState, View
 from libmesh.probing import Prober
-from libmesh.wire import WireError
+from libmesh.wire_pieces import WireError
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class MeshConfig:
     farewell: float = 0.3
     sync_interval: float = 10.0
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
-    membership: core.MembershipConfig = field(default_factory=core.MembershipConfig)
+    membership: io.MembershipConfig = field(default_factory=io.MembershipConfig)
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
 
 

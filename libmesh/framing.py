@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import trio
 
-from libmesh.wire import WireError
+from libmesh.wire_pieces import WireError
 
 _LONGEST_PREFIX = 4
 

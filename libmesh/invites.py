@@ -6,7 +6,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from libmesh import keys, wire
+from libmesh import keys, tokens
 from libmesh.core import credentials
 from libmesh.core.credentials import Invite
 from libmesh.errors import InviteExpired, InviteMalformed
@@ -28,7 +28,7 @@ def check_invite(token: str, *, now_unix: float) -> Invite:
 
     Raises `InviteMalformed` or `InviteExpired`. The mesh has the last word: a revocation is not seen here.
     """
-    invite = wire.decode_invite(token)
+    invite = tokens.decode_invite(token)
     authority = invite.authority
     if (end := authority.not_after_unix) is not None and now_unix > end:
         ended = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(end))
@@ -44,7 +44,7 @@ def check_invite(token: str, *, now_unix: float) -> Invite:
 
 def read_invite(token: str) -> InviteInfo:
     """What a token says, expired or not. Raises `InviteMalformed`."""
-    invite = wire.decode_invite(token)
+    invite = tokens.decode_invite(token)
     return InviteInfo(
         mesh_id=invite.authority.mesh_id,
         scope=invite.authority.scope,

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import trio
 
-from libmesh import tunnel, wire
+from libmesh import tokens, tunnel, wire
 from libmesh.core import membership_io as io
 from libmesh.core.credentials import Authority, Invite
 from libmesh.driver import Driver, MeshConfig
@@ -27,6 +27,7 @@ from libmesh.invites import check_invite
 from libmesh.net.base import Network, Stream
 from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
 from libmesh.peers import MeshId, PeerId, Scope, Service, View
+from libmesh.wire_pieces import valid_service_name
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ class Mesh:
         self, name: str, handler: tunnel.RawHandler, *, scope: Scope = Scope.CLIENT
     ) -> Iterator[None]:
         """As `offer`, for handlers that decide themselves: they call `accept()`, or raise `ServiceRefused` first."""
-        if not wire.valid_service_name(name):
+        if not valid_service_name(name):
             raise ValueError(f"{name!r} is no service name: 1 to 255 bytes, without control characters")
         if name in self._offers:
             raise ValueError(f"the service {name!r} is offered already")
@@ -164,7 +165,7 @@ class Mesh:
         if name_contacts:
             alive = [entry for entry in self.view.peers if entry.path is not None and entry.addresses]
             contacts += [(entry.peer, entry.addresses[:2]) for entry in alive[:2]]
-        return wire.encode_invite(Invite(authority=authority, contacts=tuple(contacts)))
+        return tokens.encode_invite(Invite(authority=authority, contacts=tuple(contacts)))
 
     async def join(self, token: str) -> None:
         """Reach one of the contacts of an invite to *this* mesh. Returns when the first one has admitted us.

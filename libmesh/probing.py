@@ -16,7 +16,7 @@ from libmesh.errors import MeshError
 from libmesh.framing import frame, receive_frame
 from libmesh.net.base import Network, Stream
 from libmesh.peers import PeerId
-from libmesh.wire import WireError
+from libmesh.wire_pieces import WireError
 
 PROTOCOL = "/libmesh/probe/1.0.0"
 

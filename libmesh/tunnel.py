@@ -24,7 +24,7 @@ from libmesh.framing import frame, receive_frame
 from libmesh.net.base import Stream
 from libmesh.net.splice import splice
 from libmesh.peers import PeerId, Scope
-from libmesh.wire import WireError
+from libmesh.wire_pieces import WireError
 
 if TYPE_CHECKING:
     from libmesh.mesh import Mesh

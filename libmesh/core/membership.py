@@ -30,7 +30,7 @@ from a clock that never jumps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from libmesh.core import roster
 from libmesh.core.announcement import Announcement, Record, Seal, authentic
@@ -47,6 +47,7 @@ from libmesh.core.membership_io import (
     Effect,
     Event,
     Leave,
+    MembershipConfig,
     PeerHeard,
     PeerSilent,
     Publish,
@@ -64,35 +65,6 @@ from libmesh.peers import MeshId, Path, PeerId, PeerState, Service, View
 
 MAX_PEERS = 4096
 """Peers remembered, the dead included. Announcements of further ones are ignored until tombstones end."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MembershipConfig:
-    """The machine's times, in seconds, each greater than 0.
-
-    Attributes:
-        refresh: how often an unchanged announcement is repeated. Probes tell who is there and digests what was missed,
-            so this is only a last resort; each costs every peer a message, and gossipsub's cost 4 ms of CPU.
-        suspicion: how long a suspect has to come back. Longer forgives longer pauses: a process stopped for two
-            seconds must survive. Together with a probe's turn and two timeouts it is what death takes.
-        tombstone: how long the dead are remembered, and dialled now and then.
-        coalesce: changes of one's own announcement within this time go out as one.
-        dial_first: how long the peer with the higher id leaves the first dial to the other.
-        dial_min, dial_max: back-off between attempts to reach a peer, doubling.
-    """
-
-    refresh: float = 300.0
-    suspicion: float = 2.5
-    tombstone: float = 600.0
-    coalesce: float = 0.1
-    dial_first: float = 0.5
-    dial_min: float = 0.5
-    dial_max: float = 8.0
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
 
 
 class Membership:

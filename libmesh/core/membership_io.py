@@ -1,4 +1,4 @@
-"""What the membership machine is told, and what it asks for: its events and effects."""
+"""What the membership machine is given: its times; what it is told, and what it asks for: its events and effects."""
 
 from __future__ import annotations
 
@@ -8,6 +8,35 @@ from libmesh.core.announcement import Record
 from libmesh.core.credentials import Revocation
 from libmesh.core.roster import Digest
 from libmesh.peers import PeerId, PeerState, Service
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MembershipConfig:
+    """The machine's times, in seconds, each greater than 0.
+
+    Attributes:
+        refresh: how often an unchanged announcement is repeated. Probes tell who is there and digests what was missed,
+            so this is only a last resort; each costs every peer a message, and gossipsub's cost 4 ms of CPU.
+        suspicion: how long a suspect has to come back. Longer forgives longer pauses: a process stopped for two
+            seconds must survive. Together with a probe's turn and two timeouts it is what death takes.
+        tombstone: how long the dead are remembered, and dialled now and then.
+        coalesce: changes of one's own announcement within this time go out as one.
+        dial_first: how long the peer with the higher id leaves the first dial to the other.
+        dial_min, dial_max: back-off between attempts to reach a peer, doubling.
+    """
+
+    refresh: float = 300.0
+    suspicion: float = 2.5
+    tombstone: float = 600.0
+    coalesce: float = 0.1
+    dial_first: float = 0.5
+    dial_min: float = 0.5
+    dial_max: float = 8.0
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
 
 
 @dataclass(frozen=True, slots=True)
