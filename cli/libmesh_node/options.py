@@ -15,7 +15,7 @@ DEFAULT_API_PORT = 9337
 DEFAULT_CONSOLE_PORT = 3131
 
 _INVITE_FILE_LIMIT = 64 << 10
-_LONGEST_TTL = 100 * 365 * 86400.0
+_LONGEST_TTL = 10 * 365 * 86400.0
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
 
 
@@ -133,7 +133,7 @@ def fixed_port(text: str) -> int:
 
 
 def duration(text: str) -> float:
-    """Seconds, from `30s`, `15m`, `12h`, `7d` or `52w`. A unit is required; at most a hundred years."""
+    """Seconds, from `30s`, `15m`, `12h`, `7d` or `52w`. A unit is required; at most ten years."""
     match = re.fullmatch(r"(\d{1,12}(?:\.\d{1,6})?)([smhdw])", text.strip().lower(), re.ASCII)
     seconds = float(match[1]) * _UNITS[match[2]] if match else 0.0
     if not 0 < seconds <= _LONGEST_TTL:

@@ -13,7 +13,7 @@ from libmesh_node.terminal import remark, say, say_json
 
 SCOPES = {
     "client": "use the mesh's models and services",
-    "worker": "use the mesh, serve models, and be lent work",
+    "worker": "use the mesh, and be lent work",
     "invite": "all that, and invite others",
 }
 
