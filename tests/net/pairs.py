@@ -84,3 +84,15 @@ async def stream_pair(a: YamuxConnection, b: YamuxConnection) -> tuple[YamuxStre
     """Two ends of a new stream, opened by `a`."""
     near = await a.open_stream()
     return near, await b.accept_stream()
+
+
+async def drain(stream: trio.abc.ReceiveStream | YamuxStream) -> None:
+    """Receive until the end, or an error."""
+    while await stream.receive_some():
+        pass
+
+
+async def fill(stream: trio.abc.SendStream | YamuxStream) -> None:
+    """Send until there is an error."""
+    while True:
+        await stream.send_all(bytes(65536))

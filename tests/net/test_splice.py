@@ -1,0 +1,209 @@
+"""TCP ⇄ stream: what goes in comes out, and so do ends and resets."""
+
+from __future__ import annotations
+
+import random
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import pytest
+import trio
+import trio.testing
+
+from libmesh.errors import ServiceRefused
+from libmesh.net.base import Stream
+from libmesh.net.negotiate import accept_stream, encode_line, open_lazy_stream
+from libmesh.net.splice import SpliceResult, splice
+from libmesh.peers import PeerId
+from tests.net.pairs import drain, fill, muxed_pair, socket_pair
+
+PEER = PeerId("somebody")
+
+
+@dataclass
+class Tunnel:
+    """A client's socket and a server's, with two splices and a stream between them."""
+
+    client: trio.SocketStream
+    server: trio.SocketStream
+    results: list[SpliceResult] = field(default_factory=list)
+    near_scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
+@asynccontextmanager
+async def tunnel() -> AsyncIterator[Tunnel]:
+    async with muxed_pair() as (a, b):
+        client, entrance = await socket_pair()
+        exit_, server = await socket_pair()
+        built = Tunnel(client, server)
+
+        async def run(stream: Stream, sock: trio.SocketStream, scope: trio.CancelScope) -> None:
+            with scope:
+                built.results.append(await splice(stream, sock))
+
+        async with trio.open_nursery() as nursery:
+            stream = await open_lazy_stream(a, PEER, "/tunnel")
+            nursery.start_soon(run, stream, entrance, built.near_scope)
+            far = await accept_stream(await _after(client, b"!", b), PEER, lambda _: True)
+            nursery.start_soon(run, far, exit_, trio.CancelScope())
+            assert await server.receive_some(1) == b"!"
+            try:
+                yield built
+            finally:
+                await client.aclose()
+                await server.aclose()
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert a.stream_count == b.stream_count == 0
+
+
+async def _after(client: trio.SocketStream, data: bytes, connection):  # type: ignore[no-untyped-def]
+    await client.send_all(data)
+    return await connection.accept_stream()
+
+
+async def read_all(sock: trio.SocketStream) -> bytes:
+    pieces = []
+    while data := await sock.receive_some():
+        pieces.append(data)
+    return b"".join(pieces)
+
+
+async def test_bytes_cross_both_ways_at_once() -> None:
+    async with tunnel() as t:
+        there, back = random.Random(1).randbytes(20_000_000), random.Random(2).randbytes(15_000_000)
+
+        async def send(sock: trio.SocketStream, data: bytes) -> None:
+            await sock.send_all(data)
+            await sock.send_eof()
+
+        got: dict[str, bytes] = {}
+
+        async def receive(name: str, sock: trio.SocketStream) -> None:
+            got[name] = await read_all(sock)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send, t.client, there)
+            nursery.start_soon(send, t.server, back)
+            nursery.start_soon(receive, "there", t.server)
+            nursery.start_soon(receive, "back", t.client)
+        assert got == {"there": there, "back": back}
+    assert sorted(t.results, key=lambda each: each.bytes_sent) == [
+        SpliceResult(len(back), len(there) + 1),
+        SpliceResult(len(there) + 1, len(back)),
+    ]
+
+
+@pytest.mark.parametrize("first", ["client", "server"])
+async def test_half_close_crosses_and_leaves_the_other_direction(first: str) -> None:
+    async with tunnel() as t:
+        one, other = (t.client, t.server) if first == "client" else (t.server, t.client)
+        await one.send_all(b"question")
+        await one.send_eof()
+        assert await read_all(other) == b"question"
+        await other.send_all(b"answer")
+        await other.aclose()
+        assert await read_all(one) == b"answer"
+    assert [each.reset for each in t.results] == [None, None]
+
+
+@pytest.mark.parametrize("who", ["client", "server"])
+async def test_reset_crosses(who: str) -> None:
+    async with tunnel() as t:
+        one, other = (t.client, t.server) if who == "client" else (t.server, t.client)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        await one.aclose()
+        with pytest.raises(trio.BrokenResourceError):
+            await drain(other)
+    assert sorted(str(each.reset) for each in t.results) == ["socket", "stream"]
+
+
+async def test_a_client_that_closes_while_data_comes_resets_the_other_end() -> None:
+    async with tunnel() as t, trio.open_nursery() as nursery:
+
+        async def serve() -> None:
+            with pytest.raises(trio.BrokenResourceError):
+                await fill(t.server)
+
+        nursery.start_soon(serve)
+        await t.client.receive_some()
+        await t.client.aclose()
+
+
+async def test_cancelling_one_end_resets_both_sockets() -> None:
+    async with tunnel() as t:
+        t.near_scope.cancel()
+        for sock in (t.client, t.server):
+            with pytest.raises(trio.BrokenResourceError):
+                await sock.receive_some()
+    assert len(t.results) == 1
+
+
+async def test_a_server_that_does_not_read_stops_only_the_client() -> None:
+    async with tunnel() as t:
+        data = random.Random(5).randbytes(30_000_000)
+        async with trio.open_nursery() as nursery:
+
+            async def send() -> None:
+                await t.client.send_all(data)
+                await t.client.send_eof()
+
+            nursery.start_soon(send)
+            await trio.sleep(0.2)
+            await t.server.send_all(b"still alive")
+            assert await t.client.receive_some() == b"still alive"
+            assert await read_all(t.server) == data
+
+
+async def test_a_refused_service_resets_the_socket_and_is_told() -> None:
+    async with muxed_pair() as (a, b):
+        client, entrance = await socket_pair()
+        stream = await open_lazy_stream(a, PEER, "/tunnel")
+
+        async def refuse() -> None:
+            far = await b.accept_stream()
+            await far.send_all(encode_line("/multistream/1.0.0") + encode_line("na"))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(refuse)
+            with pytest.raises(ServiceRefused):
+                await splice(stream, entrance)
+        with pytest.raises(trio.BrokenResourceError):
+            await client.receive_some()
+        await client.aclose()
+
+
+async def test_a_lost_connection_resets_the_sockets() -> None:
+    async with muxed_pair() as (a, b):
+        client, entrance = await socket_pair()
+        stream = await open_lazy_stream(a, PEER, "/tunnel")
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(splice, stream, entrance)
+            await client.send_all(b"hello")
+            await b.accept_stream()
+            await b.close()
+            with pytest.raises(trio.BrokenResourceError):
+                await client.receive_some()
+        await client.aclose()
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_any_pattern_of_writes_arrives_unchanged(seed: int) -> None:
+    lots = random.Random(seed)
+    data = lots.randbytes(300_000)
+    async with tunnel() as t:
+
+        async def send() -> None:
+            position = 0
+            while position < len(data):
+                size = lots.choice((1, 10, 1000, 20_000, 66_000))
+                await t.client.send_all(data[position : position + size])
+                position += size
+                for _ in range(lots.randrange(3)):
+                    await trio.lowlevel.checkpoint()
+            await t.client.send_eof()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            assert await read_all(t.server) == data
