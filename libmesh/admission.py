@@ -173,6 +173,7 @@ class Admission:
     async def seek_loop(self) -> None:
         """While nobody is connected, try the contacts, with back-off."""
         delay = self._config.seek_min
+        told = ""
         while True:
             await self._lonely.wait()
             if self._admitted or not self._contacts:
@@ -186,4 +187,5 @@ class Admission:
             try:
                 await self.seek()
             except MeshError as exc:
-                log.info("still alone: %s", exc)
+                log.log(logging.DEBUG if str(exc) == told else logging.INFO, "still alone: %s", exc)
+                told = str(exc)

@@ -26,7 +26,7 @@ from libmesh.errors import MeshError
 from libmesh.identity import SecretKey
 from libmesh.net import base as net
 from libmesh.net.base import Network, Stream
-from libmesh.peers import PeerId, PeerState, View
+from libmesh.peers import PeerId, PeerState, Service, View
 from libmesh.probing import Prober
 from libmesh.wire_pieces import WireError
 
@@ -103,6 +103,7 @@ class Driver:
         )
         self._prober = Prober(network, self.membership, self.handle, config.liveness, rng)
         self._topic = f"libmesh/1/{authority.mesh_id}/peers"
+        self._said: tuple[tuple[Service, ...], bytes] = ((), b"")
         self._watchers: dict[trio.MemorySendChannel[View], trio.MemoryReceiveChannel[View]] = {}
         self._rearm = trio.Event()
         self._tasks: trio.Nursery
@@ -125,6 +126,12 @@ class Driver:
         finally:
             del self._watchers[send]
             send.close()
+
+    def say(self, services: tuple[Service, ...], attributes: bytes) -> None:
+        """What this peer says of itself from now on, with the addresses that it has then."""
+        self._said = (services, attributes)
+        addresses = self.network.addresses()[: wire.MAX_ADDRESSES]
+        self.handle(io.SelfChanged(services, addresses, attributes))
 
     def now(self) -> float:
         """Seconds since the epoch, from a clock that does not jump."""
@@ -214,9 +221,10 @@ class Driver:
                 self.handle(io.SuspicionHeard(said))
 
     async def _sync_loop(self) -> None:
-        """Anti-entropy: now and then compare with somebody what is known."""
+        """Anti-entropy: now and then compare with somebody what is known. Also tells of addresses that changed."""
         while True:
             await trio.sleep(self._config.sync_interval * self._rng.uniform(0.8, 1.2))
+            self.say(*self._said)
             connected = [entry.peer for entry in self.view.peers if entry.path is not None]
             if connected:
                 await self._sync(self._rng.choice(connected))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import trio
 
 from libmesh import tokens, tunnel, wire
-from libmesh.core import membership_io as io
 from libmesh.core.credentials import Authority, Invite
 from libmesh.driver import Driver, MeshConfig
 from libmesh.errors import (
@@ -208,8 +207,7 @@ class Mesh:
         await tunnel.answer(stream, choose)
 
     def _announce(self) -> None:
-        services = tuple(offer.service for offer in self._offers.values())
-        self._driver.handle(io.SelfChanged(services, self.addresses[: wire.MAX_ADDRESSES], self._attributes))
+        self._driver.say(tuple(offer.service for offer in self._offers.values()), self._attributes)
 
 
 @asynccontextmanager

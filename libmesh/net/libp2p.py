@@ -10,6 +10,7 @@ Foreign exceptions end here: everything that leaves is one of `libmesh.errors` o
 from __future__ import annotations
 
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -42,6 +43,8 @@ from libmesh.net.swarm import ConnectionNotifee, new_mesh_swarm
 from libmesh.peers import Path, PathKind, PeerId
 
 log = logging.getLogger(__name__)
+
+_INTERFACES_HOLD = 5.0  # seconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +90,8 @@ class Libp2pNetwork(Network):
     def __init__(self, seed: bytes, config: Libp2pConfig) -> None:
         self._config = config
         self._port = 0  # known once we listen
+        self._interfaces: list[str] = []
+        self._interfaces_stale = float("-inf")
         self._swarm = new_mesh_swarm(
             seed, max_connections=config.max_connections, handshake_limit=config.handshake_limit
         )
@@ -120,7 +125,7 @@ class Libp2pNetwork(Network):
 
     def addresses(self) -> tuple[str, ...]:
         """See `Network.addresses`: announced ones first, then global, private and loopback ones."""
-        interfaces = tcp.interface_hosts()
+        interfaces = self._interface_hosts()
         hosts: list[str] = []
         for host in self._config.hosts:
             if host in ("0.0.0.0", "::"):
@@ -131,6 +136,13 @@ class Libp2pNetwork(Network):
         hosts.sort(key=lambda host: order.get(host, -1))
         own = [tcp.multiaddr_of(host, self._port) for host in hosts]
         return tuple(dict.fromkeys((*self._config.announce, *own)))
+
+    def _interface_hosts(self) -> list[str]:
+        """Asking the system takes milliseconds, and this is asked often."""
+        now = time.monotonic()
+        if now >= self._interfaces_stale:
+            self._interfaces, self._interfaces_stale = tcp.interface_hosts(), now + _INTERFACES_HOLD
+        return self._interfaces
 
     def events(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[NetworkEvent]]:
         """See `Network.events`."""

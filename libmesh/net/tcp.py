@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
+import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -191,11 +192,14 @@ async def first_success(addresses: Sequence[str], attempt: Attempt) -> tuple[str
 
 
 def _reason(exc: BaseException) -> str:
-    """The innermost cause in words; py-libp2p wraps it in up to three layers that say less."""
-    while isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1:
-        exc = exc.exceptions[0]
-    while exc.__cause__ is not None and not isinstance(exc, ValueError):
-        exc = exc.__cause__
-    if isinstance(exc, OSError) and exc.strerror:
-        return exc.strerror.lower()
+    """The innermost cause in words; trio and py-libp2p wrap it in layers that say less."""
+    while True:
+        if isinstance(exc, BaseExceptionGroup):
+            exc = exc.exceptions[0]
+        elif exc.__cause__ is not None and not isinstance(exc, ValueError):
+            exc = exc.__cause__
+        else:
+            break
+    if isinstance(exc, OSError) and exc.errno is not None:
+        return os.strerror(exc.errno).lower()
     return str(exc) or type(exc).__name__
