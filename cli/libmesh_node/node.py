@@ -76,14 +76,15 @@ async def run_node(options: NodeOptions) -> int:
     with _folder(options) as folder, _log(options, folder):
         async with trio.open_nursery() as nursery:
             outcome: list[NodeError] = []
-            nursery.start_soon(_end_on_signal, nursery.cancel_scope)
-            nursery.start_soon(_run_and_end, Node(options, folder, nursery.cancel_scope), outcome)
+            ending = trio.CancelScope(shield=True)
+            nursery.start_soon(_end_on_signal, nursery.cancel_scope, ending)
+            nursery.start_soon(_run_and_end, Node(options, folder, nursery.cancel_scope), ending, outcome)
         if outcome:
             raise outcome[0]
     return 0
 
 
-async def _run_and_end(node: Node, outcome: list[NodeError]) -> None:
+async def _run_and_end(node: Node, ending: trio.CancelScope, outcome: list[NodeError]) -> None:
     try:
         await node.run()
     except* (NodeError, MeshError, OSError) as group:
@@ -91,6 +92,7 @@ async def _run_and_end(node: Node, outcome: list[NodeError]) -> None:
         outcome.append(first if isinstance(first, NodeError) else NodeError(_sentence(str(first))))
     finally:
         node.ended.cancel()
+        ending.cancel()
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> Exception:
@@ -105,7 +107,8 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
-async def _end_on_signal(scope: trio.CancelScope) -> None:
+async def _end_on_signal(scope: trio.CancelScope, ending: trio.CancelScope) -> None:
+    """Cancel `scope` at the first signal, and end the process at the second, listened for until `ending` is cancelled."""
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
         async for _ in signals:
             if scope.cancel_called:
@@ -113,7 +116,7 @@ async def _end_on_signal(scope: trio.CancelScope) -> None:
             log.info("ending; once more to end at once")
             scope.cancel()
             _end_for_sure()
-            with trio.CancelScope(shield=True):
+            with ending:
                 async for _ in signals:
                     os._exit(130)
 
