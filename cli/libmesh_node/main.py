@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import os
 import re
 import sys
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -126,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:  # noqa: BLE001 - the process's last boundary: a person gets a line, not a traceback
-        return _fail(error, verbose=args is not None and bool(args.verbose))
+        return _fail(error, args or argparse.Namespace())
 
 
 def _parse(argv: Sequence[str] | None) -> tuple[Callable[[argparse.Namespace], int], argparse.Namespace]:
@@ -151,9 +153,9 @@ def _module(name: str) -> Any:
     return import_module(f".commands.{name.replace('-', '_')}", __package__)
 
 
-def _fail(error: Exception, *, verbose: bool) -> int:
+def _fail(error: Exception, args: argparse.Namespace) -> int:
     """Say why it failed. Foreseen errors carry their own words; all others are our fault and say so."""
-    if verbose:
+    if getattr(args, "verbose", False):
         traceback.print_exception(error, file=sys.stderr)
     if isinstance(error, NodeError) or _is_mesh_error(error):
         text = str(error)
@@ -161,7 +163,12 @@ def _fail(error: Exception, *, verbose: bool) -> int:
         text = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
     else:
         text = f"Internal error ({type(error).__name__}: {error}). Please report it; --verbose shows where it happened."
-    sys.stderr.write(f"libmesh-node: {' '.join(text.split())}\n")
+    text = " ".join(text.split())
+    if getattr(args, "json_logs", False):
+        line = {"time": round(time.time(), 3), "level": "error", "logger": "libmesh_node", "message": text}
+        sys.stderr.write(f"{json.dumps(line)}\n")
+        return error.exit_code if isinstance(error, NodeError) else 1
+    sys.stderr.write(f"libmesh-node: {text}\n")
     if isinstance(error, UsageError):
         sys.stderr.write("Try 'libmesh-node --help'.\n")
     return error.exit_code if isinstance(error, NodeError) else 1

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -149,6 +150,18 @@ def test_verbose_shows_where_an_error_happened(
     monkeypatch.setattr(run_module, "run", fail)
     assert main(["--verbose"]) == 1
     assert "Traceback" in capsys.readouterr().err
+
+
+def test_with_json_logs_the_last_word_is_json_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(args: object) -> int:
+        raise NodeError("Port 9337 is in use.")
+
+    monkeypatch.setattr(run_module, "run", fail)
+    assert main(["--json-logs"]) == 1
+    line = json.loads(capsys.readouterr().err)
+    assert (line["level"], line["message"]) == ("error", "Port 9337 is in use.")
 
 
 def test_an_error_of_libmesh_carries_its_own_words(
