@@ -8,11 +8,11 @@ import hashlib
 
 from libmesh import keys
 from libmesh._pb import mesh_pb2 as pb
-from libmesh.core.credentials import Authority, Invite
+from libmesh.core.credentials import MAX_LINKS, Authority, Invite, LinkKind
 from libmesh.errors import InviteMalformed
 from libmesh.wire_pieces import (
     WireError,
-    address_from_bytes,
+    addresses_from_pb,
     encode_address,
     exactly,
     link_to_pb,
@@ -75,10 +75,12 @@ def _invite_from_pb(message: pb.Invite) -> Invite:
     seed = exactly(keys.KEY_LENGTH, message.seed, "an invite's seed")
     if not links or keys.public_key(seed) != links[-1].subject:
         raise WireError("its key does not belong to its last link")
+    if len(links) >= MAX_LINKS or any(link.kind is not LinkKind.INVITE for link in links):
+        raise WireError(f"its links are not 1 to {MAX_LINKS - 1} invitations")
     contacts = [
         (
             keys.peer_id_of(exactly(keys.KEY_LENGTH, contact.peer_key, "a contact's key")),
-            tuple(address_from_bytes(address) for address in contact.addresses[:MAX_CONTACT_ADDRESSES]),
+            addresses_from_pb(contact.addresses[:MAX_CONTACT_ADDRESSES]),
         )
         for contact in message.contacts[:MAX_CONTACTS]
     ]

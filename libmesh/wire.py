@@ -19,7 +19,7 @@ from libmesh.core.roster import Digest
 from libmesh.peers import PeerId, Service
 from libmesh.wire_pieces import (
     WireError,
-    address_from_bytes,
+    addresses_from_pb,
     credential_from_pb,
     credential_to_pb,
     encode_address,
@@ -227,7 +227,7 @@ def _record_from_pb(message: pb.Record) -> Record:
         sequence=body.sequence,
         leaving=body.leaving,
         services=services,
-        addresses=tuple(address_from_bytes(address) for address in body.addresses),
+        addresses=addresses_from_pb(body.addresses),
         attributes=body.attributes,
     )
     signature = exactly(keys.SIGNATURE_LENGTH, message.signature, "an announcement's signature")

@@ -5,7 +5,7 @@ For `wire.py` and `tokens.py` only; all other files see values and bytes.
 
 from __future__ import annotations
 
-import unicodedata
+import re
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -19,6 +19,11 @@ from libmesh._pb import mesh_pb2 as pb
 from libmesh.core.credentials import MAX_LINKS, Credential, Link, LinkKind
 from libmesh.errors import MeshError
 from libmesh.peers import Scope
+
+MAX_ADDRESS = 255
+
+# C0 and C1 control characters, and those that turn the direction of writing (Unicode TR 9, "Directional Formatting").
+_REFUSED = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 _M = TypeVar("_M", bound=ProtobufMessage)
 
@@ -91,25 +96,45 @@ def credential_from_pb(message: pb.Credential) -> Credential:
 def encode_address(address: str) -> bytes:
     """A multiaddr's binary form. Raises `ValueError` if `address` is none."""
     try:
-        return bytes(Multiaddr(address).to_bytes())
+        data = bytes(Multiaddr(address).to_bytes())
     except (MultiaddrError, ValueError) as exc:
         raise ValueError(f"{address!r} is not a multiaddr, such as /ip4/192.0.2.1/tcp/4001: {exc}") from exc
+    if not 0 < len(data) <= MAX_ADDRESS:
+        raise ValueError(f"{address!r} is not a multiaddr of 1 to {MAX_ADDRESS} bytes")
+    return data
 
 
-def address_from_bytes(data: bytes) -> str:
-    """A multiaddr as text, from its binary form of at most 255 bytes."""
-    if len(data) > 255:
-        raise WireError(f"an address of {len(data)} bytes")
+def addresses_from_pb(addresses: Iterable[bytes]) -> tuple[str, ...]:
+    """Multiaddrs as text, from their binary forms of at most 255 bytes.
+
+    Those that we cannot read are passed over: they may be of a protocol that is newer than we are. So are those whose
+    text would not give the same bytes again, as we could not pass them on.
+    """
+    found = (_address_from_bytes(address) for address in addresses)
+    return tuple(text for text in found if text is not None)
+
+
+def _address_from_bytes(data: bytes) -> str | None:
+    if len(data) > MAX_ADDRESS:
+        raise WireError(f"an address of {len(data)} bytes; at most {MAX_ADDRESS} are allowed")
     try:
-        return str(Multiaddr(data))
+        text = str(Multiaddr(data))
+        return text if encode_address(text) == data else None
     # multiaddr lets its codecs' own errors through (struct.error, KeyError, …); all of them mean the same.
-    except Exception as exc:
-        raise WireError(f"an address that is no multiaddr: {exc}") from exc
+    except Exception:  # noqa: BLE001
+        return None
 
 
 def valid_service_name(name: str) -> bool:
-    """Whether `name` may name a service: 1 to 255 bytes of UTF-8 without control characters."""
-    return 1 <= len(name.encode()) <= 255 and not any(unicodedata.category(c).startswith("C") for c in name)
+    """Whether `name` may name a service: 1 to 255 bytes of UTF-8, without what would garble a terminal.
+
+    The characters that are refused are listed, not taken from Unicode's categories: those grow with each version of
+    Python, and peers must agree.
+    """
+    try:
+        return 1 <= len(name.encode()) <= 255 and not _REFUSED.search(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def parse(message: _M, data: bytes, limit: int) -> _M:

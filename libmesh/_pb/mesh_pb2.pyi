@@ -172,7 +172,9 @@ class Contact(_message.Message):
     """exactly 32 bytes"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """binary multiaddrs without /p2p, best first; at most 8 of at most 255 bytes"""
+        """Binary multiaddrs without /p2p, best first; at most 8 of at most 255 bytes. Those of a protocol that the reader does
+        not know are passed over.
+        """
 
     def __init__(
         self,
@@ -573,11 +575,13 @@ class Announcement(_message.Message):
 
     @_builtins.property
     def services(self) -> _containers.RepeatedCompositeFieldContainer[Global___Service]:
-        """sorted by name, without repetition; at most 256"""
+        """sorted by name's code points, without repetition; at most 256"""
 
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """binary multiaddrs without /p2p, best first; at most 16"""
+        """Binary multiaddrs without /p2p, best first; at most 16 of at most 255 bytes. Those of a protocol that the reader
+        does not know are passed over.
+        """
 
     def __init__(
         self,
@@ -608,7 +612,9 @@ class Service(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """1 to 255 bytes, no control characters"""
+    """1 to 255 bytes, without U+0000 to 001F, 007F to 009F (control characters), 061C, 200E, 200F, 202A to 202E and
+    2066 to 2069 (turns of the direction of writing).
+    """
     scope: Global___Scope.ValueType
     """what a member needs to open it"""
     def __init__(
