@@ -1,0 +1,410 @@
+"""The muxer's driver: what a connection owes its streams, and what it owes the rest when a peer misbehaves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+import trio
+import trio.testing
+from libp2p.stream_muxer.exceptions import (
+    MuxedConnUnavailable,
+    MuxedStreamClosed,
+    MuxedStreamEOF,
+    MuxedStreamError,
+    MuxedStreamReset,
+)
+
+from libmesh.core.yamux_frames import (
+    ACK,
+    DATA,
+    HEADER,
+    PING,
+    SPEC_WINDOW,
+    SYN,
+    WINDOW_UPDATE,
+    Options,
+)
+from libmesh.net.base import StreamReset
+from libmesh.net.muxed_stream import YamuxStream
+from libmesh.net.muxer import YamuxConnection
+from libmesh.net.noise import NoiseSession
+from tests.net.pairs import drain, fill, muxed_pair, noise_pair, stream_pair
+
+
+@asynccontextmanager
+async def against(options: Options | None = None) -> AsyncIterator[tuple[YamuxConnection, NoiseSession]]:
+    """One of our connections, and a peer of it that speaks whatever the test says."""
+    near, far = await noise_pair()
+    connection = YamuxConnection(near, far.get_local_peer(), options)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.start)
+        await connection.event_started.wait()
+        yield connection, far
+        await connection.close()
+        await far.close()
+
+
+def frame(kind: int, flags: int, stream_id: int, length: int, body: bytes = b"") -> bytes:
+    return HEADER.pack(0, kind, flags, stream_id, length) + body
+
+
+# ---- the life of a connection -----------------------------------------------------------------------------------
+
+
+async def test_closing_fails_streams_and_calls_on_both_sides() -> None:
+    async with muxed_pair() as (a, b):
+        closed: list[str] = []
+
+        async def note() -> None:
+            closed.append("b")
+
+        b.on_close = note
+        near, far = await stream_pair(a, b)
+        async with trio.open_nursery() as nursery:
+
+            async def accept() -> None:
+                with pytest.raises(MuxedConnUnavailable):
+                    await b.accept_stream()
+
+            nursery.start_soon(accept)
+            await trio.testing.wait_all_tasks_blocked()
+            await a.close()
+            await a.close()
+        for stream in (near, far):
+            with pytest.raises(StreamReset):
+                await stream.receive_some()
+            with pytest.raises(StreamReset):
+                await stream.send_all(b"x")
+        await b.event_closed.wait()
+        await trio.testing.wait_all_tasks_blocked()
+        assert closed == ["b"]
+        assert (a.is_closed, b.is_closed, b.is_established) == (True, True, False)
+        with pytest.raises(MuxedConnUnavailable):
+            await a.open_stream()
+
+
+async def test_what_was_sent_before_a_close_arrives() -> None:
+    async with muxed_pair() as (a, b):
+        near, far = await stream_pair(a, b)
+        await near.send_all(b"last words")
+        await near.send_eof()
+        await a.close()
+        assert await far.receive_some() == b"last words"
+        assert await far.receive_some() == b""
+
+
+async def test_a_connection_that_never_ran_can_be_closed() -> None:
+    near, far = await noise_pair()
+    connection = YamuxConnection(near, far.get_local_peer())
+    await connection.close()
+    assert connection.event_closed.is_set()
+    await far.close()
+
+
+async def test_round_trips_are_measured_at_once() -> None:
+    async with muxed_pair() as (a, b):
+        assert a.rtt is None
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        assert a.rtt is not None
+        assert 0 < a.rtt < 1
+        assert (a.is_initiator, b.is_initiator) == (True, False)
+
+
+async def test_a_silent_peer_fails_every_stream_within_the_keepalive_bound() -> None:
+    options = Options(ping_interval=0.05, ping_timeout=0.05)
+    async with against(options) as (connection, _peer):
+        stream = await connection.open_stream()
+        start = trio.current_time()
+        with pytest.raises(StreamReset, match="no sign of life"):
+            await stream.receive_some()
+        assert trio.current_time() - start < 1.0
+        await connection.event_closed.wait()
+
+
+async def test_a_peer_that_answers_pings_lives_on() -> None:
+    options = Options(ping_interval=0.02, ping_timeout=0.02)
+    async with muxed_pair(options) as (a, b):
+        await trio.sleep(0.2)
+        near, far = await stream_pair(a, b)
+        await near.send_all(b"alive")
+        assert await far.receive_some() == b"alive"
+
+
+async def test_opening_waits_for_acknowledgements_and_may_be_cancelled() -> None:
+    async with muxed_pair(Options(max_unacknowledged=2)) as (a, b):
+        streams = [await a.open_stream() for _ in range(2)]
+        with trio.move_on_after(0.01) as scope:
+            await a.open_stream()
+        assert scope.cancelled_caught
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(a.open_stream)
+            await trio.testing.wait_all_tasks_blocked()
+            await b.accept_stream()
+        with trio.move_on_after(0.01) as scope:
+            await a.open_stream()
+        assert scope.cancelled_caught
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(a.open_stream)
+            await trio.testing.wait_all_tasks_blocked()
+            streams[1].reset_nowait()
+
+
+# ---- fairness ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_small_message_does_not_wait_behind_bulk() -> None:
+    async with muxed_pair() as (a, b):
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                near, far = await stream_pair(a, b)
+                nursery.start_soon(_until_broken, near)
+                nursery.start_soon(drain, far)
+            near, far = await stream_pair(a, b)
+            waits = []
+            for _ in range(200):
+                start = trio.current_time()
+                await near.send_all(bytes(1000))
+                got = 0
+                while got < 1000:
+                    got += len(await far.receive_some())
+                waits.append(trio.current_time() - start)
+            nursery.cancel_scope.cancel()
+        waits.sort()
+        # Both ends and all readers share one thread here; the bound is for two processes and measured by the bench.
+        assert waits[len(waits) // 2] < 0.1
+
+
+async def _until_broken(stream: YamuxStream) -> None:
+    with pytest.raises(StreamReset):
+        await fill(stream)
+
+
+async def test_bulk_senders_share_the_connection() -> None:
+    async with muxed_pair() as (a, b):
+        got = [0] * 4
+
+        async def count(index: int, stream: YamuxStream) -> None:
+            while data := await stream.receive_some():
+                got[index] += len(data)
+
+        async with trio.open_nursery() as nursery:
+            for index in range(4):
+                near, far = await stream_pair(a, b)
+                nursery.start_soon(fill, near)
+                nursery.start_soon(count, index, far)
+            while sum(got) < 100_000_000:  # noqa: ASYNC110
+                await trio.sleep(0.01)
+            nursery.cancel_scope.cancel()
+        assert min(got) > sum(got) / 4 * 0.5
+
+
+# ---- peers that misbehave ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        frame(DATA, SYN, 2, SPEC_WINDOW + 1, bytes(1000)),
+        frame(WINDOW_UPDATE, SYN, 1, 0),
+        frame(5, 0, 0, 0),
+        random.Random(1).randbytes(5000),
+        b"".join(frame(WINDOW_UPDATE, SYN, 2 * index, 0) for index in range(1, 4000)),
+    ],
+)
+async def test_a_peer_that_breaks_the_rules_is_cut_off_and_others_are_unharmed(said: bytes) -> None:
+    async with against(Options(backlog=8)) as (connection, liar), muxed_pair() as (a, b):
+        near, far = await stream_pair(a, b)
+        await liar.write(said)
+        await connection.event_closed.wait()
+        assert connection.is_closed
+        await near.send_all(b"unharmed")
+        assert await far.receive_some() == b"unharmed"
+
+
+async def test_a_peer_that_never_reads_holds_up_only_its_own_senders() -> None:
+    options = Options(ping_interval=0.1, ping_timeout=0.1)
+    async with against(options) as (connection, mute):
+        stream = await connection.open_stream()
+        await mute.write(frame(WINDOW_UPDATE, ACK, stream.stream_id, 2**31))
+        with pytest.raises(StreamReset):
+            await fill(stream)
+        await connection.event_closed.wait()
+
+
+async def test_pings_without_end_make_no_answers_without_end() -> None:
+    async with against() as (connection, flood):
+        flooded = b"".join(frame(PING, SYN, 0, index) for index in range(5000))
+        with trio.move_on_after(1):
+            for _ in range(100):
+                await flood.write(flooded)
+        assert not connection.is_closed
+
+
+async def test_unread_data_is_bounded_for_the_connection() -> None:
+    options = Options(initial_window=SPEC_WINDOW, max_unread=1_000_000)
+    async with muxed_pair(options) as (a, b):
+        pairs = [await stream_pair(a, b) for _ in range(6)]
+        async with trio.open_nursery() as nursery:
+            for near, _ in pairs:
+                nursery.start_soon(_send_quietly, near, bytes(SPEC_WINDOW))
+        await trio.testing.wait_all_tasks_blocked(0.02)
+        unread = [far.unread for _, far in pairs]
+        assert sum(unread) <= options.max_unread
+        broken = 0
+        for _, far in pairs:
+            try:
+                for _ in range(4):
+                    await far.receive_some(SPEC_WINDOW // 4)
+            except StreamReset:
+                broken += 1
+        assert 1 <= broken < 6
+
+
+async def _send_quietly(stream: YamuxStream, data: bytes) -> None:
+    try:
+        await stream.send_all(data)
+    except StreamReset:
+        return
+
+
+# ---- windows ----------------------------------------------------------------------------------------------------
+
+
+async def test_windows_grow_while_the_reader_keeps_up() -> None:
+    async with muxed_pair() as (a, b):
+        near, far = await stream_pair(a, b)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fill, near)
+            got = 0
+            while got < 60_000_000:
+                got += len(await far.receive_some())
+            await trio.testing.wait_all_tasks_blocked(0.05)
+            assert far.unread > 4 * 1024 * 1024  # it started at 1 MiB
+            assert far.unread <= 16 * 1024 * 1024
+            nursery.cancel_scope.cancel()
+
+
+# ---- the face of IMuxedStream -----------------------------------------------------------------------------------
+
+
+async def test_py_libp2ps_calls_mean_what_they_mean_on_the_stock_muxer() -> None:
+    async with muxed_pair() as (a, b):
+        near, far = await stream_pair(a, b)
+        await near.write(b"hello")
+        assert await far.read(2) == b"he"
+        assert await far.read() == b"llo"
+        assert await far.read(0) == b""
+        await near.close()
+        with pytest.raises(MuxedStreamEOF):
+            await far.read(1)
+        with pytest.raises(MuxedStreamClosed):
+            await near.write(b"x")
+        await far.write(b"reading goes on after close")
+        assert await near.read(7) == b"reading"
+        await far.reset()
+        assert await near.read(-1) == b" goes on after close"
+        with pytest.raises(MuxedStreamReset):
+            await near.read(1)
+        assert near.is_closed
+        assert near.get_remote_address() is not None
+
+
+async def test_writers_of_one_stream_do_not_interleave() -> None:
+    async with muxed_pair() as (a, b):
+        near, far = await stream_pair(a, b)
+        async with trio.open_nursery() as nursery:
+            for letter in b"abcd":
+                nursery.start_soon(near.write, bytes([letter]) * 300_000)
+            got = b""
+            while len(got) < 1_200_000:
+                got += await far.read()
+        assert sorted(got[start] for start in range(0, 1_200_000, 300_000)) == sorted(b"abcd")
+        assert all(len(set(got[start : start + 300_000])) == 1 for start in range(0, 1_200_000, 300_000))
+
+
+async def test_deadlines_end_reads_and_writes() -> None:
+    async with muxed_pair() as (a, b):
+        near, _ = await stream_pair(a, b)
+        with pytest.raises(ValueError, match="ttl"):
+            near.set_deadline(-1)
+        near.set_deadline(0)
+        with pytest.raises(MuxedStreamError, match="deadline"):
+            await near.read(1)
+        with pytest.raises(MuxedStreamError, match="deadline"):
+            await near.write(bytes(10_000_000))
+
+
+async def test_leaving_the_context_ends_the_sending_direction() -> None:
+    async with muxed_pair() as (a, b):
+        near, far = await stream_pair(a, b)
+        async with near:
+            await near.write(b"x")
+        assert await far.read(1) == b"x"
+        with pytest.raises(MuxedStreamEOF):
+            await far.read(1)
+
+
+async def test_a_stream_closed_by_py_libp2p_is_freed_though_the_peer_never_finishes() -> None:
+    options = Options(linger=0.05, ping_interval=0.02, ping_timeout=1.0)
+    async with muxed_pair(options) as (a, b):
+        near, _far = await stream_pair(a, b)
+        await near.close()
+        await trio.sleep(0.2)
+        assert a.stream_count == 0
+        with pytest.raises(MuxedStreamReset):
+            await near.read(1)
+
+
+async def test_calls_that_never_wait() -> None:
+    async with muxed_pair() as (a, b):
+        near, far = await stream_pair(a, b)
+        assert far.receive_nowait() is None
+        assert near.send_nowait(b"") == 0
+        assert near.send_nowait(b"abc") == 3
+        assert near.send_nowait(memoryview(bytes(100)).cast("I")) == 100
+        sent = near.send_nowait(bytes(10_000_000))
+        assert 16_384 <= sent < 10_000_000
+        got = 0
+        while got < 103 + sent:
+            got += len(await far.receive_some())
+        near.send_eof_nowait()
+        assert await far.receive_some() == b""
+        assert far.receive_nowait() == b""
+
+
+async def test_closing_a_stream_while_another_task_sends_resets_it() -> None:
+    async with muxed_pair() as (a, b):
+        near, far = await stream_pair(a, b)
+
+        async def send() -> None:
+            with pytest.raises(trio.ClosedResourceError):
+                await near.send_all(bytes(50_000_000))
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(send)
+            await trio.testing.wait_all_tasks_blocked(0.02)
+            with pytest.raises(trio.BusyResourceError):
+                near.send_eof_nowait()
+            await near.aclose()
+        with pytest.raises(StreamReset):
+            await drain(far)
+
+
+# ---- many -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+async def test_ten_thousand_idle_streams_on_one_connection() -> None:
+    async with muxed_pair() as (a, b):
+        pairs = [await stream_pair(a, b) for _ in range(10_000)]
+        for near, far in pairs[::97]:
+            await near.send_all(b"x")
+            assert await far.receive_some() == b"x"
+        for near, far in pairs:
+            await near.aclose()
+            await far.aclose()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        assert a.stream_count == b.stream_count == 0
