@@ -35,6 +35,7 @@ from libmesh.mesh import Mesh, ServiceHandler, open_mesh
 from libmesh.net.base import Network, Stream, StreamReset
 from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
 from libmesh.peers import MeshId, Path, PathKind, PeerId, PeerState, PeerView, Scope, Service, View
+from libmesh.posts import Post
 from libmesh.tunnel import expose, serve_tunnel
 
 __version__ = "0.1.0"
@@ -64,6 +65,7 @@ __all__ = [
     "PeerState",
     "PeerUnreachable",
     "PeerView",
+    "Post",
     "Scope",
     "SecretKey",
     "Service",

@@ -27,6 +27,7 @@ from libmesh.identity import SecretKey
 from libmesh.net import base as net
 from libmesh.net.base import Network, Stream
 from libmesh.peers import PeerId, PeerState, Service, View
+from libmesh.posts import Posts
 from libmesh.probing import Prober
 from libmesh.wire_pieces import WireError
 
@@ -102,6 +103,7 @@ class Driver:
             tell=self.handle,
         )
         self._prober = Prober(network, self.membership, self.handle, config.liveness, rng)
+        self.posts = Posts(network, authority.mesh_id, self._is_live_member)
         self._topic = f"libmesh/1/{authority.mesh_id}/peers"
         self._said: tuple[tuple[Service, ...], bytes] = ((), b"")
         self._watchers: dict[trio.MemorySendChannel[View], trio.MemoryReceiveChannel[View]] = {}
@@ -205,6 +207,11 @@ class Driver:
                     self._tell_watchers()
                 case net.Message(topic, _, data) if topic == self._topic:
                     self._hear(data)
+                case net.Message(topic, author, data) if topic == self.posts.gossip_topic:
+                    self.posts.deliver(author, data)
+
+    def _is_live_member(self, peer: PeerId) -> bool:
+        return peer in self.membership.watched[0]
 
     def _hear(self, data: bytes) -> None:
         try:
@@ -258,6 +265,7 @@ class Driver:
         async with self.network.events() as events, trio.open_nursery() as nursery:
             self._tasks = nursery
             await self.network.subscribe(self._topic)
+            await self.network.subscribe(self.posts.gossip_topic)
             nursery.start_soon(self._event_loop, events)
             for task in (
                 self._publish_loop,

@@ -26,6 +26,7 @@ from libmesh.invites import check_invite
 from libmesh.net.base import Network, Stream
 from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
 from libmesh.peers import MeshId, PeerId, Scope, Service, View
+from libmesh.posts import Post
 from libmesh.wire_pieces import valid_service_name
 
 log = logging.getLogger(__name__)
@@ -139,6 +140,30 @@ class Mesh:
         finally:
             del self._offers[name]
             self._announce()
+
+    async def publish(self, topic: str, data: bytes) -> None:
+        """Send `data`, at most 56 KiB, to all members that subscribe to `topic` (1 to 255 bytes of text).
+
+        Best effort: at most once, in no order, and lost where gossip is not keeping up. Signed by this node. Whoever
+        needs more opens a stream. Raises `ValueError` for a bad topic or too much data.
+        """
+        if not valid_service_name(topic):
+            raise ValueError(f"{topic!r} is no topic: 1 to 255 bytes, without control characters")
+        if len(data) > wire.MAX_POST_DATA:
+            raise ValueError(f"a message of {len(data)} bytes; at most {wire.MAX_POST_DATA} are allowed")
+        await self._driver.posts.publish(topic, data)
+
+    @asynccontextmanager
+    async def subscribe(self, topic: str) -> AsyncIterator[trio.MemoryReceiveChannel[Post]]:
+        """What other members publish on `topic` while the context lasts; one's own messages are not among it.
+
+            async with mesh.subscribe("chat") as posts:
+                async for post in posts: print(post.author, post.data)
+
+        Holds up to 256 messages for a slow reader; the oldest go first when it falls behind.
+        """
+        async with self._driver.posts.subscribe(topic) as posts:
+            yield posts
 
     async def open_service(self, peer: PeerId, service: str, *, wait: bool = True) -> Stream:
         """A stream to `service` of `peer`, connecting to the peer first if need be. The caller closes it.

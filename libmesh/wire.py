@@ -37,6 +37,8 @@ MAX_RECORDS = 8 * 1024 * 1024
 MAX_RECORD = 60 * 1024
 MAX_PROBE = 1024
 MAX_OPEN = 1024
+MAX_POST = 60 * 1024
+MAX_POST_DATA = 56 * 1024
 MAX_ATTRIBUTES = 48 * 1024
 MAX_SERVICES = 256
 MAX_ADDRESSES = 16
@@ -306,3 +308,19 @@ def decode_opened(data: bytes) -> str | None:
     """The refusal's word, or `None`."""
     message = parse(pb.Opened(), data, MAX_OPEN)
     return message.refusal if message.HasField("refusal") else None
+
+
+# ── applications' own messages ───────────────────────────────────────────────────────────────────────────────────
+
+
+def encode_post(topic: str, data: bytes) -> bytes:
+    """The bytes of a `Post`."""
+    return pb.Post(topic=topic, data=data).SerializeToString()
+
+
+def decode_post(data: bytes) -> tuple[str, bytes]:
+    """The topic and the data."""
+    post = parse(pb.Post(), data, MAX_POST)
+    if not valid_service_name(post.topic):
+        raise WireError("a post with a bad topic")
+    return post.topic, post.data

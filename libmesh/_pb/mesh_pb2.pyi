@@ -17,6 +17,7 @@ Protocols.
   /libmesh/probe/1.0.0    Probe → ProbeAnswer. Then both end the stream.
   /libmesh/tunnel/1.0.0   Open → Opened; then, if not refused, the bytes of the service, both ways.
   gossipsub, topic "libmesh/1/<mesh id>/peers": one Gossip per message, in gossipsub's strict-signing mode.
+  gossipsub, topic "libmesh/1/<mesh id>/app": one Post per message, in the same mode.
 
 The first stream on a connection is a hello, opened by whoever dialled. Until it has succeeded, a peer's other
 streams (gossipsub's included, identify and ping excepted) wait for it, for at most 5 s, and are reset then.
@@ -679,3 +680,32 @@ class Opened(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__refusal) -> _WhichOneofReturnType__refusal | None: ...
 
 Global___Opened: _TypeAlias = Opened  # noqa: Y015
+
+@_typing.final
+class Post(_message.Message):
+    """An application's own message to everybody in the mesh who wants it. At most 60 KiB. Its author is the peer that
+    signed the gossipsub message; one that is not known as a live member is not listened to. Delivered at most once, in
+    no order, and perhaps not at all.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOPIC_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    topic: _builtins.str
+    """the application's name for the kind of message; 1 to 255 bytes, no control characters"""
+    data: _builtins.bytes
+    """at most 56 KiB"""
+    def __init__(
+        self,
+        *,
+        topic: _builtins.str = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "topic", b"topic"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Post: _TypeAlias = Post  # noqa: Y015
