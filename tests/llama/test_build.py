@@ -139,7 +139,7 @@ async def test_programs_that_do_not_work_are_not_put_in_place(cache: Path) -> No
 
 
 async def test_cancelling_kills_the_compilers(cache: Path, tmp_path: Path) -> None:
-    half_built(cache, f"sleep 300 & echo $! > {tmp_path}/pid; wait")
+    half_built(cache, f"setsid sleep 300 & echo $! > {tmp_path}/pid; trap '' TERM; wait")
     async with trio.open_nursery() as nursery:
         nursery.start_soon(lambda: install(report=lambda progress: None, cache=cache))
         await eventually(
@@ -207,9 +207,15 @@ async def test_only_llama_cpp_is_unpacked(tmp_path: Path) -> None:
     assert found == {"CMakeLists.txt", "src/a.cpp"}
 
 
-async def test_archive_that_reaches_outside_is_refused(tmp_path: Path) -> None:
-    files = {PREFIX + "vendor/llama.cpp/../evil": "x", PREFIX + "vendor/llama.cpp/CMakeLists.txt": ""}
-    with pytest.raises(EngineError, match="outside the destination"):
+@pytest.mark.parametrize("filters", [True, False])
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil"])
+async def test_archive_that_reaches_outside_is_refused(
+    tmp_path: Path, name: str, filters: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not filters:
+        monkeypatch.delattr(tarfile, "data_filter")
+    files = {PREFIX + "vendor/llama.cpp/" + name: "x", PREFIX + "vendor/llama.cpp/CMakeLists.txt": ""}
+    with pytest.raises(EngineError, match="is outside the destination"):
         await trio.to_thread.run_sync(
             source.unpack, archive(tmp_path / "a.tar.gz", files), tmp_path / "source"
         )

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -58,15 +59,46 @@ def test_program_dies_when_the_guard_is_killed_and_the_node_is_told(parent: subp
     assert parent.poll() is None
 
 
-def test_grandchildren_die_with_the_node() -> None:
-    command = [sys.executable, "-c", NODE_LIKE_PARENT, "/bin/sh", "-c", "sleep 300 & echo $! >&2; wait"]
+@pytest.mark.parametrize(
+    "start", ["sleep 300 &", "setsid sleep 300 &", "(setsid sh -c 'sleep 300 & wait' &)"]
+)
+@pytest.mark.parametrize("ending", ["node killed", "program killed", "program ends"])
+def test_no_descendant_outlives_the_program(start: str, ending: str, tmp_path: Path) -> None:
+    stop = tmp_path / "stop"
+    text = f"{start}\nwhile [ ! -e {stop} ]; do /bin/sleep 0.01; done"
+    command = [sys.executable, "-c", NODE_LIKE_PARENT, "/bin/sh", "-c", text]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
         pid = started_by(parent)
-        children = Path(f"/proc/{pid}/task/{pid}/children")
-        while not (found := children.read_text().split()):
-            pass
+        sleeping = sleeper_below(parent_of(pid))
+        match ending:
+            case "node killed":
+                parent.kill()
+            case "program killed":
+                os.kill(pid, signal.SIGKILL)
+            case "program ends":
+                stop.touch()
+        seconds_until_gone(sleeping)
+        seconds_until_gone(pid)
         parent.kill()
-        seconds_until_gone(int(found[0]))
+
+
+def sleeper_below(guard: int) -> int:
+    """The process `sleep 300` among the descendants of `guard`, once it is there."""
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        parents = {int(path.name): path for path in Path("/proc").iterdir() if path.name.isdigit()}
+        for pid, path in parents.items():
+            try:
+                if (path / "cmdline").read_bytes() != b"sleep\x00300\x00":
+                    continue
+                above = pid
+                while above > 1:
+                    above = parent_of(above)
+                    if above == guard:
+                        return pid
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    raise AssertionError("nobody sleeps")
 
 
 def test_ctrl_c_in_the_terminal_does_not_reach_the_program(parent: subprocess.Popen[str]) -> None:

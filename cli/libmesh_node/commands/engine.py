@@ -63,11 +63,36 @@ def _status(args: argparse.Namespace) -> int:
     from libmesh_node.llama.engine import find_engine
 
     engine = find_engine(args.bin_dir)
+    devices = _devices(engine)
     if args.json:
-        say_json(_as_json(engine))
+        say_json({**_as_json(engine), "devices": devices})
     else:
         _print(engine)
+        for device in devices or (["the processor only"] if engine.llama_server else []):
+            say(f"{'computes on':<13} {device}")
+        _remark_unused_gpus(devices)
     return 0 if engine.complete else 1
+
+
+def _devices(engine: Engine) -> list[str]:
+    """What the llama-server that was found can compute on, besides the processor."""
+    from libmesh_node.llama.probe import Unusable, list_devices
+
+    try:
+        return list(list_devices(engine.llama_server.path)) if engine.llama_server is not None else []
+    except Unusable:
+        return []
+
+
+def _remark_unused_gpus(devices: list[str]) -> None:
+    from libmesh_node.hardware import detect
+
+    if not devices:
+        for gpu in detect().gpus:
+            remark(
+                f"{gpu.name} is not used: this llama-server was built without support for it. Build llama.cpp for it "
+                "(see llama.cpp's docs/build.md), and name the folder of its programs with --bin-dir."
+            )
 
 
 def _print(engine: Engine) -> None:

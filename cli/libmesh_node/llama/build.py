@@ -16,6 +16,7 @@ import fcntl
 import os
 import re
 import shutil
+import signal
 import sys
 import tempfile
 from collections import deque
@@ -58,6 +59,7 @@ _NINJA_STEP = re.compile(r"^\[(\d+)/(\d+)\] ")
 _LAST_LINES = 20
 _DISK_NEEDED = 1_200_000_000
 _LOCK_POLL = 0.5
+_END_PATIENCE = 1.0  # seconds for ninja to end by itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +100,7 @@ async def install(*, report: Report, cache: Path | None = None, force: bool = Fa
     """Build both programs into the cache, unless they are there and work, and return what is there then.
 
     With `force`, build them anew. If another installation is under way, waits for it and takes its result.
-    Cancelling kills the compilers at once and keeps what they finished; so does the death of this process.
+    Cancelling ends the compilers within a second and keeps what they finished; so does the death of this process.
 
     Raises `BuildFailed`; `OSError` if the cache cannot be written to.
     """
@@ -235,14 +237,21 @@ class _Build:
         async with open_guarded(
             full, environment={**os.environ, **(environment or {})}, directory=self._work
         ) as process:
-            lines = Lines(process.output)
-            while (line := await lines.receive()) is not None:
-                self._log.write(line + "\n")
-                self._log.flush()
-                last.append(line)
-                if on_line is not None:
-                    on_line(line)
-            status = await process.wait()
+            try:
+                lines = Lines(process.output)
+                while (line := await lines.receive()) is not None:
+                    self._log.write(line + "\n")
+                    self._log.flush()
+                    last.append(line)
+                    if on_line is not None:
+                        on_line(line)
+                status = await process.wait()
+            except trio.Cancelled:
+                # ninja then ends its compilers and removes what they left half written.
+                with trio.move_on_after(_END_PATIENCE, shield=True):
+                    await process.send_signal(signal.SIGTERM)
+                    await process.wait()
+                raise
         if status != 0:
             raise BuildFailed(step, status, last, self._log_path)
 

@@ -18,8 +18,9 @@ What is said on the socket pair, as lines of ASCII:
     node → guard    T, K, I         one byte each: send SIGTERM, SIGKILL, SIGINT to the program
 
 The program gets /dev/null as its standard input, shares standard output and error with the guard, leads a process group
-of its own, and ignores SIGPIPE: rpc-server otherwise dies when a client vanishes in the middle of an answer. Whatever is
-left of the group when the program ends is killed. Only the standard library is used, and as little of it as possible,
+of its own, and ignores SIGPIPE: rpc-server otherwise dies when a client vanishes in the middle of an answer. When it
+ends, what is left of its group is killed; on Linux, so is every other descendant, since ninja for one gives each
+compiler a group of its own. Only the standard library is used, and as little of it as possible,
 because this runs before every start: about 20 ms.
 """
 
@@ -32,6 +33,7 @@ if sys.platform == "linux":
     import ctypes
 
 PR_SET_PDEATHSIG = 1
+PR_SET_CHILD_SUBREAPER = 36
 SIGNALS = {"T": signal.SIGTERM, "K": signal.SIGKILL, "I": signal.SIGINT}
 
 
@@ -42,6 +44,8 @@ def main(argv: list[str]) -> int:
     signal.signal(signal.SIGCHLD, lambda signum, frame: None)  # else the wake-up below is never written
     signal.set_wakeup_fd(wake_write)
     failure, failure_write = os.pipe()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # orphans become our children
     guard = os.getpid()
     child = os.fork()
     if child == 0:
@@ -82,8 +86,8 @@ def _watch(child: int, wake: int) -> int:
         for fd, _ in poller.poll():
             if fd == wake:
                 os.read(wake, 512)
-                if os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None:
-                    return _finish(child)
+                if (status := _reap(child)) is not None:
+                    return _finish(status)
                 continue
             try:
                 orders = os.read(0, 64)
@@ -91,18 +95,50 @@ def _watch(child: int, wake: int) -> int:
                 orders = b""
             if not orders:
                 _signal_group(child, signal.SIGKILL)
-                return _finish(child)
+                return _finish(_reap_killed(child))
             for order in orders.decode("ascii", "replace"):
                 if order in SIGNALS:
                     _signal_group(child, SIGNALS[order])
 
 
-def _finish(child: int) -> int:
-    os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)
+def _reap(child: int) -> int | None:
+    """Reap whatever has ended. The status of `child`, or minus the number of its signal; `None` while it runs."""
+    if not hasattr(os, "waitid"):  # macOS before Python 3.13; there are no adopted orphans there
+        pid, status = os.waitpid(child, os.WNOHANG)
+        return None if pid == 0 else os.waitstatus_to_exitcode(status)
+    while (ended := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+        if ended.si_pid == child:
+            return _reap_killed(child)
+        os.waitpid(ended.si_pid, 0)
+    return None
+
+
+def _reap_killed(child: int) -> int:
     _signal_group(
         child, signal.SIGKILL
-    )  # the dead leader, not yet reaped, keeps the group's number from being reused
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    )  # a dead leader that is not yet reaped keeps its number from being reused
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def _kill_descendants() -> None:
+    """Kill our children, then theirs, which thereby become ours, until there are none."""
+    path = f"/proc/self/task/{os.getpid()}/children"
+    while True:
+        try:
+            with open(path) as file:
+                children = file.read().split()
+            for child in children:
+                os.kill(int(child), signal.SIGKILL)
+            for child in children:
+                os.waitpid(int(child), 0)
+        except OSError:  # not Linux
+            return
+        if not children:
+            return
+
+
+def _finish(status: int) -> int:
+    _kill_descendants()
     _say(b"exit %d" % status)
     return status if status >= 0 else 128 - status
 
