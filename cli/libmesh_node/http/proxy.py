@@ -44,6 +44,11 @@ WHOLE_ANSWER = 1 << 20
 """Answers announced to be no longer than this are read in full before the client is sent anything, so that a server
 that dies while sending one can still be replaced."""
 
+_STREAM = b'"stream"'
+"""In a body that may ask for a stream; if it does not, nothing is lost. Such a request has a connection of its own:
+llama-server 0.5.0 announces `Keep-Alive` with a stream and then closes all the same, so that a request which follows
+on the same connection fails whenever it is faster."""
+
 _SLICE = 1 << 18
 
 _UPSTREAM_FAILURES = (aiohttp.ClientError, OSError, TimeoutError)
@@ -61,16 +66,18 @@ class Exchange:
 
 
 class Proxy:
-    """Sends exchanges to servers and counts what is under way. Takes over `session`; `aclose` closes it."""
+    """Sends exchanges to servers and counts what is under way. To be made in a running loop."""
 
-    def __init__(self, session: aiohttp.ClientSession, rng: random.Random | None = None) -> None:
-        self._session = session
+    def __init__(self, rng: random.Random | None = None) -> None:
+        self._kept = _new_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION))
+        self._fresh = _new_session(aiohttp.TCPConnector(limit=0, force_close=True))
         self._rng = rng or random.Random()
         self.in_flight: Counter[str] = Counter()
 
     async def aclose(self) -> None:
         """Close the connections to all servers."""
-        await self._session.close()
+        await self._kept.close()
+        await self._fresh.close()
 
     async def forward(self, exchange: Exchange, find: Callable[[], Model]) -> web.StreamResponse:
         """Answer `exchange` from a server of the model that `find` returns, which is asked before each try.
@@ -90,7 +97,7 @@ class Proxy:
             exchange.server = server
             with self._occupied(server):
                 try:
-                    upstream, start = await self._open(exchange, server)
+                    upstream, start = await self._open(exchange, server, fresh=server.base_url in hung_up)
                 except _UPSTREAM_FAILURES as exc:
                     failure = exc
                     log.warning(
@@ -114,15 +121,21 @@ class Proxy:
         )
         raise ApiError(502, "server_failed", message, retry_after=RETRY_AFTER)
 
-    async def _open(self, exchange: Exchange, server: Server) -> tuple[aiohttp.ClientResponse, bytes]:
-        """Send the request and wait for the start of the answer: its whole if it is short, else the first bytes."""
+    async def _open(
+        self, exchange: Exchange, server: Server, *, fresh: bool
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Send the request and wait for the start of the answer: its whole if it is short, else the first bytes.
+
+        With `fresh`, on a connection of its own.
+        """
         request = exchange.request
         headers = forwarded_headers(request.headers)
         data: bytes | AsyncIterator[bytes] | None = exchange.body or None
         if len(exchange.body) > _SLICE:
             headers["Content-Length"] = str(len(exchange.body))
             data = _slices(exchange.body)
-        upstream = await self._session.request(
+        session = self._fresh if fresh or _STREAM in exchange.body else self._kept
+        upstream = await session.request(
             request.method,
             URL(server.base_url + request.rel_url.raw_path_qs, encoded=True),
             data=data,
@@ -189,10 +202,10 @@ class Proxy:
                 del self.in_flight[server.base_url]
 
 
-def new_session() -> aiohttp.ClientSession:
-    """A client for servers: any number of connections, nothing added to requests, nothing decoded."""
+def _new_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+    """A client for servers: adds nothing to requests, decodes nothing, waits as long as it takes."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION),
+        connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
         cookie_jar=aiohttp.DummyCookieJar(),
         auto_decompress=False,

@@ -25,7 +25,7 @@ from libmesh_node.bridge import Bridge
 from libmesh_node.http.api import Api, refuse
 from libmesh_node.http.console import Console
 from libmesh_node.http.errors import ApiError, encode_error
-from libmesh_node.http.proxy import Proxy, new_session
+from libmesh_node.http.proxy import Proxy
 
 if TYPE_CHECKING:
     import trio
@@ -107,7 +107,7 @@ async def serve_http(
         async with AsyncExitStack() as stack:
             with_flags = ((api, "--port"), (console, "--console"))
             opened = [_listen(*_address(where, listen_all), flag, stack) for where, flag in with_flags]
-            proxy = Proxy(new_session())
+            proxy = Proxy()
             stack.push_async_callback(proxy.aclose)
             routes = Api(bridge, proxy, any_host=listen_all, origins=origins)
             pages = Console(bridge, routes, proxy, any_host=listen_all)

@@ -69,7 +69,7 @@ function showStatus(status) {
       element("span", "nobody now", "warn"),
   ]), "No model in this mesh yet. Start a node with --model demo, or join a mesh that has one.");
   fillTable($("peers"), ["Peer", "State", "Path", "Round trip", "Serves"], status.peers.map((peer) => [
-    named(peer.id, `${peer.id}\n${peer.address}`), element("span", peer.state, STATE_CLASS[peer.state] || ""),
+    named(peer.hostname || peer.id, `${peer.id}\n${peer.address}`), element("span", peer.state, STATE_CLASS[peer.state] || ""),
     peer.path || "–", ms(peer.rtt_ms), peer.serving_models.join(", ") || peer.role,
   ]), "No other node yet. Invite one below.");
   $("process-section").hidden = status.processes.length === 0;
@@ -184,6 +184,8 @@ async function answer(model, into, signal) {
   }
   const node = response.headers.get("X-Libmesh-Node") || "";
   let text = "", first = null, tokens = null;
+  const reply = { role: "assistant", content: "" };
+  conversation.push(reply);
   for await (const data of eventData(response.body)) {
     if (data === "[DONE]") break;
     const chunk = JSON.parse(data);
@@ -192,7 +194,7 @@ async function answer(model, into, signal) {
     if (piece) {
       first ??= performance.now() - began;
       text += piece;
-      into.textContent = text;
+      into.textContent = reply.content = text;
       $("messages").scrollTop = $("messages").scrollHeight;
     }
     if (chunk.usage) tokens = chunk.usage.completion_tokens;
@@ -200,7 +202,6 @@ async function answer(model, into, signal) {
   const seconds = (performance.now() - began) / 1000;
   const speed = tokens ? `${tokens} tokens, ${(tokens / seconds).toFixed(1)} per second, ` : "";
   into.append(element("small", `${model} at ${short(node)}: ${speed}first after ${Math.round(first ?? seconds * 1000)} ms`));
-  return text;
 }
 
 $("ask").addEventListener("submit", async (event) => {
@@ -218,9 +219,9 @@ $("ask").addEventListener("submit", async (event) => {
   answering = new AbortController();
   $("send").textContent = "Stop";
   try {
-    conversation.push({ role: "assistant", content: await answer($("model").value, into, answering.signal) });
+    await answer($("model").value, into, answering.signal);
   } catch (failure) {
-    conversation.pop();
+    if (conversation.at(-1)?.role === "user") conversation.pop(); // nothing was answered; a stopped answer stays
     into.classList.add("failed");
     into.append(element("small", answering.signal.aborted ? "Stopped." : failure.message));
   } finally {
