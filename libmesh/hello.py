@@ -36,6 +36,7 @@ _ADVICE = {
     "widened": "the invite gives more than its maker had; ask for a new one",
     "not_yours": "the credential belongs to another node; join again with an invite",
     "busy": "the other node has no room now; try again later",
+    "malformed": "the other node did not understand ours; update both",
 }
 
 
@@ -75,9 +76,10 @@ async def greet(stream: Stream, greeting: Greeting) -> Credential:
     await stream.send_all(frame(wire.encode_hello(hello)))
     reply = wire.decode_hello_reply(await receive_frame(stream, wire.MAX_HELLO))
     if reply.refusal is not None or reply.credential is None:
-        reason = reply.refusal or "malformed"
-        advice = _ADVICE.get(reason, "the other node did not understand ours; update both")
-        raise AdmissionRefused(f"the mesh refused this node: {advice}", reason=reason, peer=stream.peer)
+        reason = reply.refusal if reply.refusal in _ADVICE else "malformed"
+        raise AdmissionRefused(
+            f"the mesh refused this node: {_ADVICE[reason]}", reason=reason, peer=stream.peer
+        )
     if (refusal := greeting.check(stream.peer, reply.credential)) is not None:
         raise AdmissionRefused(
             f"the peer {stream.peer} is not a member of this mesh: {refusal.detail}",

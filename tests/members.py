@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+import trio
+
 from libmesh import keys, wire
 from libmesh.core.announcement import Announcement, Record
 from libmesh.core.credentials import Authority, Credential
+from libmesh.core.membership import Membership
 from libmesh.identity import SecretKey
+from libmesh.net.base import Stream
 from libmesh.peers import PeerId, Scope, Service
+from libmesh.testing.memory import MemoryHub
 
 NOW = 1_800_000_000
 """Seconds since the epoch, at which the tests of the library take place."""
@@ -64,3 +73,26 @@ def announcement(number: int, **changes: object) -> Announcement:
 def record(number: int, **changes: object) -> Record:
     """An announcement of peer `number`, signed by it."""
     return wire.seal(announcement(number, **changes), seed(number))
+
+
+def membership(number: int, **changes: object) -> Membership:
+    """The machine of peer `number`, which knows nobody yet."""
+    me = announcement(number, sequence=0, **changes)
+    return Membership(me, mesh_id=MESH.mesh_id, seal=partial(wire.seal, seed=seed(number)))
+
+
+@asynccontextmanager
+async def memory_streams(protocol: str = "/test/1") -> AsyncIterator[tuple[Stream, Stream]]:
+    """Two ends of a stream between peers 1 and 2; the first one opened it."""
+    hub = MemoryHub()
+    async with hub.open_network(seed(1)) as one, hub.open_network(seed(2)) as two:
+        await one.connect(two.peer, two.addresses())
+        arrived, end = trio.open_memory_channel[Stream](0)
+
+        async def hold(stream: Stream) -> None:
+            await arrived.send(stream)
+            await trio.sleep_forever()
+
+        two.set_handler(protocol, hold, admitted_only=False)
+        near = await one.open_stream(two.peer, protocol)
+        yield near, await end.receive()
