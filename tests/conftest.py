@@ -20,9 +20,14 @@ def engine(pytestconfig: pytest.Config) -> Engine:
     capture = pytestconfig.pluginmanager.getplugin("capturemanager")
     terminal = pytestconfig.pluginmanager.getplugin("terminalreporter")
 
+    said = ""
+
     def report(progress: BuildProgress) -> None:
-        with capture.global_and_fixture_disabled():
-            terminal.write(f"\r{progress.message} {progress.done or ''}/{progress.total or ''}\x1b[K")
+        nonlocal said
+        tenths = f" {progress.done * 10 // progress.total}0 %" if progress.total else ""
+        if said != (said := progress.message + tenths):
+            with capture.global_and_fixture_disabled():
+                terminal.write_line(said)
 
     return trio.run(lambda: install(report=report))
 
