@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -134,6 +134,14 @@ class Driver:
         self._said = (services, attributes)
         addresses = self.network.addresses()[: wire.MAX_ADDRESSES]
         self.handle(io.SelfChanged(services, addresses, attributes))
+
+    def recall(self, revocations: Iterable[bytes]) -> None:
+        """Take in revocations that were kept."""
+        for data in revocations:
+            try:
+                self.handle(io.RevocationHeard(wire.decode_revocation(data), gossiped=True))
+            except WireError as exc:
+                log.warning("a kept revocation is damaged: %s", exc)
 
     def now(self) -> float:
         """Seconds since the epoch, from a clock that does not jump."""

@@ -15,12 +15,21 @@ from libmesh.peers import MeshId, PeerId, Scope
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InviteInfo:
-    """What a token says. `contacts` are those it names as ways in."""
+    """What a token says.
 
+    Attributes:
+        id: names the invite, in 32 hex digits; no secret.
+        expires_unix: when it ends, in seconds since the epoch; `None` never.
+        contacts: the peers that it names as ways in.
+        chain: its public part, for `Mesh.revoke`: lets nobody in.
+    """
+
+    id: str
     mesh_id: MeshId
     scope: Scope
     expires_unix: int | None
     contacts: tuple[PeerId, ...]
+    chain: bytes
 
 
 def check_invite(token: str, *, now_unix: float) -> Invite:
@@ -45,7 +54,10 @@ def check_invite(token: str, *, now_unix: float) -> Invite:
 def read_invite(token: str) -> InviteInfo:
     """What a token says, expired or not. Raises `InviteMalformed`."""
     invite = tokens.decode_invite(token)
+    links = invite.authority.links
     return InviteInfo(
+        id=links[-1].id.hex(),
+        chain=tokens.encode_chain(invite.authority.mesh_key, links),
         mesh_id=invite.authority.mesh_id,
         scope=invite.authority.scope,
         expires_unix=invite.authority.not_after_unix,

@@ -6,19 +6,22 @@ import logging
 import os
 import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import trio
 
 from libmesh import tokens, tunnel, wire
+from libmesh.core import membership_io as io
 from libmesh.core.credentials import Authority, Invite
 from libmesh.driver import Driver, MeshConfig
 from libmesh.errors import (
     AdmissionRefused,
     InviteDenied,
+    InviteMalformed,
     MeshError,
+    PeerUnreachable,
     ServiceRefused,
 )
 from libmesh.identity import SecretKey
@@ -27,7 +30,7 @@ from libmesh.net.base import Network, Stream
 from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
 from libmesh.peers import MeshId, PeerId, Scope, Service, View
 from libmesh.posts import Post
-from libmesh.wire_pieces import valid_service_name
+from libmesh.wire_pieces import WireError, valid_service_name
 
 log = logging.getLogger(__name__)
 
@@ -191,6 +194,37 @@ class Mesh:
             contacts += [(entry.peer, entry.addresses[:2]) for entry in alive[:2]]
         return tokens.encode_invite(Invite(authority=authority, contacts=tuple(contacts)))
 
+    def revoke(self, chain: bytes) -> None:
+        """Take back an invite (`InviteInfo.chain`), and with it the membership of everybody let in below it, for ever.
+
+        Spread by gossip; connections and streams of those affected are cut at once, everywhere. Raises `InviteDenied`
+        unless this node made the invite or one that it came from, `InviteMalformed` if `chain` is none.
+        """
+        try:
+            links = tokens.decode_chain(chain).links
+        except WireError as exc:
+            raise InviteMalformed(f"this names no invite: {exc}") from exc
+        self._driver.handle(io.RevocationHeard(self._authority.revoke(links), gossiped=False))
+
+    def revoke_peer(self, peer: PeerId) -> None:
+        """Take back the membership of one peer, under the invite that it came with. Another one lets it in again.
+
+        Raises `InviteDenied` unless this node let it in, or whoever did; `PeerUnreachable` if the peer is not known.
+        """
+        credential = self._driver.membership.credential_of(peer)
+        if credential is None:
+            raise PeerUnreachable(f"nothing is known of a peer {peer}")
+        self._driver.handle(io.RevocationHeard(self._authority.revoke(credential.links), gossiped=False))
+
+    @property
+    def revocations(self) -> tuple[bytes, ...]:
+        """All revocations that are known, to be kept and given to `open_mesh` next time."""
+        return tuple(wire.encode_revocation(revocation) for revocation in self._driver.membership.revoked)
+
+    def add_contacts(self, contacts: Iterable[tuple[PeerId, tuple[str, ...]]]) -> None:
+        """Remember ways into the mesh (peers and their multiaddrs), tried whenever this node knows nobody."""
+        self._driver.admission.add_contacts(tuple(contacts))
+
     async def join(self, token: str) -> None:
         """Reach one of the contacts of an invite to *this* mesh. Returns when the first one has admitted us.
 
@@ -245,6 +279,7 @@ async def open_mesh(
     listen: Libp2pConfig | None = None,
     config: MeshConfig | None = None,
     wait: bool = True,
+    revocations: Iterable[bytes] = (),
     wall_clock: Callable[[], float] = time.time,
     rng: random.Random | None = None,
 ) -> AsyncIterator[Mesh]:
@@ -258,6 +293,7 @@ async def open_mesh(
         listen: where that one listens; all interfaces and a free port by default.
         config: times and limits.
         wait: with an invite, return only when a contact has admitted us. Without, keep trying in the background.
+        revocations: what `Mesh.revocations` told before. Those that are damaged or of another mesh are left out.
         wall_clock: seconds since the epoch; read once.
         rng: for what is left to chance, such as whom to probe next; not for keys.
 
@@ -286,6 +322,7 @@ async def open_mesh(
                 driver = Driver(transport, key, authority, config, wall_clock=wall_clock, rng=rng)
                 mesh = Mesh(driver, authority)
                 await stack.enter_async_context(driver.running())
+                driver.recall(revocations)
                 task_status.started(mesh)
                 await leave.wait()
 

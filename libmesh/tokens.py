@@ -8,11 +8,12 @@ import hashlib
 
 from libmesh import keys
 from libmesh._pb import mesh_pb2 as pb
-from libmesh.core.credentials import MAX_LINKS, Authority, Invite, LinkKind
+from libmesh.core.credentials import MAX_LINKS, Authority, Credential, Invite, Link, LinkKind
 from libmesh.errors import InviteMalformed
 from libmesh.wire_pieces import (
     WireError,
     addresses_from_pb,
+    credential_from_pb,
     encode_address,
     exactly,
     link_to_pb,
@@ -87,3 +88,13 @@ def _invite_from_pb(message: pb.Invite) -> Invite:
     mesh_key = exactly(keys.KEY_LENGTH, message.mesh_key, "a mesh key")
     authority = Authority(mesh_key=mesh_key, links=links, seed=seed)
     return Invite(authority=authority, contacts=tuple(contacts))
+
+
+def encode_chain(mesh_key: bytes, links: tuple[Link, ...]) -> bytes:
+    """The public part of an invite or a credential: what is needed to revoke its last link."""
+    return pb.Credential(mesh_key=mesh_key, links=[link_to_pb(link) for link in links]).SerializeToString()
+
+
+def decode_chain(data: bytes) -> Credential:
+    """The inverse of `encode_chain`; its last link may be an invite's or a peer's. Raises `WireError`."""
+    return credential_from_pb(parse(pb.Credential(), data, MAX_INVITE))

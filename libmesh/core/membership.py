@@ -34,7 +34,7 @@ from dataclasses import replace
 
 from libmesh.core import roster
 from libmesh.core.announcement import Announcement, Record, Seal, authentic
-from libmesh.core.credentials import Revocation
+from libmesh.core.credentials import Credential, Revocation
 from libmesh.core.credentials import Revoked as RevokedLinks
 from libmesh.core.membership_io import (
     Changed,
@@ -154,6 +154,11 @@ class Membership:
     def newer_than(self, digest: Digest) -> list[Record]:
         """The records that somebody with `digest` lacks. The dead are not told of; goodbyes are."""
         return roster.newer_than(self._me, self._peers, digest)
+
+    def credential_of(self, peer: PeerId) -> Credential | None:
+        """What a peer has announced as its proof of membership; `None` if it is not known."""
+        entry = self._peers.get(peer)
+        return entry.announcement.credential if entry else None
 
     def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
         """Where a peer says that it can be reached; empty if unknown."""

@@ -160,6 +160,10 @@ class MemoryStream(Stream):
     def reset(self) -> None:
         """See `Stream.reset`."""
         self._closed = True
+        self.lose()
+
+    def lose(self) -> None:
+        """What the death of the connection does."""
         for pipe in (self._outgoing, self._incoming):
             pipe.broken = True
             pipe.notify()
@@ -228,8 +232,12 @@ class MemoryNetwork(Network):
 
     def admit(self, peer: PeerId) -> None:
         """See `Network.admit`."""
-        if peer in self.links:
-            self.admitted.setdefault(peer, trio.Event()).set()
+        if peer in self.admitted:
+            self.admitted[peer].set()
+
+    def takes_part(self, peer: PeerId) -> bool:
+        """Whether `peer` is connected and admitted."""
+        return peer in self.admitted and self.admitted[peer].is_set()
 
     async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
         """See `Network.open_stream`."""
@@ -255,17 +263,22 @@ class MemoryNetwork(Network):
     async def serve(self, stream: MemoryStream) -> None:
         """Run the handler of an inbound stream."""
         handler, admitted_only = self.handlers[stream.protocol]
-        if admitted_only:
-            with trio.move_on_after(ADMISSION_LIMIT):
-                await self.admitted.setdefault(stream.peer, trio.Event()).wait()
-            if not self.admitted[stream.peer].is_set():
-                stream.reset()
-                return
+        if admitted_only and not await self._may_proceed(stream.peer):
+            stream.reset()
+            return
         try:
             async with stream:
                 await handler(stream)
         except Exception:  # noqa: BLE001 - as in the real adapter, a handler's failure ends only its stream
             stream.reset()
+
+    async def _may_proceed(self, peer: PeerId) -> bool:
+        """Hold a stream of a stranger for a while: its hello may be under way."""
+        if (admitted := self.admitted.get(peer)) is None:
+            return False
+        with trio.move_on_after(ADMISSION_LIMIT):
+            await admitted.wait()
+        return admitted.is_set()
 
 
 class MemoryHub:
@@ -307,9 +320,10 @@ class MemoryHub:
         """Connect two networks, or raise `PeerUnreachable`."""
         other = self._networks.get(peer)
         if other is None or not addresses or not self._together(network.peer, peer):
-            raise PeerUnreachable(f"cannot reach the peer {peer}", {a: "nobody there" for a in addresses})
+            raise PeerUnreachable(f"cannot reach the peer {peer}", dict.fromkeys(addresses, "nobody there"))
         for near, far, inbound in ((network, other, False), (other, network, True)):
             near.links[far.peer] = []
+            near.admitted[far.peer] = trio.Event()
             path = near.path(far.peer)
             if path is not None:
                 near.emit(PeerConnected(far.peer, path, inbound))
@@ -321,7 +335,7 @@ class MemoryHub:
             if network is None or far not in network.links:
                 continue
             for stream in network.links.pop(far):
-                stream.reset()
+                stream.lose()
             network.admitted.pop(far, None)
             network.emit(PeerDisconnected(far))
 
@@ -348,7 +362,7 @@ class MemoryHub:
                 other = self._networks.get(peer)
                 if other is None or peer in reached or topic not in other.topics:
                     continue
-                if peer in network.admitted and network.peer in other.admitted:
+                if network.takes_part(peer) and other.takes_part(network.peer):
                     reached.add(peer)
                     frontier.append(peer)
                     other.emit(Message(topic, origin, data))

@@ -1,0 +1,128 @@
+"""Revocation: whoever stands above a link can take it back, everywhere and for ever; nobody else can."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from libmesh import (
+    AdmissionRefused,
+    InviteDenied,
+    InviteMalformed,
+    Mesh,
+    PeerState,
+    PeerUnreachable,
+    Scope,
+    SecretKey,
+    Stream,
+    StreamReset,
+    open_mesh,
+    read_invite,
+)
+from libmesh.testing.memory import MemoryHub
+
+FOUNDER, GUEST, OTHER = (SecretKey(bytes([n]) * 32) for n in range(1, 4))
+MESH_KEY = SecretKey(b"m" * 32)
+
+
+async def until(mesh: Mesh, peer: SecretKey, state: PeerState) -> None:
+    with trio.fail_after(30):
+        async with mesh.watch() as views:
+            async for view in views:
+                entry = view.get(peer.peer)
+                if entry is not None and entry.state is state:
+                    return
+
+
+async def echo(stream: Stream) -> None:
+    async for data in stream:
+        await stream.send_all(data)
+
+
+async def test_a_revoked_invite_ends_streams_and_keeps_its_holder_out(autojump_clock: object) -> None:
+    hub = MemoryHub()
+    async with (
+        hub.open_network(FOUNDER.seed) as at_founder,
+        hub.open_network(GUEST.seed) as at_guest,
+        hub.open_network(OTHER.seed) as at_other,
+        open_mesh(FOUNDER, mesh_key=MESH_KEY, network=at_founder) as founder,
+    ):
+        token = founder.invite(scope=Scope.WORKER, not_after_unix=None)
+        kept = founder.invite(scope=Scope.WORKER, not_after_unix=None)
+        async with (
+            open_mesh(OTHER, invite=kept, network=at_other) as other,
+            open_mesh(GUEST, invite=token, network=at_guest) as guest,
+        ):
+            await until(other, GUEST, PeerState.ALIVE)
+            with other.offer("echo", echo):
+                stream = await guest.open_service(OTHER.peer, "echo")
+                await stream.send_all(b"x")
+                assert await stream.receive_some() == b"x"
+                founder.revoke(read_invite(token).chain)
+                with pytest.raises(StreamReset):
+                    await stream.receive_some()
+            await until(other, GUEST, PeerState.DEAD)
+            await trio.sleep(1)  # virtual: until the founder has hung up, too
+            with pytest.raises(AdmissionRefused) as refused:
+                await guest.join(token)
+            assert refused.value.reason == "revoked"
+            entry = other.view.get(FOUNDER.peer)
+            assert entry is not None
+            assert entry.state is PeerState.ALIVE
+
+
+async def test_a_kept_revocation_holds_after_a_restart(autojump_clock: object) -> None:
+    hub = MemoryHub()
+    async with (
+        hub.open_network(FOUNDER.seed) as network,
+        open_mesh(FOUNDER, mesh_key=MESH_KEY, network=network) as mesh,
+    ):
+        token = mesh.invite(scope=Scope.WORKER, not_after_unix=None)
+        mesh.revoke(read_invite(token).chain)
+        kept = mesh.revocations
+    assert len(kept) == 1
+    async with (
+        hub.open_network(FOUNDER.seed) as network,
+        hub.open_network(GUEST.seed) as at_guest,
+        open_mesh(FOUNDER, mesh_key=MESH_KEY, network=network, revocations=[b"damaged", *kept]),
+    ):
+        with pytest.raises(AdmissionRefused, match="revoked"):
+            async with open_mesh(GUEST, invite=token, network=at_guest):
+                raise AssertionError("a revoked invite let somebody in")
+
+
+async def test_one_peer_can_be_put_out_and_come_back_with_another_invite(autojump_clock: object) -> None:
+    hub = MemoryHub()
+    async with (
+        hub.open_network(FOUNDER.seed) as at_founder,
+        open_mesh(FOUNDER, mesh_key=MESH_KEY, network=at_founder) as founder,
+    ):
+        token = founder.invite(scope=Scope.INVITE, not_after_unix=None)
+        another = founder.invite(scope=Scope.CLIENT, not_after_unix=None)
+        async with (
+            hub.open_network(GUEST.seed) as network,
+            open_mesh(GUEST, invite=token, network=network) as guest,
+        ):
+            await until(founder, GUEST, PeerState.ALIVE)
+            with pytest.raises(InviteDenied):
+                guest.revoke_peer(FOUNDER.peer)
+            with pytest.raises(PeerUnreachable):
+                founder.revoke_peer(OTHER.peer)
+            founder.revoke_peer(GUEST.peer)
+            await until(founder, GUEST, PeerState.DEAD)
+        async with hub.open_network(GUEST.seed) as network:
+            with pytest.raises(AdmissionRefused, match="revoked"):
+                async with open_mesh(GUEST, invite=token, network=network):
+                    raise AssertionError("who was put out came back")
+        async with hub.open_network(GUEST.seed) as network, open_mesh(GUEST, invite=another, network=network):
+            await until(founder, GUEST, PeerState.ALIVE)
+
+
+async def test_what_is_no_chain_is_refused_in_words() -> None:
+    hub = MemoryHub()
+    async with (
+        hub.open_network(FOUNDER.seed) as network,
+        open_mesh(FOUNDER, mesh_key=MESH_KEY, network=network) as mesh,
+    ):
+        with pytest.raises(InviteMalformed, match="names no invite"):
+            mesh.revoke(b"garbage")
