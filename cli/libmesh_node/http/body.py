@@ -15,9 +15,9 @@ from collections.abc import Iterator
 STEP_TOKENS = 4096
 """Quotes and brackets looked at between two pauses: about a millisecond."""
 
-MAX_TOKENS = 2_000_000
-"""After this many the scan gives up with `TooComplex`: under a second of work in all. A conversation of 100,000
-messages has half as many."""
+MAX_TOKENS = 1_000_000
+"""After this many the scan gives up with `TooComplex`: about a second of work in all, in steps that let others in
+between. A conversation of 100,000 messages has as many."""
 
 _TOKEN = re.compile(rb'["{}\[\]]')
 _KEY_END = re.compile(rb"[ \t\r\n]*:[ \t\r\n]*")
