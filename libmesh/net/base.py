@@ -45,6 +45,20 @@ class Stream(trio.abc.HalfCloseableStream):
     peer: PeerId
     protocol: str
 
+    def receive_nowait(self, max_bytes: int | None = None) -> bytes | None:
+        """Like `receive_some`, for what has arrived already; `None` if `receive_some` would be needed to find out.
+
+        No checkpoint, so a loop over it must make its own now and then. An implementation may always say `None`.
+        """
+        return None
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        """Send what can be sent without waiting, and return how many bytes that was, possibly 0.
+
+        Raises like `send_all`. Not while another task is in `send_all`. An implementation may always say 0.
+        """
+        return 0
+
     @abstractmethod
     def reset(self) -> None:
         """End the stream abruptly in both directions, now. Never blocks, never raises, harmless to repeat.

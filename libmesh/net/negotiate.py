@@ -121,14 +121,10 @@ class Libp2pStream(Stream):
         return await self._inner.receive_some(max_bytes)
 
     def receive_nowait(self, max_bytes: int | None = None) -> bytes | None:
-        """Like `receive_some`, and `None` if nothing has arrived."""
+        """See `Stream`."""
         if self._answers is not None and not self._check_answer(self._answers):
             return None
         return self._inner.receive_nowait(max_bytes)
-
-    async def wait_receivable(self) -> None:
-        """Wait until `receive_nowait` may have something. To be called right after it answered `None`."""
-        await self._inner.wait_receivable()
 
     async def _await_answer(self, answers: _LineReader) -> None:
         self._propose()
@@ -187,7 +183,7 @@ class Libp2pStream(Stream):
             raise
 
     def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
-        """Send what can be sent at once; return how many bytes that was. Raises like `send_all`."""
+        """See `Stream`."""
         if not self._proposed:
             self._propose()
         try:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import trio
 
 from libmesh.errors import ServiceRefused
-from libmesh.net.base import Stream, StreamReset
+from libmesh.net.base import Stream
 from libmesh.net.pipes import TAKE_BYTES, BufferPool, tune_socket
 
 TURN_BYTES = 1024 * 1024
@@ -76,14 +76,9 @@ class _Pumps:
         self.refusal: ServiceRefused | None = None
         self.ended = False
 
-    def _abort(self, side: str, scope: trio.CancelScope) -> None:
-        if self.reset is None:
-            self.reset = side
-        scope.cancel()
-
     async def send(self, scope: trio.CancelScope) -> None:
         """Socket to stream."""
-        number = self._socket.fileno()
+        stream, number = self._stream, self._socket.fileno()
         turn = 0
         buffer: bytearray | None = None
         try:
@@ -98,41 +93,56 @@ class _Pumps:
                     await trio.lowlevel.wait_readable(number)
                     continue
                 if not count:
-                    await self._stream.send_eof()
+                    await stream.send_eof()
                     return
                 with memoryview(buffer) as whole, whole[:count] as view:
-                    await self._stream.send_all(view)
+                    sent = stream.send_nowait(view)
+                    if sent < count:
+                        await stream.send_all(view[sent:])
                 self.bytes_sent += count
                 turn += count
                 if turn >= TURN_BYTES:
                     turn = 0
                     await trio.lowlevel.checkpoint()
-        except (StreamReset, trio.BrokenResourceError):
-            self._abort("stream", scope)
-        except ServiceRefused as exc:
-            self.refusal = exc
-            self._abort("stream", scope)
-        except (OSError, trio.ClosedResourceError):
-            self._abort("socket", scope)
+                if count < len(buffer):  # likely the last for now: spare the call that would only say so
+                    _POOL.give(buffer)
+                    buffer = None
+                    await trio.lowlevel.wait_readable(number)
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ServiceRefused) as exc:
+            self._failed(exc, scope)
         finally:
             if buffer is not None:
                 _POOL.give(buffer)
 
     async def receive(self, scope: trio.CancelScope) -> None:
         """Stream to socket."""
-        number = self._socket.fileno()
+        stream, number = self._stream, self._socket.fileno()
+        turn = 0
         try:
-            while data := await self._stream.receive_some():
+            while True:
+                data: bytes | bytearray | None = stream.receive_nowait()
+                if data is None:
+                    turn = 0
+                    data = await stream.receive_some()
+                elif turn >= TURN_BYTES:
+                    turn = 0
+                    await trio.lowlevel.checkpoint()
+                if not data:
+                    break
                 await self._write_all(number, data)
                 self.bytes_received += len(data)
+                turn += len(data)
             self._socket.shutdown(socket.SHUT_WR)
-        except (StreamReset, trio.BrokenResourceError):
-            self._abort("stream", scope)
-        except ServiceRefused as exc:
+        except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ServiceRefused) as exc:
+            self._failed(exc, scope)
+
+    def _failed(self, exc: Exception, scope: trio.CancelScope) -> None:
+        """Tell whose fault it was, and end both pumps. `StreamReset` comes from the stream, `OSError` does not."""
+        if isinstance(exc, ServiceRefused):
             self.refusal = exc
-            self._abort("stream", scope)
-        except (OSError, trio.ClosedResourceError):
-            self._abort("socket", scope)
+        if self.reset is None:
+            self.reset = "stream" if isinstance(exc, (ServiceRefused, trio.BrokenResourceError)) else "socket"
+        scope.cancel()
 
     async def _write_all(self, number: int, data: bytes | bytearray) -> None:
         written = 0
