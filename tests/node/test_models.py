@@ -1,0 +1,90 @@
+"""Several models on several nodes: each reachable from everywhere, none ever mistaken for another."""
+
+from __future__ import annotations
+
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.node.nodes import Machine, Node, chat, served
+
+pytestmark = pytest.mark.llama
+
+
+def _llama(node: Node, path: str) -> httpx.Response:
+    """What a node's first llama-server itself says."""
+    port = node.status()["processes"][0]["port"]
+    return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=10)
+
+
+def _tokens_made(node: Node) -> int:
+    found = re.search(r"^llamacpp:tokens_predicted_total (\S+)$", _llama(node, "/metrics").text, re.MULTILINE)
+    assert found is not None
+    return int(float(found.group(1)))
+
+
+def test_two_models_on_two_nodes_are_never_confused(machine: Machine, small_model: Path) -> None:
+    first = machine.serving()
+    second = machine.joining("--model", str(small_model)).ready()
+    owners = {"demo": first, "second": second}
+    ids = {name: node.node_id for name, node in owners.items()}
+    for node in (first, second):
+        node.sees("demo", "second")
+    assert _llama(first, "/props").json()["model_path"].endswith("demo.gguf")
+    assert _llama(second, "/props").json()["model_path"] == str(small_model)
+
+    questions = [(node, name) for _ in range(5) for node in (first, second) for name in owners]
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda question: chat(*question), questions))
+    for (_, name), answer in zip(questions, answers, strict=True):
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == name
+        assert answer.headers["X-Libmesh-Node"] == ids[name]
+
+    before = _tokens_made(first)
+    for node in (first, second):
+        assert chat(node, "second", tokens=7).json()["usage"]["completion_tokens"] == 7
+    assert _tokens_made(first) == before, "the first model's server took part in requests for the second"
+
+
+def test_model_of_two_nodes_outlives_one_of_them(machine: Machine) -> None:
+    """The same bytes are the same model: requests go on at the node that stays."""
+    first = machine.serving()
+    second = machine.joining("--model", "demo").ready()
+    status = second.until(lambda status: status["mesh_models"][0]["node_count"] == 2)
+    assert len({server["peer"] for server in status["models"][0]["servers"]}) == 2
+    second_id = second.node_id
+    first.ends(lambda: first.run("stop"))
+    answer = chat(second)
+    assert answer.status_code == 200
+    assert answer.headers["X-Libmesh-Node"] == second_id
+
+
+def test_joiner_answers_through_the_mesh_before_its_own_model_is_loaded(
+    machine: Machine, large_model: Path
+) -> None:
+    machine.serving()
+    joiner = machine.joining("--model", str(large_model)).up()
+    since_console = time.monotonic()
+    joiner.sees("demo", limit=2.0)
+    assert chat(joiner).status_code == 200
+    took = time.monotonic() - since_console
+    status = joiner.status()
+    assert served(status) == {"demo"}, "its own model was loaded already; this shows nothing"
+    assert status["llama_ready"] is False
+    assert took < 2.0
+    joiner.sees("demo", "large", limit=60)
+    assert chat(joiner, "large", tokens=1, limit=60).json()["model"] == "large"
+
+
+def test_model_that_is_still_loading_is_unavailable_not_unknown(machine: Machine, large_model: Path) -> None:
+    node = machine.node("--model", str(large_model)).up()
+    node.until(lambda status: status["mesh_models"])
+    refused = chat(node, "large")
+    assert refused.status_code == 503
+    assert refused.headers["Retry-After"].isdigit()
+    assert refused.json()["error"]["code"] == "no_server"
