@@ -126,8 +126,11 @@ class MemoryStream(Stream):
         """See `trio.abc.ReceiveStream.receive_some`; raises `ServiceRefused` if the peer has no such protocol."""
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving on this stream")
-        if max_bytes is not None and max_bytes < 1:
-            raise ValueError("max_bytes must be at least 1")
+        if max_bytes is not None:
+            if not isinstance(max_bytes, int):
+                raise TypeError(f"max_bytes must be an int, not {type(max_bytes).__name__}")
+            if max_bytes < 1:
+                raise ValueError("max_bytes must be at least 1")
         self._receiving = True
         try:
             await trio.lowlevel.checkpoint()
@@ -267,10 +270,11 @@ class MemoryNetwork(Network):
             stream.reset()
             return
         try:
-            async with stream:
-                await handler(stream)
+            await handler(stream)
         except Exception:  # noqa: BLE001 - as in the real adapter, a handler's failure ends only its stream
             stream.reset()
+        finally:
+            await stream.aclose()
 
     async def _may_proceed(self, peer: PeerId) -> bool:
         """Hold a stream of a stranger for a while: its hello may be under way."""
