@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
 import trio
@@ -38,15 +39,13 @@ class Lines:
 @asynccontextmanager
 async def running(example: str, *arguments: str) -> AsyncIterator[tuple[Lines, trio.Process]]:
     async with trio.open_nursery() as nursery:
-        process = await nursery.start(
-            lambda task_status: trio.run_process(
-                [sys.executable, str(EXAMPLES / example), *arguments],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                capture_stdout=False,
-                task_status=task_status,
-            )
+        run = partial(
+            trio.run_process,
+            [sys.executable, str(EXAMPLES / example), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
         )
+        process = await nursery.start(run)
         yield Lines(process), process
         await process.stdin.aclose()
 
