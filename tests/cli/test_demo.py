@@ -75,6 +75,18 @@ def test_it_shows_an_answer_through_the_mesh_and_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_the_readme_shows_what_is_really_shown(tmp_path: Path, engine: Engine) -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text()
+    promised = re.search(r"<!-- demo output -->\n```\n(.*?)```", readme, re.DOTALL)
+    assert promised
+    with demo(tmp_path) as process:
+        shown = read_until(process, "until Ctrl-C")
+    numberless = [re.sub(r"[0-9][0-9.]*", "N", line) for line in shown.splitlines()]
+    for line in promised[1].splitlines():
+        if not line.endswith("…"):  # the answer, which is another one each time
+            assert re.sub(r"[0-9][0-9.]*", "N", line) in numberless
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_both_nodes_and_all_that_they_started(
     tmp_path: Path, engine: Engine, number: signal.Signals

@@ -103,7 +103,8 @@ async def _play(folder: Path, *, once: bool) -> None:
             )
             _tell(serving, client)
             if not once:
-                say("\nBoth go on until Ctrl-C.")
+                say(f"\nTry it: curl http://localhost:{client.info.api_port}/v1/models")
+                say("Both go on until Ctrl-C.")
                 await _first_end(serving, client)
 
 
