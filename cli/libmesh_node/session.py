@@ -160,9 +160,15 @@ class Session:
         """Forward a local port to `name` at the peer whose id, or the end or hostname of whose id, is `peer`."""
         tasks = self._ready_for_forward()
         target = self._peer_named(peer)
-        if name not in {service.name for service in target.services}:
+        service = next((service for service in target.services if service.name == name), None)
+        if service is None:
             offered = ", ".join(service.name for service in target.services) or "nothing"
             raise CommandFailed("not_found", f"The peer offers no {name}; it offers {offered}.")
+        if self.mesh.scope < service.scope:
+            needed, ours = service.scope.name.lower(), self.mesh.scope.name.lower()
+            raise CommandFailed(
+                "denied", f"{name} needs the scope {needed}; this node was invited as {ours}."
+            )
         try:
             used = int(await tasks.start(partial(serve_tunnel, self.mesh, target.peer, name, port=port)))
         except MeshError as exc:

@@ -15,6 +15,7 @@ import trio
 
 import libmesh
 from libmesh import (
+    AddressUnavailable,
     AdmissionRefused,
     InviteError,
     Libp2pConfig,
@@ -26,6 +27,7 @@ from libmesh import (
     open_mesh,
 )
 from libmesh_node.datadir import DataDir, write_private
+from libmesh_node.errors import NodeError
 from libmesh_node.membership import Membership, load_membership, save_membership, secret_key
 from libmesh_node.options import NodeOptions
 
@@ -75,7 +77,10 @@ class Stays:
 
     async def run(self, first: list[Membership]) -> None:
         """Stay somewhere until cancelled. Raises a `MeshError` if none of `first` can be entered, now or later."""
-        current = await self._enter_first(first)
+        try:
+            current = await self._enter_first(first)
+        except AddressUnavailable as exc:
+            raise NodeError(f"{_sentence(exc)}; choose another with --bind-port PORT.") from exc
         while True:
             switch, self._switch = self._switch, None
             if switch is None:
@@ -94,7 +99,8 @@ class Stays:
             try:
                 await self._stay(membership, must_enter=True)
             except (InviteError, AdmissionRefused, PeerUnreachable) as exc:
-                log.warning("%s", exc)
+                if len(memberships) > 1:  # one alone is told when it ends the node
+                    log.warning("%s", exc)
                 failures.append((membership, exc))
             else:
                 return membership
@@ -176,6 +182,11 @@ class Stays:
             write_private(self._folder.path / _PORT_FILE, own[0].rpartition("/")[2].encode() + b"\n")
 
 
+def _sentence(error: Exception) -> str:
+    text = str(error)
+    return text[:1].upper() + text[1:]
+
+
 class _Switch:
     """A wish to go to another mesh, and how that came out."""
 
@@ -205,7 +216,8 @@ def _usable(tokens: Sequence[str]) -> list[Membership]:
         try:
             found.append(Membership.invited(token))
         except InviteError as exc:
-            log.warning("%s", exc)
+            if len(tokens) > 1:  # one alone is told when it ends the node
+                log.warning("%s", exc)
             failures.append(exc)
     if not found:
         raise failures[0]

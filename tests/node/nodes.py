@@ -55,17 +55,8 @@ class Node:
     def __init__(self, folder: Path, flags: Sequence[str]) -> None:
         self.folder = folder
         self.said = folder.with_name(f"{folder.name}.{time.monotonic_ns()}.stderr")
-        argv = [
-            sys.executable,
-            "-m",
-            "libmesh_node",
-            "--data-dir",
-            str(folder),
-            "--port",
-            "0",
-            "--console",
-            "0",
-        ]
+        argv = [sys.executable, "-m", "libmesh_node", "--port", "0", "--console", "0"]
+        argv += [] if "--ephemeral" in flags else ["--data-dir", str(folder)]
         self.started = time.monotonic()
         with self.said.open("wb") as output:
             # Its own session, so that a signal sent to the node reaches the node alone.
