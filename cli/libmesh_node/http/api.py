@@ -25,7 +25,8 @@ from libmesh_node.http.proxy import Exchange, Proxy
 from libmesh_node.http.routing import IDLE, RETRY_AFTER, find_model
 from libmesh_node.snapshot import Model, NodeSnapshot
 
-log = logging.getLogger("libmesh_node.http")
+access_log = logging.getLogger("libmesh_node.http.access")
+"""One line per request, at INFO. A logger of its own, so that a terminal can stay calm while the file has them."""
 
 PREFLIGHT_SECONDS = 600
 
@@ -68,10 +69,10 @@ class Api:
             status = error.status
             return refuse(error, request.path, exchange.headers)
         finally:
-            if log.isEnabledFor(logging.INFO):
+            if access_log.isEnabledFor(logging.INFO):
                 peer = exchange.server.peer if exchange.server else "-"
                 spent_ms = (time.perf_counter() - started) * 1000
-                log.info(
+                access_log.info(
                     "%s %s %d %.1f ms node=%s attempts=%d",
                     request.method,
                     request.path,
