@@ -23,29 +23,45 @@ def frame(data: bytes) -> bytes:
     return bytes(prefix) + data
 
 
+class FrameReader:
+    """Reads one message of at most `limit` bytes."""
+
+    def __init__(self, stream: trio.abc.ReceiveStream, limit: int) -> None:
+        self._stream, self._limit = stream, limit
+        self._data = bytearray()
+
+    def _missing(self) -> tuple[int, int]:
+        """How long the prefix is, as far as it is known, and how many bytes are certainly still missing."""
+        length = 0
+        for position, byte in enumerate(self._data[:_LONGEST_PREFIX]):
+            length |= (byte & 0x7F) << (7 * position)
+            if byte < 0x80:
+                if length > self._limit:
+                    raise WireError(f"a message of {length} bytes; at most {self._limit} are allowed here")
+                return position + 1, position + 1 + length - len(self._data)
+        if len(self._data) >= _LONGEST_PREFIX:
+            raise WireError(f"a length prefix of more than {_LONGEST_PREFIX} bytes")
+        return 0, 1
+
+    async def receive(self) -> bytes:
+        """The message.
+
+        Raises `WireError` for one that is too long, or if the stream ends within it. If cancelled, nothing is lost: the
+        next call goes on.
+        """
+        while True:
+            prefix, missing = self._missing()
+            if not missing:
+                return bytes(self._data[prefix:])
+            piece = await self._stream.receive_some(min(missing, 64 * 1024))
+            if not piece:
+                raise WireError("the stream ended within a message")
+            self._data += piece
+
+
 async def receive_frame(stream: trio.abc.ReceiveStream, limit: int) -> bytes:
     """One message of at most `limit` bytes.
 
     Raises `WireError` for a longer one, or if the stream ends within it. If cancelled, part of it may be lost.
     """
-    length = 0
-    for position in range(_LONGEST_PREFIX):
-        (byte,) = await _exactly(stream, 1)
-        length |= (byte & 0x7F) << (7 * position)
-        if byte < 0x80:
-            break
-    else:
-        raise WireError(f"a length prefix of more than {_LONGEST_PREFIX} bytes")
-    if length > limit:
-        raise WireError(f"a message of {length} bytes; at most {limit} are allowed here")
-    return await _exactly(stream, length)
-
-
-async def _exactly(stream: trio.abc.ReceiveStream, length: int) -> bytes:
-    data = bytearray()
-    while len(data) < length:
-        piece = await stream.receive_some(min(length - len(data), 64 * 1024))
-        if not piece:
-            raise WireError("the stream ended within a message")
-        data += piece
-    return bytes(data)
+    return await FrameReader(stream, limit).receive()

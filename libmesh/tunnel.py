@@ -20,8 +20,8 @@ import trio
 
 from libmesh import wire
 from libmesh.errors import AddressUnavailable, MeshError, PeerUnreachable, ServiceRefused
-from libmesh.framing import frame, receive_frame
-from libmesh.net.base import Stream
+from libmesh.framing import FrameReader, frame, receive_frame
+from libmesh.net.base import Stream, StreamReset
 from libmesh.net.splice import splice
 from libmesh.peers import PeerId, Scope
 from libmesh.wire_pieces import WireError
@@ -83,6 +83,8 @@ async def request(stream: Stream, service: str, *, wait: bool) -> Stream:
         await opening.ask()
         if wait:
             await opening.hear()
+    except WireError as exc:
+        raise PeerUnreachable(f"the peer {stream.peer} did not answer as a mesh does: {exc}") from exc
     except BaseException:
         stream.reset()
         raise
@@ -94,6 +96,8 @@ class _OpeningStream(Stream):
 
     def __init__(self, stream: Stream, service: str) -> None:
         self._stream, self._service = stream, service
+        self._answer = FrameReader(stream, wire.MAX_OPEN)
+        self._refusal: ServiceRefused | None = None
         self.peer, self.protocol = stream.peer, stream.protocol
         self.opened: Stream | None = None
 
@@ -101,22 +105,29 @@ class _OpeningStream(Stream):
         await self._stream.send_all(frame(wire.encode_open(self._service)))
 
     async def hear(self) -> None:
+        """Wait for the answer. Raises `ServiceRefused`, each time, or `WireError`; if cancelled, nothing is lost."""
+        if self._refusal is not None:
+            raise self._refusal
         try:
-            refusal = wire.decode_opened(await receive_frame(self._stream, wire.MAX_OPEN))
+            refusal = wire.decode_opened(await self._answer.receive())
         except ServiceRefused as exc:
             refusal = exc.reason
-        except WireError as exc:
+        except WireError:
             self._stream.reset()
-            raise PeerUnreachable(f"the peer {self.peer} did not answer as a mesh does: {exc}") from exc
+            raise
         if refusal is not None:
             self._stream.reset()
             why = _REFUSALS.get(refusal, "it refused the service {service!r}").format(service=self._service)
-            raise ServiceRefused(f"the peer {self.peer} declined: {why}", reason=refusal)
+            self._refusal = ServiceRefused(f"the peer {self.peer} declined: {why}", reason=refusal)
+            raise self._refusal
         self.opened = self._stream
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         if self.opened is None:
-            await self.hear()
+            try:
+                await self.hear()
+            except WireError as exc:
+                raise StreamReset(f"the peer {self.peer} did not answer as a mesh does: {exc}") from exc
         return await self._stream.receive_some(max_bytes)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
@@ -193,7 +204,7 @@ async def _carry(mesh: Mesh, peer: PeerId, service: str, sock: trio.SocketStream
     async with sock:
         try:
             stream = await mesh.open_service(peer, service, wait=False)
-        except MeshError as exc:
+        except (MeshError, trio.BrokenResourceError) as exc:
             log.info("tunnel to %r: %s", service, exc)
             _abort(sock)
             return
