@@ -290,7 +290,7 @@ class Node:
             console_port=self._listening.console_port,
             my_vram_gb=self._memory_bytes / 1e9,
             addresses=session.mesh.addresses if session is not None else (),
-            models=picture.models(own, session.servers() if session is not None else {}),
+            models=picture.models(own, session.remote_models() if session is not None else {}),
             peers=picture.peers(view),
             processes=self._models.processes,
             tunnels=session.forwards if session is not None else (),

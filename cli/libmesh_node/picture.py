@@ -8,7 +8,7 @@ from libmesh import PeerView, View
 from libmesh_node.announced import AnnouncedModel, NodeStatus, decode_status
 from libmesh_node.snapshot import Model, Peer, Server
 
-ServersByModel = Mapping[str, Sequence[tuple[AnnouncedModel, Server]]]
+ModelsByName = Mapping[str, Sequence[tuple[AnnouncedModel, Server | None]]]
 
 
 def node_status(*, client: bool, own: Sequence[AnnouncedModel], alone: bool) -> str:
@@ -25,8 +25,8 @@ def peers(view: View | None) -> tuple[Peer, ...]:
     return tuple(_peer(entry) for entry in view.peers) if view is not None else ()
 
 
-def models(own: Sequence[tuple[AnnouncedModel, Server | None]], others: ServersByModel) -> tuple[Model, ...]:
-    """All models that somebody serves or is about to serve here, sorted by name."""
+def models(own: Sequence[tuple[AnnouncedModel, Server | None]], others: ModelsByName) -> tuple[Model, ...]:
+    """All models that somebody serves, is about to serve or served a moment ago, sorted by name."""
     found: dict[str, list[tuple[AnnouncedModel, Server | None]]] = {}
     for model, server in own:
         found.setdefault(model.name, []).append((model, server))

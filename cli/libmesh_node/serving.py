@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import trio
@@ -100,10 +100,10 @@ class LocalModels:
 
     def _introduce(self, model: ModelFile, plan: ServerPlan, binary: Binary) -> None:
         log.info(
-            "model      %s (%.2f GB, context %d), by llama-server %s",
+            "model      %s (%s, context %d), by llama-server %s",
             model.name,
-            model.size_bytes / 1e9,
-            plan.context,
+            _size(model.size_bytes),
+            _usable_context(plan),
             binary.version,
         )
         if model.is_demo:
@@ -130,17 +130,20 @@ class LocalModels:
 
     def _announced(self, server: LlamaServer) -> AnnouncedModel:
         plan = server.plan
-        trained = plan.model.header.context_length or plan.context
         return AnnouncedModel(
             name=plan.model.name,
             digest=self._digests.get(plan.model.name, ""),
             size_bytes=plan.model.size_bytes,
-            context_length=min(plan.context, trained),
+            context_length=_usable_context(plan),
             slots=plan.slots,
             ready=server.base_url is not None,
         )
 
 
-def names(models: Sequence[AnnouncedModel]) -> tuple[str, ...]:
-    """The names of `models`."""
-    return tuple(model.name for model in models)
+def _usable_context(plan: ServerPlan) -> int:
+    """Tokens that one request may have: the slots share the cache, and no model goes beyond its training."""
+    return min(plan.context, plan.model.header.context_length or plan.context)
+
+
+def _size(size: int) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

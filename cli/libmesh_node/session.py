@@ -88,23 +88,30 @@ class Session:
 
     # ── what others offer ────────────────────────────────────────────────────────────────────────────────────────
 
-    def servers(self) -> dict[str, list[tuple[AnnouncedModel, Server]]]:
-        """The reachable servers on other nodes, by the model's name."""
-        found: dict[str, list[tuple[AnnouncedModel, Server]]] = {}
+    def remote_models(self) -> dict[str, list[tuple[AnnouncedModel, Server | None]]]:
+        """What other nodes serve, by the model's name, with the server where there is one to ask now.
+
+        Models that are loading or restarting, and those of a node that broke off, are there without: that they are
+        away for the moment is another answer than that nobody has ever heard of them.
+        """
+        found: dict[str, list[tuple[AnnouncedModel, Server | None]]] = {}
         for peer in self.mesh.view.peers:
-            for model in _ready_models(peer):
-                port = self._ports.get((peer.peer, model.name))
-                if port is None:
-                    continue
-                server = Server(
-                    peer=peer.peer,
-                    base_url=f"http://127.0.0.1:{port}",
-                    local=False,
-                    slots=model.slots,
-                    rtt=_rounded(peer.path.rtt if peer.path else None),
-                )
-                found.setdefault(model.name, []).append((model, server))
+            if peer.state is not PeerState.LEFT:
+                for model in decode_status(peer.attributes).models:
+                    found.setdefault(model.name, []).append((model, self._server(peer, model)))
         return found
+
+    def _server(self, peer: PeerView, model: AnnouncedModel) -> Server | None:
+        port = self._ports.get((peer.peer, model.name))
+        if port is None or model not in _ready_models(peer):
+            return None
+        return Server(
+            peer=peer.peer,
+            base_url=f"http://127.0.0.1:{port}",
+            local=False,
+            slots=model.slots,
+            rtt=_rounded(peer.path.rtt if peer.path else None),
+        )
 
     def _sync_tunnels(self) -> None:
         if self._tasks is None:
@@ -131,6 +138,8 @@ class Session:
         finally:
             if self._tunnels.get(key) in (None, scope):
                 self._ports.pop(key, None)
+            if scope.cancelled_caught:
+                log.info("%s is no longer served by the peer %s", name, peer)
             self._on_change()
 
     # ── what people asked for ────────────────────────────────────────────────────────────────────────────────────
