@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from libmesh import keys
 from libmesh.core import credentials
@@ -44,6 +45,16 @@ class Record:
 
 Seal = Callable[[Announcement], Record]
 """Encodes and signs an announcement of our own. Pure."""
+
+
+class Authentic(Protocol):
+    """Checks a record: `authentic`, or one that remembers its verdicts."""
+
+    def __call__(
+        self, record: Record, *, mesh_id: MeshId, now_unix: float, revoked: Revoked | None = None
+    ) -> bool:
+        """As `authentic`."""
+        ...
 
 
 def authentic(record: Record, *, mesh_id: MeshId, now_unix: float, revoked: Revoked | None = None) -> bool:

@@ -10,14 +10,18 @@ One probe's life::
                             └──────── Answered ────────▶ Heard ◀───────────── Answered ──────┘
 
 Peers are probed in a random order that is shuffled anew after each round (SWIM's round-robin), one per `interval`, so
-that each is probed within a bounded time by everyone. A doubted peer is probed again and again until it answers or is
-no longer watched.
+that each is probed within a bounded time by everyone who takes turns with it. A doubted peer is probed again and again
+until it answers or is no longer watched.
+
+Not everybody is connected to everybody in a large mesh. `Watch` says who can be asked directly, and who can be asked
+about whom. A peer that cannot be asked directly is asked through others at once; one that nobody can be asked about
+takes no turns, as a lost packet or two would make it look silent, and is only probed when doubted.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from libmesh.peers import PeerId
@@ -25,7 +29,7 @@ from libmesh.peers import PeerId
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LivenessConfig:
-    """Times in seconds, each greater than 0.
+    """Times in seconds, each greater than 0. The defaults are those of `lan`.
 
     Attributes:
         interval: between two probes of the round. One small stream each; the load does not grow with the mesh.
@@ -44,13 +48,32 @@ class LivenessConfig:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
 
+    @classmethod
+    def lan(cls) -> LivenessConfig:
+        """For round trips of some milliseconds. `timeout` outlasts two retransmissions of a lost packet (0.2 + 0.4 s)."""
+        return cls()
+
+    @classmethod
+    def wan(cls) -> LivenessConfig:
+        """For round trips of up to 300 ms. A helper needs up to two of them, and has `timeout` for its own."""
+        return cls(timeout=1.0, indirect_timeout=1.6)
+
 
 @dataclass(frozen=True, slots=True)
 class Watch:
-    """These are the peers to watch from now on. `doubted` are those among them that are suspected already."""
+    """Whom to watch from now on.
+
+    Attributes:
+        peers: all of them.
+        doubted: those among them that are suspected already.
+        asked: who can be asked directly; `None`: all of them.
+        nearby: for each peer that takes turns, whom to ask about it; `None`: everybody about everybody.
+    """
 
     peers: frozenset[PeerId]
     doubted: frozenset[PeerId] = frozenset()
+    asked: frozenset[PeerId] | None = None
+    nearby: Mapping[PeerId, Collection[PeerId]] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +147,9 @@ class Liveness:
     def __init__(self, config: LivenessConfig | None = None, *, rng: random.Random) -> None:
         self.config = config or LivenessConfig()
         self._rng = rng
+        self._watch = Watch(frozenset())
         self._watched: frozenset[PeerId] = frozenset()
+        self._turns: frozenset[PeerId] = frozenset()
         self._doubted: set[PeerId] = set()
         self._round: list[PeerId] = []
         self._probes: dict[PeerId, _Probe] = {}
@@ -139,8 +164,8 @@ class Liveness:
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take in one event and say what to do."""
         match event:
-            case Watch(peers, doubted):
-                return self._watch(peers, doubted, now)
+            case Watch():
+                return self._change(event, now)
             case Doubt(peer):
                 if peer not in self._watched:
                     return []
@@ -150,15 +175,17 @@ class Liveness:
             case Wake():
                 return self._wake(now)
 
-    def _watch(self, peers: Collection[PeerId], doubted: Collection[PeerId], now: float) -> list[Effect]:
-        if not self._watched and peers:
+    def _change(self, watch: Watch, now: float) -> list[Effect]:
+        if not self._watched and watch.peers:
             self._next_turn = now + self.config.interval * self._rng.random()
-        self._watched = frozenset(peers)
-        self._round = [peer for peer in self._round if peer in self._watched]
+        self._watch, self._watched = watch, watch.peers
+        self._turns = watch.peers if watch.nearby is None else watch.peers & watch.nearby.keys()
+        self._round = [peer for peer in self._round if peer in self._turns]
         for gone in self._probes.keys() - self._watched:
             del self._probes[gone]
-        fresh = (set(doubted) & self._watched) - self._doubted
-        self._doubted = set(doubted) & self._watched
+        doubted = set(watch.doubted) & self._watched
+        fresh = doubted - self._doubted
+        self._doubted = doubted
         return [effect for peer in sorted(fresh) for effect in self._probe(peer, now)]
 
     def _answered(self, peer: PeerId) -> list[Effect]:
@@ -180,25 +207,37 @@ class Liveness:
 
     def _take_turn(self, now: float) -> list[Effect]:
         if not self._round:
-            self._round = sorted(self._watched)
+            self._round = sorted(self._turns)
             self._rng.shuffle(self._round)
-        return self._probe(self._round.pop(), now)
+        return self._probe(self._round.pop(), now) if self._round else []
 
     def _probe(self, peer: PeerId, now: float) -> list[Effect]:
         if peer in self._probes:
             return []
+        if not self._can_ask(peer) and (effects := self._probe_through(peer, now)):
+            return effects
         self._probes[peer] = _Probe(direct=True, ends=now + self.config.timeout)
         return [Ping(peer)]
 
-    def _unanswered(self, peer: PeerId, probe: _Probe, now: float) -> list[Effect]:
+    def _probe_through(self, peer: PeerId, now: float) -> list[Effect]:
         helpers = self._helpers(peer)
-        if probe.direct and helpers:
-            self._probes[peer] = _Probe(direct=False, ends=now + self.config.indirect_timeout)
-            return [PingThrough(peer, helpers)]
+        if not helpers:
+            return []
+        self._probes[peer] = _Probe(direct=False, ends=now + self.config.indirect_timeout)
+        return [PingThrough(peer, helpers)]
+
+    def _unanswered(self, peer: PeerId, probe: _Probe, now: float) -> list[Effect]:
+        if probe.direct and (effects := self._probe_through(peer, now)):
+            return effects
         del self._probes[peer]
         again = self._probe(peer, now) if peer in self._doubted else []
         return [Silent(peer), *again]
 
+    def _can_ask(self, peer: PeerId) -> bool:
+        return self._watch.asked is None or peer in self._watch.asked
+
     def _helpers(self, peer: PeerId) -> tuple[PeerId, ...]:
-        others = sorted(self._watched - {peer} - self._doubted)
+        nearby = self._watch.nearby
+        known = self._watched if nearby is None else set(nearby.get(peer, ())) & self._watched
+        others = sorted(p for p in known - {peer} - self._doubted if self._can_ask(p))
         return tuple(self._rng.sample(others, min(self.config.helpers, len(others))))

@@ -9,19 +9,24 @@ raises its sequence with each change and every `refresh` seconds, and its incarn
 ======== ================== =================================================================================
 state    meaning            how it is left
 ======== ================== =================================================================================
-ALIVE    as far as we know  connection lost, or no probe answered → SUSPECT
+ALIVE    as far as we know  a planned connection lost, no probe answered, or not reached when in doubt → SUSPECT
 SUSPECT  may be gone        connected, heard, or a newer announcement → ALIVE; `suspicion` over → DEAD
 DEAD     fell silent        a higher incarnation → ALIVE; `tombstone` over → forgotten
 LEFT     said goodbye       a higher incarnation → ALIVE; `tombstone` over → forgotten
 ======== ================== =================================================================================
 
 Only the peer itself can announce, change or end itself: every announcement carries its own signature and its chain
-of credentials, both checked here. What others say of a peer changes nothing but when we probe it (`liveness`). Whoever
+of credentials, both checked here. What others say of a peer changes nothing but when we look for it ourselves. Whoever
 suspects a peer says so; the peer, if it is there, raises its incarnation, as in SWIM. A peer that was taken for dead
 learns it from the digest at its next connection, and raises its incarnation, too.
 
-The machine wants a connection to every peer that it believes in. It asks for one with `Dial` and hears the outcome
-as `Connected` or `DialFailed`. Of two peers that learn of each other at once, the one with the lower id dials first.
+While the mesh is small everybody is connected to everybody, and probes everybody (`liveness`). Beyond `full_mesh` each
+peer has a bounded number of neighbours (`plan`), who probe it and see its connections end. The others hear of their
+suspicion by gossip, leave the suspect the time to refute it, and then dial it: if that fails, too, they suspect it
+themselves. So a death costs every peer one dial, and a false suspicion costs the mesh two messages.
+
+The machine asks for connections with `Dial` and hears the outcome as `Connected` or `DialFailed`. Of two peers that
+learn of each other at once, the one with the lower id dials first.
 
 The driver calls `handle` for everything that happens and again at `deadline()`. `now` is seconds since the epoch,
 from a clock that never jumps.
@@ -30,41 +35,24 @@ from a clock that never jumps.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
-from libmesh.core import roster
-from libmesh.core.announcement import Announcement, Record, Seal, authentic
+from libmesh.core import membership_io as io
+from libmesh.core.announcement import Announcement, Authentic, Record, Seal, authentic
 from libmesh.core.credentials import Credential, Revocation
 from libmesh.core.credentials import Revoked as RevokedLinks
-from libmesh.core.membership_io import (
-    Changed,
-    Connected,
-    Dial,
-    DialFailed,
-    DigestHeard,
-    Disconnected,
-    Drop,
-    Effect,
-    Event,
-    Leave,
-    MembershipConfig,
-    PeerHeard,
-    PeerSilent,
-    Publish,
-    Question,
-    RecordHeard,
-    RevocationHeard,
-    Revoked,
-    SelfChanged,
-    Suspicion,
-    SuspicionHeard,
-    Wake,
-)
-from libmesh.core.roster import Digest, Entry
-from libmesh.peers import MeshId, Path, PeerId, PeerState, Service, View
+from libmesh.core.dialling import Dialling
+from libmesh.core.membership_io import Changed, Effect, MembershipConfig, Publish
+from libmesh.core.plan import lot
+from libmesh.core.roster import Digest, Entry, Roster, Watched
+from libmesh.core.timers import INFINITY
+from libmesh.core.voice import Voice
+from libmesh.peers import MeshId, Path, PeerId, PeerState, View
 
 MAX_PEERS = 4096
 """Peers remembered, the dead included. Announcements of further ones are ignored until tombstones end."""
+
+MAX_HINTS = 16
+"""Peers that one digest can make us look for; the rest come with later ones. Bounds what a liar makes us do."""
 
 
 class Membership:
@@ -75,216 +63,215 @@ class Membership:
         mesh_id: the mesh. Announcements whose credentials are for another one are ignored.
         seal: signs our own announcements.
         config: the times.
+        authentic: checks records. Machines in one process can share one that remembers its verdicts.
     """
 
     def __init__(
-        self, me: Announcement, *, mesh_id: MeshId, seal: Seal, config: MembershipConfig | None = None
+        self,
+        me: Announcement,
+        *,
+        mesh_id: MeshId,
+        seal: Seal,
+        config: MembershipConfig | None = None,
+        authentic: Authentic = authentic,
     ) -> None:
         self.mesh_id = mesh_id
         self.config = config or MembershipConfig()
         self.revoked = RevokedLinks()
-        self._seal = seal
-        self._me = seal(me)
-        self._pending: Announcement | None = None
-        self._announced_at = float("-inf")
-        self._peers: dict[PeerId, Entry] = {}
-        self._connected: set[PeerId] = set()
-        self._left = False
+        self._authentic = authentic
+        self._id = me.peer
+        self._voice = Voice(me, seal, self.config)
+        self._roster = Roster(me.peer, full_mesh=self.config.full_mesh, connections=self.config.connections)
+        self._peers = self._roster.entries
+        self._dialling = Dialling(me.peer, self._roster, self.config)
 
     # ── the two calls of every machine ───────────────────────────────────────────────────────────────────────────
 
-    def handle(self, event: Event, now: float) -> list[Effect]:
+    def handle(self, event: io.Event, now: float) -> list[Effect]:
         """Take in one event and say what to do. Never raises because of what a peer sent."""
         match event:
-            case RecordHeard(record, gossiped):
+            case io.RecordHeard(record, gossiped):
                 return self._heard(record, gossiped, now)
-            case RevocationHeard(revocation, gossiped):
+            case io.RevocationHeard(revocation, gossiped):
                 return self._revoke(revocation, gossiped, now)
-            case SuspicionHeard(suspicion):
-                return self._doubt(suspicion, now)
-            case DigestHeard(digest):
+            case io.SuspicionHeard(suspicion):
+                return self._hear_suspicion(suspicion, now)
+            case io.DigestHeard(digest):
                 return self._hear_digest(digest, now)
-            case PeerSilent(peer):
+            case io.PeerSilent(peer):
                 return self._silent(peer, "it answers no probe", now)
-            case PeerHeard(peer):
+            case io.PeerHeard(peer):
                 return self._believe(peer, "it answered a probe", now)
-            case Connected(peer):
+            case io.Connected(peer):
                 return self._connect(peer, now)
-            case Disconnected(peer):
+            case io.Disconnected(peer):
                 return self._disconnect(peer, now)
-            case DialFailed(peer):
+            case io.DialFailed(peer):
                 return self._dial_failed(peer, now)
-            case SelfChanged(services, addresses, attributes):
-                return self._self_changed(services, addresses, attributes, now)
-            case Leave():
-                return self._leave()
-            case Wake():
+            case io.SelfChanged(services, addresses, attributes):
+                self._voice.change(services, addresses, attributes)
+                return self._speak(now)
+            case io.Leave():
+                if self._voice.left:
+                    return []
+                self._dialling.stopped = True
+                said = Publish(self._voice.leave())
+                self._roster.my_record_changed()
+                return [said]
+            case io.Wake():
                 return self._wake(now)
 
     def deadline(self) -> float | None:
         """When `handle(Wake(), …)` is next needed; always later than the `now` of the last one."""
-        if self._left:
-            return None
-        times = [self._announce_due]
-        for peer, entry in self._peers.items():
-            times.append(entry.state_ends)
-            if entry.believed:
-                times.append(entry.ends)
-            if self._wants_dial(peer, entry):
-                times.append(entry.next_dial)
-        return min(times)
+        return None if self._voice.left else min(self._voice.due, self._roster.timers.next())
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def me(self) -> Record:
         """This node's own newest record."""
-        return self._me
+        return self._voice.record
 
     @property
-    def watched(self) -> tuple[frozenset[PeerId], frozenset[PeerId]]:
-        """The peers that should be probed, and those among them that are suspected."""
-        believed = frozenset(peer for peer, entry in self._peers.items() if entry.believed)
-        return believed, frozenset(p for p in believed if self._peers[p].state is PeerState.SUSPECT)
+    def watched(self) -> Watched:
+        """The arguments of `liveness.Watch` now."""
+        return self._roster.watched
+
+    def believes(self, peer: PeerId) -> bool:
+        """Whether `peer` is a member that may be there: alive, or suspected."""
+        return self._roster.believes(peer)
+
+    def wanted(self, peer: PeerId) -> bool:
+        """Whether the connection to `peer` is one that this machine wants to have."""
+        return self._roster.wanted(peer)
 
     def digest(self) -> Digest:
         """What is known of each peer, this node included."""
-        return roster.digest_of(self._me, self._peers)
+        return self._roster.digest(self.me)
 
     def newer_than(self, digest: Digest) -> list[Record]:
         """The records that somebody with `digest` lacks. The dead are not told of; goodbyes are."""
-        return roster.newer_than(self._me, self._peers, digest)
+        return self._roster.newer_than(self.me, digest)
 
     def credential_of(self, peer: PeerId) -> Credential | None:
         """What a peer has announced as its proof of membership; `None` if it is not known."""
-        entry = self._peers.get(peer)
-        return entry.announcement.credential if entry else None
+        return self._peers[peer].announcement.credential if peer in self._peers else None
 
     def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
         """Where a peer says that it can be reached; empty if unknown."""
-        entry = self._peers.get(peer)
-        return entry.announcement.addresses if entry else ()
+        return self._peers[peer].announcement.addresses if peer in self._peers else ()
+
+    def state_of(self, peer: PeerId) -> PeerState | None:
+        """What is believed of a peer; `None` if it is not known, or forgotten."""
+        return self._peers[peer].state if peer in self._peers else None
 
     def view(self, path_of: Callable[[PeerId], Path | None]) -> View:
         """A picture of the mesh now. The forgotten are not in it, the dead and the left are."""
-        return roster.view_of(self._me, self._peers, self.mesh_id, path_of)
+        return self._roster.view(self.me, self.mesh_id, path_of)
 
-    # ── our own announcement ─────────────────────────────────────────────────────────────────────────────────────
+    # ── what is announced ────────────────────────────────────────────────────────────────────────────────────────
 
-    def _self_changed(
-        self, services: Iterable[Service], addresses: tuple[str, ...], attributes: bytes, now: float
-    ) -> list[Effect]:
-        wanted = replace(
-            self._pending or self._me.announcement,
-            services=tuple(sorted(services, key=lambda service: service.name)),
-            addresses=addresses,
-            attributes=attributes,
-        )
-        if self._left or wanted == (self._pending or self._me.announcement):
+    def _speak(self, now: float) -> list[Effect]:
+        said = self._voice.speak(now)
+        if said is None:
             return []
-        self._pending = wanted
-        return self._announce_if_due(now)
+        self._roster.my_record_changed()
+        return [Publish(said)]
 
-    @property
-    def _announce_due(self) -> float:
-        return self._announced_at + (self.config.refresh if self._pending is None else self.config.coalesce)
-
-    def _announce_if_due(self, now: float) -> list[Effect]:
-        if now < self._announce_due:
-            return []
-        base = self._pending or self._me.announcement
-        self._pending = None
-        self._me = self._seal(replace(base, sequence=self._me.announcement.sequence + 1))
-        self._announced_at = now
-        return [Publish(self._me)]
-
-    def _leave(self) -> list[Effect]:
-        if self._left:
-            return []
-        self._left = True
-        mine = self._me.announcement
-        self._me = self._seal(
-            replace(mine, sequence=mine.sequence + 1, leaving=True, services=(), attributes=b"")
-        )
-        return [Publish(self._me)]
-
-    # ── what others announce ─────────────────────────────────────────────────────────────────────────────────────
+    def _outbid(self, incarnation: int, now: float) -> list[Effect]:
+        self._voice.outbid(incarnation, now)
+        return self._speak(now)
 
     def _heard(self, record: Record, gossiped: bool, now: float) -> list[Effect]:
         new = record.announcement
-        if new.peer == self._me.announcement.peer:
-            return self._outlive(new.incarnation, now) if new.age > self._me.announcement.age else []
+        if new.peer == self._id:
+            mine = self.me.announcement
+            return self._outbid(new.incarnation, now) if new.age > mine.age else []
         entry = self._peers.get(new.peer)
-        if entry is not None and not self._supersedes(new, entry):
+        if entry is not None and not _supersedes(new, entry):
             return []
-        if (entry is None and len(self._peers) >= MAX_PEERS) or not authentic(
+        if (entry is None and len(self._peers) >= MAX_PEERS) or not self._authentic(
             record, mesh_id=self.mesh_id, now_unix=now, revoked=self.revoked
         ):
             return []
+        before = None if entry is None else entry.state
+        state = PeerState.LEFT if new.leaving else PeerState.ALIVE
         if entry is None:
-            before = None
-            entry = self._peers[new.peer] = Entry(
-                record, PeerState.ALIVE, now, new.peer in self._connected, next_dial=now
-            )
-            if new.peer < self._me.announcement.peer:
-                entry.next_dial = now + self.config.dial_first
+            entry = Entry(record, state, now)
+            entry.next_dial = self._dialling.first(new.peer, now)
+            changed = self._roster.add(new.peer, entry)
         else:
-            before = entry.state
-            if new.addresses != entry.announcement.addresses:
-                entry.next_dial = min(entry.next_dial, now)
-            entry.record = record
+            if not entry.believed or new.addresses != entry.announcement.addresses:
+                entry.failures, entry.next_dial = 0, min(entry.next_dial, self._dialling.first(new.peer, now))
+            self._roster.set_record(entry, record)
+            entry.forget_doubt()
+            changed = [] if before is state else self._roster.set_state(new.peer, entry, state, now)
+        if state is PeerState.LEFT:
+            entry.state_ends = now + self.config.tombstone
         effects: list[Effect] = [] if gossiped else [Publish(record)]
-        if new.leaving:
-            self._set_state(entry, PeerState.LEFT, now)
-            return [*effects, Changed(new.peer, before, PeerState.LEFT, "left")]
-        if entry.state is not PeerState.ALIVE:
-            self._set_state(entry, PeerState.ALIVE, now)
-        reason = "joined" if before is None else "announced"
-        return [*effects, Changed(new.peer, before, entry.state, reason), *self._dials(now)]
+        reason = "left" if new.leaving else "joined" if before is None else "announced"
+        effects.append(Changed(new.peer, before, state, reason))
+        return [*effects, *self._replan(changed, now), *self._settle(new.peer, entry, now)]
 
-    def _outlive(self, incarnation: int, now: float) -> list[Effect]:
-        """Speak with a higher incarnation than `incarnation`: it is what others believe of us, and it is wrong."""
-        mine = self._me.announcement
-        if self._left or incarnation < mine.incarnation:
+    def _revoke(self, revocation: Revocation, gossiped: bool, now: float) -> list[Effect]:
+        if not revocation.is_valid(self.mesh_id) or not self.revoked.add(revocation):
             return []
-        self._me = self._seal(
-            replace(self._pending or mine, incarnation=incarnation + 1, sequence=mine.sequence + 1)
-        )
-        self._pending = None
-        self._announced_at = now
-        return [Publish(self._me)]
+        effects: list[Effect] = [io.Revoked(revocation)] + ([] if gossiped else [Publish(revocation)])
+        for peer, entry in list(self._peers.items()):
+            if not self.revoked.covers(entry.announcement.credential):
+                continue
+            if entry.believed:
+                effects += self._expel(peer, entry, "its membership was revoked", now)
+            entry.next_dial = INFINITY
+            self._settle(peer, entry, now)
+        return effects
+
+    def _expel(self, peer: PeerId, entry: Entry, reason: str, now: float) -> list[Effect]:
+        before = entry.state
+        effects = self._end(peer, entry, now)
+        entry.next_dial = INFINITY
+        return [io.Drop(peer, reason), Changed(peer, before, PeerState.DEAD, reason), *effects]
+
+    # ── what is said of others, and of us ────────────────────────────────────────────────────────────────────────
 
     def _hear_digest(self, digest: Digest, now: float) -> list[Effect]:
-        """Somebody holds us for dead, or remembers an earlier run of ours that got further than this one."""
-        mine = self._me.announcement
-        age = digest.ages.get(mine.peer)
-        if age is None or not (age > mine.age or mine.peer in digest.dead):
+        """Learn that somebody holds us for dead, or remembers an earlier run of ours that got further than this one.
+
+        Of others, it tells whom we might have missed the death of.
+        """
+        mine = self.me.announcement
+        age = digest.ages.get(self._id)
+        effects: list[Effect] = []
+        if age is not None and (age > mine.age or self._id in digest.dead):
+            effects += self._outbid(age[0], now)
+        hints = [peer for peer in sorted(digest.dead) if self.state_of(peer) is PeerState.ALIVE]
+        for peer in hints[:MAX_HINTS]:
+            if digest.ages[peer] >= self._peers[peer].announcement.age:
+                effects += self._doubt(peer, self._peers[peer], now)
+        return effects
+
+    def _hear_suspicion(self, suspicion: io.Suspicion, now: float) -> list[Effect]:
+        doubted = (suspicion.incarnation, suspicion.sequence)
+        if suspicion.peer == self._id:
+            return self._outbid(suspicion.incarnation, now) if doubted >= self.me.announcement.age else []
+        entry = self._peers.get(suspicion.peer)
+        if entry is None or not entry.believed or doubted < entry.announcement.age:
             return []
-        return self._outlive(age[0], now)
+        entry.told_at, entry.tell_at = now, INFINITY
+        if entry.state is PeerState.SUSPECT:
+            return self._settle(suspicion.peer, entry, now)
+        return self._doubt(suspicion.peer, entry, now)
 
-    @staticmethod
-    def _supersedes(new: Announcement, entry: Entry) -> bool:
-        if entry.believed:
-            return new.age > entry.announcement.age
-        return new.incarnation > entry.announcement.incarnation
-
-    # ── connections ──────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _connect(self, peer: PeerId, now: float) -> list[Effect]:
-        self._connected.add(peer)
-        entry = self._peers.get(peer)
-        if entry is None:
-            return []
-        entry.connected, entry.dialling, entry.failures = True, False, 0
-        return self._believe(peer, "connected", now) or [Changed(peer, entry.state, entry.state, "connected")]
-
-    def _disconnect(self, peer: PeerId, now: float) -> list[Effect]:
-        self._connected.discard(peer)
-        entry = self._peers.get(peer)
-        if entry is None or not entry.connected:
-            return []
-        entry.connected, entry.next_dial, entry.failures = False, now, 0
-        return [*self._silent(peer, "connection lost", now), *self._dials(now)]
+    def _doubt(self, peer: PeerId, entry: Entry, now: float) -> list[Effect]:
+        """Find out whether `peer` is there: by a probe, or, later, by a dial."""
+        if self._roster.watches(peer):
+            return [io.Question(peer)]
+        if entry.doubted_at == INFINITY:
+            entry.doubted_at = now
+            entry.next_dial = max(now + self.config.refute, entry.next_dial if entry.failures else 0.0)
+            if not entry.announcement.addresses:
+                entry.reach_by = now + self.config.refute + self.config.reach
+        return self._settle(peer, entry, now)
 
     # ── belief ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -292,99 +279,124 @@ class Membership:
         entry = self._peers.get(peer)
         if entry is None or entry.state is not PeerState.ALIVE:
             return []
-        self._set_state(entry, PeerState.SUSPECT, now)
-        told = entry.announcement
-        suspicion = Suspicion(peer, told.incarnation, told.sequence)
-        return [Publish(suspicion), Changed(peer, PeerState.ALIVE, PeerState.SUSPECT, reason)]
+        doubted_at, told_at = min(entry.doubted_at, now), entry.told_at
+        self._roster.set_state(peer, entry, PeerState.SUSPECT, now)
+        entry.state_ends = max(doubted_at, now - self.config.suspicion / 2) + self.config.suspicion
+        entry.told_at = told_at
+        if now - told_at > self.config.suspicion:
+            entry.tell_at = now + self.config.hush * lot(self._id, peer)
+        return [Changed(peer, PeerState.ALIVE, PeerState.SUSPECT, reason), *self._settle(peer, entry, now)]
 
     def _believe(self, peer: PeerId, reason: str, now: float) -> list[Effect]:
         entry = self._peers.get(peer)
-        if entry is None or entry.state is not PeerState.SUSPECT or self._ended(entry, now):
+        if entry is None or not entry.believed or now >= entry.ends:
             return []
         before = entry.state
-        self._set_state(entry, PeerState.ALIVE, now)
-        return [Changed(peer, before, PeerState.ALIVE, reason)]
+        if before is PeerState.ALIVE:
+            entry.doubted_at = entry.reach_by = INFINITY
+            return self._settle(peer, entry, now)
+        self._roster.set_state(peer, entry, PeerState.ALIVE, now)
+        return [Changed(peer, before, PeerState.ALIVE, reason), *self._settle(peer, entry, now)]
 
-    def _doubt(self, suspicion: Suspicion, now: float) -> list[Effect]:
-        doubted = (suspicion.incarnation, suspicion.sequence)
-        mine = self._me.announcement
-        if suspicion.peer == mine.peer:
-            return self._outlive(suspicion.incarnation, now) if doubted >= mine.age else []
-        entry = self._peers.get(suspicion.peer)
-        if entry is None or entry.state is not PeerState.ALIVE or doubted < entry.announcement.age:
+    def _end(self, peer: PeerId, entry: Entry, now: float) -> list[Effect]:
+        """A row becomes DEAD. The effects are those of its place in the plan being taken by another."""
+        changed = self._roster.set_state(peer, entry, PeerState.DEAD, now)
+        entry.state_ends = now + self.config.tombstone
+        entry.next_dial = now + self._dialling.pause(peer, entry) * lot(self._id, peer)
+        return self._replan(changed, now)
+
+    # ── connections ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _connect(self, peer: PeerId, now: float) -> list[Effect]:
+        entry = self._roster.set_connected(peer, True)
+        if entry is None:
             return []
-        return [Question(suspicion.peer)]
+        self._dialling.ended(entry)
+        entry.failures = 0
+        believed = self._believe(peer, "connected", now) or self._settle(peer, entry, now)
+        return believed or [Changed(peer, entry.state, entry.state, "connected")]
 
-    def _revoke(self, revocation: Revocation, gossiped: bool, now: float) -> list[Effect]:
-        if not revocation.is_valid(self.mesh_id) or not self.revoked.add(revocation):
+    def _disconnect(self, peer: PeerId, now: float) -> list[Effect]:
+        entry = self._roster.set_connected(peer, False)
+        if entry is None:
             return []
-        effects: list[Effect] = (
-            [Revoked(revocation)] if gossiped else [Revoked(revocation), Publish(revocation)]
-        )
-        for peer, entry in self._peers.items():
-            if entry.believed and self.revoked.covers(entry.announcement.credential):
-                effects += self._expel(peer, entry, "its membership was revoked", now)
-        return effects
-
-    def _expel(self, peer: PeerId, entry: Entry, reason: str, now: float) -> list[Effect]:
-        before = entry.state
-        self._set_state(entry, PeerState.DEAD, now)
-        return [Drop(peer, reason), Changed(peer, before, PeerState.DEAD, reason)]
-
-    def _ended(self, entry: Entry, now: float) -> bool:
-        return now >= entry.ends or self.revoked.covers(entry.announcement.credential)
+        if entry.believed:
+            entry.next_dial, entry.failures = now, 0
+        if entry.state is PeerState.ALIVE and self._roster.wanted(peer):
+            return self._silent(peer, "connection lost", now)
+        return [Changed(peer, entry.state, entry.state, "disconnected"), *self._settle(peer, entry, now)]
 
     def _dial_failed(self, peer: PeerId, now: float) -> list[Effect]:
         entry = self._peers.get(peer)
         if entry is None or not entry.dialling:
             return []
-        entry.dialling = False
-        entry.failures += 1
-        delay = self.config.dial_min * 2.0 ** min(entry.failures - 1, 16)
-        entry.next_dial = now + min(delay, self.config.dial_max)
-        return []
+        self._dialling.failed(peer, entry, now)
+        if entry.reach_by < INFINITY:
+            return self._silent(peer, "it cannot be reached", now)
+        return self._settle(peer, entry, now)
 
-    def _wants_dial(self, peer: PeerId, entry: Entry) -> bool:
-        return (
-            not self._left
-            and not entry.connected
-            and not entry.dialling
-            and entry.state is not PeerState.LEFT
-            and not self.revoked.covers(entry.announcement.credential)
-            and bool(entry.announcement.addresses)
-        )
-
-    def _dials(self, now: float) -> list[Effect]:
+    def _replan(self, changed: Iterable[PeerId], now: float) -> list[Effect]:
+        """The plan changed for these: connect to them, or wonder whether the connection can go."""
         effects: list[Effect] = []
-        for peer, entry in self._peers.items():
-            if self._wants_dial(peer, entry) and entry.next_dial <= now:
-                entry.dialling = True
-                effects.append(Dial(peer, entry.announcement.addresses))
+        for peer in changed:
+            entry = self._peers.get(peer)
+            if entry is None or not entry.believed:
+                continue
+            if entry.state is PeerState.ALIVE and not entry.failures:
+                entry.next_dial = max(entry.next_dial, self._dialling.first(peer, now))
+            effects += self._settle(peer, entry, now)
         return effects
 
     # ── time ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _settle(self, peer: PeerId, entry: Entry, now: float) -> list[Effect]:
+        """Dial if that is due now, and set the alarm for whatever comes next of a row."""
+        if not entry.connected or self._roster.wanted(peer):
+            entry.spare_at = INFINITY
+        elif entry.spare_at == INFINITY:
+            entry.spare_at = now + self.config.spare
+        effects: list[Effect] = [*self._dialling.dial(peer, entry, now)]
+        due = min(entry.state_ends, entry.tell_at, entry.reach_by, entry.spare_at)
+        if entry.believed:
+            due = min(due, entry.ends)
+        if self._dialling.wants(peer, entry):
+            due = min(due, entry.next_dial)
+        self._roster.timers.set(peer, due)
+        return effects
+
     def _wake(self, now: float) -> list[Effect]:
-        if self._left:
+        if self._voice.left:
             return []
         effects: list[Effect] = []
-        for peer, entry in list(self._peers.items()):
-            effects += self._age(peer, entry, now)
-        return [*effects, *self._announce_if_due(now), *self._dials(now)]
+        for peer in self._roster.timers.pop_due(now):
+            if (entry := self._peers.get(peer)) is not None:
+                effects += self._age(peer, entry, now)
+        return [*effects, *self._speak(now)]
 
     def _age(self, peer: PeerId, entry: Entry, now: float) -> list[Effect]:
-        before = entry.state
+        before, effects = entry.state, list[Effect]()
         if entry.believed and now >= entry.ends:
-            return self._expel(peer, entry, "its membership expired", now)
-        if now < entry.state_ends:
-            return []
-        if before is PeerState.SUSPECT:
-            self._set_state(entry, PeerState.DEAD, now)
-            return [Changed(peer, before, PeerState.DEAD, "no answer")]
-        del self._peers[peer]
-        return [Changed(peer, before, None, "forgotten")]
+            effects += self._expel(peer, entry, "its membership expired", now)
+        elif now >= entry.state_ends and before is not PeerState.SUSPECT:
+            self._dialling.ended(entry)
+            self._roster.remove(peer)
+            return [Changed(peer, before, None, "forgotten")]
+        elif now >= entry.state_ends:
+            effects = self._end(peer, entry, now)
+            effects.append(Changed(peer, before, PeerState.DEAD, "no answer"))
+        elif now >= entry.reach_by:
+            effects += self._silent(peer, "it cannot be reached", now)
+        if now >= entry.tell_at:
+            entry.tell_at = INFINITY
+            said = entry.announcement
+            effects.append(Publish(io.Suspicion(peer, said.incarnation, said.sequence)))
+        if now >= entry.spare_at:
+            entry.spare_at = now + self.config.spare
+            effects.append(io.Release(peer))
+        return [*effects, *self._settle(peer, entry, now)]
 
-    def _set_state(self, entry: Entry, state: PeerState, now: float) -> None:
-        entry.state, entry.since = state, now
-        lasts = {PeerState.ALIVE: float("inf"), PeerState.SUSPECT: self.config.suspicion}
-        entry.state_ends = now + lasts.get(state, self.config.tombstone)
+
+def _supersedes(new: Announcement, entry: Entry) -> bool:
+    if entry.believed:
+        return new.age > entry.announcement.age
+    return new.incarnation > entry.announcement.incarnation

@@ -12,7 +12,7 @@ from libmesh.peers import PeerId, PeerState, Service
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MembershipConfig:
-    """The machine's times, in seconds, each greater than 0.
+    """The machine's times, in seconds, and sizes; each greater than 0. The defaults are those of `lan`.
 
     Attributes:
         refresh: how often an unchanged announcement is repeated. Probes tell who is there and digests what was missed,
@@ -21,22 +21,58 @@ class MembershipConfig:
             seconds must survive. Together with a probe's turn and two timeouts it is what death takes.
         tombstone: how long the dead are remembered, and dialled now and then.
         coalesce: changes of one's own announcement within this time go out as one.
+        refute_every: between two refutations of others' suspicions of us. Bounds what a liar can make us say.
+        hush: a suspicion is told to the others after a part of this time that differs from peer to peer, unless
+            somebody else was quicker. It should be some times as long as gossip takes to get everywhere.
+        refute: how long a peer that others suspect has to speak for itself, before those who are not connected to it
+            try to reach it. It should be longer than gossip takes there and back; or else one false suspicion makes
+            a thousand peers dial one.
+        reach: how long such an attempt may take before it counts as silence.
         dial_first: how long the peer with the higher id leaves the first dial to the other.
-        dial_min, dial_max: back-off between attempts to reach a peer, doubling.
+        dial_min, dial_max: back-off between attempts to reach a peer, doubling. The dead are dialled every `dial_max`
+            or so, too, so that a parted mesh heals; not more than eight of them in that time, whoever they are.
+        full_mesh: up to how many peers, us included, all are connected to all. Every peer then probes every other
+            itself and gossip takes one hop; each connection costs some 200 KiB and a ping every ten seconds.
+        connections: how many neighbours a peer has beyond that (`plan`), at least 4. Twelve halves on rings: a peer is
+            watched by half of them, and gossip reaches a thousand peers in three hops.
+        spare: how long a connection that nobody planned is kept before asking whether it is still of use.
     """
 
     refresh: float = 300.0
     suspicion: float = 2.5
     tombstone: float = 600.0
     coalesce: float = 0.1
+    refute_every: float = 0.5
+    hush: float = 0.3
+    refute: float = 1.0
+    reach: float = 1.5
     dial_first: float = 0.5
     dial_min: float = 0.5
-    dial_max: float = 8.0
+    dial_max: float = 5.0
+    full_mesh: int = 32
+    connections: int = 24
+    spare: float = 30.0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
+        if self.connections < 4:
+            raise ValueError(f"connections must be at least 4, not {self.connections}")
+
+    @classmethod
+    def lan(cls) -> MembershipConfig:
+        """For round trips of some milliseconds: a killed peer is known to be dead everywhere within 5 s."""
+        return cls()
+
+    @classmethod
+    def wan(cls) -> MembershipConfig:
+        """For round trips of up to 300 ms and gossip that takes a second to get everywhere: within 15 s.
+
+        A lost packet's second and third retransmission come after 0.6 s and 1.4 s; suspicion must outlast them both
+        ways.
+        """
+        return cls(suspicion=4.0, hush=1.0, refute=2.0, reach=3.0, dial_first=1.0, coalesce=0.3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +222,13 @@ class Drop:
 
 
 @dataclass(frozen=True, slots=True)
+class Release:
+    """The machine does not need the connection to `peer`: close it, if no stream on it is in use."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
 class Changed:
     """The view changed. `state` is the peer's new one, `before` the old one, `None` if it was or is unknown."""
 
@@ -195,4 +238,4 @@ class Changed:
     reason: str
 
 
-Effect = Publish | Dial | Drop | Question | Revoked | Changed
+Effect = Publish | Dial | Drop | Question | Revoked | Release | Changed
