@@ -1,0 +1,42 @@
+"""A peer of our own, to be held to the rules: `python -m tests.conformance.peer` prints its address and an invite."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import trio
+
+import libmesh
+from libmesh import Libp2pConfig, Mesh, Scope, SecretKey, Stream
+
+
+async def echo(stream: Stream) -> None:
+    async for data in stream:
+        await stream.send_all(data)
+
+
+@asynccontextmanager
+async def open_peer() -> AsyncIterator[tuple[Mesh, str, str]]:
+    """The peer, its multiaddr, and a token with the widest scope."""
+    listen = Libp2pConfig(hosts=("127.0.0.1",))
+    async with libmesh.open_mesh(SecretKey.generate(), mesh_key=SecretKey.generate(), listen=listen) as mesh:
+        with mesh.offer("echo", echo), mesh.offer("for workers", echo, scope=Scope.WORKER):
+            yield (
+                mesh,
+                f"{mesh.addresses[0]}/p2p/{mesh.peer}",
+                mesh.invite(scope=Scope.INVITE, not_after_unix=None),
+            )
+
+
+async def main() -> None:
+    async with open_peer() as (_, address, token):
+        sys.stdout.write(f"{address}\n{token}\n")
+        sys.stdout.flush()
+        with trio.CancelScope():
+            await trio.sleep_forever()
+
+
+if __name__ == "__main__":
+    trio.run(main)
