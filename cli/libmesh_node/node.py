@@ -30,6 +30,7 @@ from libmesh import (
     InviteError,
     Mesh,
     MeshError,
+    MeshId,
     Scope,
     View,
     read_invite,
@@ -159,6 +160,7 @@ class Node:
         self._token = ""
         self._token_made = 0.0
         self._invited = False
+        self._introduced: set[MeshId] = set()
         self._stays = Stays(
             options, folder, self._key, opened=self._opened, entered=self._entered, closed=self._closed
         )
@@ -209,10 +211,15 @@ class Node:
 
     def _entered(self, mesh: Mesh, membership: Membership) -> None:
         """Say in a few lines what a person needs to know now."""
+        self._make_invite()
+        self._refresh()
+        if mesh.mesh_id in self._introduced:
+            log.info("back in the mesh %s", mesh.mesh_id)
+            return
+        self._introduced.add(mesh.mesh_id)
         how = "its own" if membership.token is None else f"joined as {mesh.scope.name.lower()}"
         log.info("mesh       %s (%s)", mesh.mesh_id, how)
         log.info("addresses  %s", "  ".join(mesh.addresses[:4]))
-        self._make_invite()
         if self._token:
             log.info(
                 "the next machine joins with:  libmesh-node --join %s", self._token, extra={"private": True}

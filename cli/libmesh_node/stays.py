@@ -90,6 +90,7 @@ class Stays:
                 await self._stay(switch.to, must_enter=True, entered=switch.succeed)
                 current = switch.to
             except MeshError as exc:
+                log.info("did not get into the mesh %s: %s", switch.to.mesh_id, exc)
                 switch.fail(exc)
 
     async def _enter_first(self, memberships: list[Membership]) -> Membership:
@@ -106,7 +107,6 @@ class Stays:
                 return membership
         for membership, failure in failures:
             if isinstance(failure, PeerUnreachable):
-                log.warning("nobody in the mesh answers yet; trying on")
                 await self._stay(membership, must_enter=False)
                 return membership
         raise failures[0][1]
@@ -129,28 +129,35 @@ class Stays:
             self._scope = nursery.cancel_scope
             self._remember_port(mesh.addresses)
             self._opened(mesh, membership, nursery)
-            if membership.token is not None:
-                failure = await self._enter(mesh, membership, must_enter=must_enter)
-            if failure is None:
-                entered()
-                self._entered(mesh, membership)
+            try:
+                if membership.token is not None:
+                    await mesh.join(membership.token)
+            except MeshError as exc:
+                if must_enter:
+                    failure = exc
+                    nursery.cancel_scope.cancel()
+                else:
+                    log.warning("nobody in the mesh answers yet, trying on: %s", exc)
+                    nursery.start_soon(self._settle_later, mesh, membership)
             else:
-                nursery.cancel_scope.cancel()
+                entered()
+                self._settle(mesh, membership)
         self._closed()
         if failure is not None:
             raise failure
 
-    async def _enter(self, mesh: Mesh, membership: Membership, *, must_enter: bool) -> MeshError | None:
-        assert membership.token is not None
-        try:
-            await mesh.join(membership.token)
-        except MeshError as exc:
-            if must_enter:
-                return exc
-            log.warning("%s", exc)
-            return None
-        save_membership(self._folder, membership)
-        return None
+    def _settle(self, mesh: Mesh, membership: Membership) -> None:
+        if membership.token is not None:
+            save_membership(self._folder, membership)
+        self._entered(mesh, membership)
+
+    async def _settle_later(self, mesh: Mesh, membership: Membership) -> None:
+        """Settle when somebody has let us in after all; the mesh itself keeps trying its contacts."""
+        async with mesh.watch() as views:
+            async for view in views:
+                if any(peer.path is not None for peer in view.peers):
+                    self._settle(mesh, membership)
+                    return
 
     async def switch(self, to: Membership) -> None:
         """Leave this mesh for another one. Raises what kept us out of it; then we are back, or on the way back."""

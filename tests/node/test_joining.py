@@ -166,3 +166,37 @@ def test_membership_whose_invite_has_expired_says_what_to_do(
     time.sleep(4)
     words = machine.node("--client", name="again").fails()
     assert "expired" in words
+
+
+@pytest.mark.slow
+def test_node_that_was_let_in_late_remembers_it(machine: Machine) -> None:
+    """Nobody answers when it starts; it goes on trying, and once it is in, the next start needs no token."""
+    founder = machine.node(name="founder").up()
+    mesh_id = founder.until(lambda status: status["mesh_id"])["mesh_id"]
+    token = founder.invite("--scope", "client")
+    founder.ends(signal.SIGTERM)
+    late = machine.node("--client", "--join", token, name="late").up()
+    status = late.until(lambda status: status["notices"])
+    assert "keeps trying" in status["notices"][0]
+    assert not (late.folder / "membership").exists()
+    founder = machine.node(name="founder").up()
+    late.until(lambda status: status["peers"], 40, "the founder")
+    wait_for((late.folder / "membership").exists, 5, "the membership")
+    late.ends(signal.SIGTERM)
+    again = machine.node("--client", name="late").up()
+    again.until(lambda status: status["mesh_id"] == mesh_id and status["peers"], 10, "back in the mesh")
+
+
+def test_failed_join_leaves_the_node_where_it_was(machine: Machine) -> None:
+    elsewhere = machine.node().up()
+    elsewhere.until(lambda status: status["mesh_id"])
+    token = elsewhere.invite()
+    elsewhere.kill()
+    node = machine.node().up()
+    mesh_id = node.until(lambda status: status["mesh_id"] and status["token"])["mesh_id"]
+    answer = node.post("/api/join", {"token": token})
+    assert answer.status_code in (502, 503, 504), answer.text
+    assert "cannot reach" in answer.json()["error"].lower()
+    node.until(lambda status: status["mesh_id"] == mesh_id and status["token"], what="back in its own mesh")
+    assert "back in the mesh" in node.words
+    assert not (node.folder / "membership").exists()
