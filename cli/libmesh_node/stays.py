@@ -10,6 +10,7 @@ import logging
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 
 import trio
 
@@ -82,16 +83,20 @@ class Stays:
         except AddressUnavailable as exc:
             raise NodeError(f"{_sentence(exc)}; choose another with --bind-port PORT.") from exc
         while True:
-            switch, self._switch = self._switch, None
-            if switch is None:
+            if (switch := self._switch) is None:
                 await self._stay(current, must_enter=False)
                 continue
             try:
-                await self._stay(switch.to, must_enter=True, entered=switch.succeed)
+                await self._stay(switch.to, must_enter=True, entered=partial(self._arrive, switch))
                 current = switch.to
             except MeshError as exc:
                 log.info("did not get into the mesh %s: %s", switch.to.mesh_id, exc)
+                self._switch = None
                 switch.fail(exc)
+
+    def _arrive(self, switch: _Switch) -> None:
+        self._switch = None
+        switch.succeed()
 
     async def _enter_first(self, memberships: list[Membership]) -> Membership:
         """Stay in the first mesh that lets us in; if none answers, keep trying the first of those that may yet."""
@@ -127,6 +132,9 @@ class Stays:
         )
         async with opened as mesh, trio.open_nursery() as nursery:
             self._scope = nursery.cancel_scope
+            if self._switch is not None and self._switch.to is not membership:
+                self._scope.cancel()  # wished for while this mesh was being opened
+                await trio.lowlevel.checkpoint()
             self._remember_port(mesh.addresses)
             self._opened(mesh, membership, nursery)
             try:
@@ -162,7 +170,7 @@ class Stays:
     async def switch(self, to: Membership) -> None:
         """Leave this mesh for another one. Raises what kept us out of it; then we are back, or on the way back."""
         if self._switch is not None:
-            raise MeshError("this node is joining another mesh right now")
+            raise MeshError("this node is joining a mesh right now; try again when that is done")
         self._switch = switch = _Switch(to)
         if self._scope is not None:
             self._scope.cancel()
