@@ -15,6 +15,7 @@ import trio.testing
 from libmesh import (
     AddressUnavailable,
     Mesh,
+    MeshConfig,
     PeerUnreachable,
     Scope,
     ServiceRefused,
@@ -29,6 +30,8 @@ from libmesh import (
 from libmesh.framing import frame, receive_frame
 from libmesh.testing.memory import MemoryHub
 from tests.members import key, memory_streams, seed
+
+QUICK = MeshConfig(farewell=0.01)
 
 # ── the two sides of an Open ─────────────────────────────────────────────────────────────────────────────────────
 
@@ -176,10 +179,13 @@ async def two_meshes() -> AsyncIterator[tuple[Mesh, Mesh, trio.Nursery]]:
     async with (
         hub.open_network(seed(1)) as one,
         hub.open_network(seed(2)) as two,
-        open_mesh(key(1), mesh_key=key(100), network=one) as near,
+        open_mesh(key(1), mesh_key=key(100), network=one, config=QUICK) as near,
     ):
         token = near.invite(scope=Scope.WORKER, not_after_unix=None)
-        async with open_mesh(key(2), invite=token, network=two) as far, trio.open_nursery() as nursery:
+        async with (
+            open_mesh(key(2), invite=token, network=two, config=QUICK) as far,
+            trio.open_nursery() as nursery,
+        ):
             yield near, far, nursery
             nursery.cancel_scope.cancel()
 

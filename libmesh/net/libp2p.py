@@ -23,9 +23,11 @@ from libp2p.host.basic_host import BasicHost
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
+from libp2p.rcmgr import Direction
 from multiaddr import Multiaddr
 
 from libmesh.errors import PeerUnreachable
+from libmesh.keys import public_key_of
 from libmesh.net import tcp
 from libmesh.net.base import (
     Message,
@@ -161,7 +163,8 @@ class Libp2pNetwork(Network):
     # ── connections ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _connections(self, peer: PeerId) -> list[Any]:
-        connections = self._swarm.connections.get(ID.from_base58(peer), [])
+        peer_id = _libp2p_id(peer)
+        connections = [] if peer_id is None else self._swarm.connections.get(peer_id, [])
         return [c for c in connections if not c.is_closed and not c.muxed_conn.is_closed]
 
     def path(self, peer: PeerId) -> Path | None:
@@ -171,26 +174,31 @@ class Libp2pNetwork(Network):
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> Path:
         """See `Network.connect`."""
+        peer_id = _libp2p_id(peer)
+        if peer_id is None:
+            raise PeerUnreachable(f"{peer!r} is no peer id")
+
+        async def attempt(address: str) -> None:
+            stream = await tcp.dial(address)
+            try:
+                raw = RawConnection(TrioTCPStream(stream), True)
+                await self._swarm.upgrade_outbound_raw_conn(raw, peer_id)
+            except BaseException:
+                stream.socket.close()
+                raise
+
         lock = self._dialling.setdefault(peer, trio.Lock())
-        async with lock:
-            if (path := self.path(peer)) is not None:
-                return path
-            peer_id = ID.from_base58(peer)
-
-            async def attempt(address: str) -> None:
-                stream = await tcp.dial(address)
-                try:
-                    raw = RawConnection(TrioTCPStream(stream), True)
-                    await self._swarm.upgrade_outbound_raw_conn(raw, peer_id)
-                except BaseException:
-                    stream.socket.close()
-                    raise
-
-            _, failures = await tcp.first_success(addresses, attempt)
-            if lock.statistics().tasks_waiting == 0:
+        try:
+            async with lock:
+                if (path := self.path(peer)) is not None:
+                    return path
+                _, failures = await tcp.first_success(addresses, attempt)
+                if (path := self.path(peer)) is not None:
+                    return path
+        finally:
+            waiting = lock.statistics()
+            if not waiting.locked and not waiting.tasks_waiting:
                 self._dialling.pop(peer, None)
-            if (path := self.path(peer)) is not None:
-                return path
         tried = "; ".join(f"{address}: {why}" for address, why in failures.items()) or "no address is known"
         raise PeerUnreachable(f"cannot reach the peer {peer} ({tried})", failures)
 
@@ -233,7 +241,7 @@ class Libp2pNetwork(Network):
             await self._gossip.admitted(connection)
         if not entry.announced:
             entry.announced = True
-            self._emit(PeerConnected(peer, _path_of(connection), connection.direction.value == "inbound"))
+            self._emit(PeerConnected(peer, _path_of(connection), connection.direction is Direction.INBOUND))
 
     async def _disconnected(self, connection: Any) -> None:
         peer = PeerId(str(connection.muxed_conn.peer_id))
@@ -358,6 +366,15 @@ async def open_libp2p_network(
     network = Libp2pNetwork(seed, config or Libp2pConfig())
     async with network.running():
         yield network
+
+
+def _libp2p_id(peer: PeerId) -> ID | None:
+    """py-libp2p's form of a peer id, or `None` if it is none of an Ed25519 key."""
+    try:
+        public_key_of(peer)
+    except ValueError:
+        return None
+    return ID.from_base58(peer)
 
 
 def _path_of(connection: Any) -> Path:
