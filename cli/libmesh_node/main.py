@@ -127,6 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has left, `| head` for one. Python flushes once more at exit; give it a place.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except BaseExceptionGroup as group:
+        if group.split(KeyboardInterrupt)[1] is None:  # Ctrl-C in the middle of a nursery
+            return 130
+        if not isinstance(group, Exception):
+            raise
+        return _fail(group, args or argparse.Namespace())
     except Exception as error:  # noqa: BLE001 - the process's last boundary: a person gets a line, not a traceback
         return _fail(error, args or argparse.Namespace())
 

@@ -121,6 +121,8 @@ def test_a_node_flag_reaches_run_node(monkeypatch: pytest.MonkeyPatch) -> None:
         (OSError("odd"), 1, "libmesh-node: odd\n"),
         (ZeroDivisionError("by zero"), 1, "Internal error (ZeroDivisionError: by zero)"),
         (KeyboardInterrupt(), 130, ""),
+        (BaseExceptionGroup("", [BaseExceptionGroup("", [KeyboardInterrupt()])]), 130, ""),
+        (ExceptionGroup("two", [ValueError("a"), ValueError("b")]), 1, "Internal error (ExceptionGroup: two"),
     ],
 )
 def test_whatever_goes_wrong_is_one_line_and_an_exit_code(
