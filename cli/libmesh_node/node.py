@@ -17,7 +17,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -74,11 +74,13 @@ async def run_node(options: NodeOptions) -> int:
     Raises `NodeError` for whatever keeps it from starting, with what to do about it. A second signal ends the process
     at once.
     """
-    with _folder(options) as folder, _log(options, folder):
+    # Signals first: one that comes while the keys are being made must not be a KeyboardInterrupt somewhere in there.
+    receiver = trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM)
+    with receiver as signals, _folder(options) as folder, _log(options, folder):
         async with trio.open_nursery() as nursery:
             outcome: list[NodeError] = []
             ending = trio.CancelScope(shield=True)
-            nursery.start_soon(_end_on_signal, nursery.cancel_scope, ending)
+            nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope, ending)
             nursery.start_soon(_run_and_end, Node(options, folder, nursery.cancel_scope), ending, outcome)
         if outcome:
             raise outcome[0]
@@ -108,18 +110,19 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
 
 
-async def _end_on_signal(scope: trio.CancelScope, ending: trio.CancelScope) -> None:
-    """Cancel `scope` at the first signal, and end the process at the second, listened for until `ending` is cancelled."""
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals:
-        async for _ in signals:
-            if scope.cancel_called:
+async def _end_on_signal(
+    signals: AsyncIterator[int], scope: trio.CancelScope, ending: trio.CancelScope
+) -> None:
+    """Cancel `scope` at the first signal; end the process at the second, listened for until `ending` is cancelled."""
+    async for _ in signals:
+        if scope.cancel_called:
+            os._exit(130)
+        log.info("ending; once more to end at once")
+        scope.cancel()
+        _end_for_sure()
+        with ending:
+            async for _ in signals:
                 os._exit(130)
-            log.info("ending; once more to end at once")
-            scope.cancel()
-            _end_for_sure()
-            with ending:
-                async for _ in signals:
-                    os._exit(130)
 
 
 def _end_for_sure() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import time
@@ -116,3 +117,13 @@ def test_port_that_is_taken_names_the_flag(machine: Machine, flag: str) -> None:
     with socket.create_server(("0.0.0.0", 0)) as taken:
         node: Node = machine.node(flag, str(taken.getsockname()[1]))
         assert flag in node.fails()
+
+
+def test_second_signal_ends_the_node_at_once_and_still_leaves_nobody(machine: Machine) -> None:
+    node = machine.serving()
+    node.note_family()
+    os.kill(node.pid, signal.SIGINT)
+    wait_for(lambda: "once more" in node.words, 5, "the first signal is taken")
+    node.process.send_signal(signal.SIGINT)
+    assert node.process.wait(2) in (130, 0)  # 0 if it was over before the second came
+    node.leaves_nobody()

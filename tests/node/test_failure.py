@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -29,8 +30,6 @@ class Watcher:
         self._thread.start()
 
     def _follow(self) -> None:
-        import json
-
         try:
             with httpx.stream("GET", self._url, timeout=60) as response:
                 for line in response.iter_lines():

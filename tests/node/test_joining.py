@@ -95,6 +95,7 @@ def test_kept_out_at_the_start(machine: Machine, pair: Pair) -> None:
         assert not (node.folder / "membership").exists()
 
 
+@pytest.mark.slow
 def test_invite_of_a_mesh_that_is_no_more_is_refused(machine: Machine) -> None:
     """The node that it leads to is in another mesh now, and says so."""
     node = machine.node(name="founder").up()
@@ -157,6 +158,7 @@ def test_joined_node_starts_again_without_a_token(machine: Machine, pair: Pair) 
     assert again.node_id == node_id
 
 
+@pytest.mark.slow
 def test_membership_whose_invite_has_expired_says_what_to_do(
     machine: Machine, pair: Pair, tmp_path: Path
 ) -> None:
