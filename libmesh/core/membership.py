@@ -25,8 +25,8 @@ peer has a bounded number of neighbours (`plan`), who probe it and see its conne
 suspicion by gossip, leave the suspect the time to refute it, and then dial it: if that fails, too, they suspect it
 themselves. So a death costs every peer one dial, and a false suspicion costs the mesh two messages.
 
-The machine asks for connections with `Dial` and hears the outcome as `Connected` or `DialFailed`. Of two peers that
-learn of each other at once, the one with the lower id dials first.
+The machine asks for connections with `Dial` and hears `Connected` or `DialFailed`. Of two peers that learn of each
+other at once, the one with the lower id dials first.
 
 The driver calls `handle` for everything that happens and again at `deadline()`. `now` is seconds since the epoch,
 from a clock that never jumps.
@@ -134,7 +134,7 @@ class Membership:
 
     @property
     def watched(self) -> Watched:
-        """The arguments of `liveness.Watch` now."""
+        """The arguments of `liveness.Watch`."""
         return self._roster.watched
 
     def believes(self, peer: PeerId) -> bool:
@@ -216,7 +216,8 @@ class Membership:
     def _revoke(self, revocation: Revocation, gossiped: bool, now: float) -> list[Effect]:
         if not revocation.is_valid(self.mesh_id) or not self.revoked.add(revocation):
             return []
-        effects: list[Effect] = [io.Revoked(revocation)] + ([] if gossiped else [Publish(revocation)])
+        effects: list[Effect] = [io.Revoked(revocation)]
+        effects += [] if gossiped else [Publish(revocation)]
         for peer, entry in list(self._peers.items()):
             if not self.revoked.covers(entry.announcement.credential):
                 continue

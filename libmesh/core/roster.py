@@ -88,7 +88,7 @@ class Roster:
         connections: how many neighbours the plan has beyond that.
     """
 
-    def __init__(self, me: PeerId, *, full_mesh: int, connections: int) -> None:
+    def __init__(self, me: PeerId, full_mesh: int, connections: int) -> None:
         self.entries: dict[PeerId, Entry] = {}
         self.timers: Timers[PeerId] = Timers()
         self.dead: set[PeerId] = set()
