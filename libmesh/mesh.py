@@ -311,39 +311,46 @@ async def open_mesh(
     authority = opened.authority if opened is not None else Authority.of_mesh(_seed_of(mesh_key))
     config, rng = config or MeshConfig(), rng or random.Random()
 
-    async def stay(leave: trio.Event, *, task_status: trio.TaskStatus[Mesh]) -> None:
-        # Shielded, so that a goodbye can still be said when the caller is cancelled; bounded by `farewell` and by the
-        # network's own closing.
-        with trio.CancelScope(shield=True):
-            async with AsyncExitStack() as stack:
-                transport = network
-                if transport is None:
-                    transport = await stack.enter_async_context(open_libp2p_network(key.seed, listen))
-                driver = Driver(transport, key, authority, config, wall_clock=wall_clock, rng=rng)
-                mesh = Mesh(driver, authority)
-                await stack.enter_async_context(driver.running())
-                driver.recall(revocations)
-                task_status.started(mesh)
-                await leave.wait()
-
+    opening, leave = trio.Event(), trio.Event()
+    mesh: Mesh | None = None
     kept_out: MeshError | None = None
-    leave = trio.Event()
+
+    async def stay() -> None:
+        # Shielded, so that a goodbye can still be said when the caller is cancelled; bounded by `farewell` and by the
+        # network's own closing. Not begun by `nursery.start`, which, when cancelled, waits for the end of what it began:
+        # nobody would be left to set `leave`.
+        nonlocal mesh, kept_out
+        with trio.CancelScope(shield=True):
+            try:
+                async with AsyncExitStack() as stack:
+                    transport = network
+                    if transport is None:
+                        transport = await stack.enter_async_context(open_libp2p_network(key.seed, listen))
+                    driver = Driver(transport, key, authority, config, wall_clock=wall_clock, rng=rng)
+                    await stack.enter_async_context(driver.running())
+                    driver.recall(revocations)
+                    mesh = Mesh(driver, authority)
+                    opening.set()
+                    await leave.wait()
+            except MeshError as exc:
+                if mesh is not None:
+                    raise
+                kept_out = exc
+                opening.set()
+
     async with trio.open_nursery() as nursery:
         try:
-            mesh = await nursery.start(stay, leave)
-            if opened is not None:
-                await mesh.enter(opened, wait=wait)
-        except MeshError as exc:
-            kept_out = exc
-        except BaseException:
-            leave.set()
-            raise
-        else:
+            nursery.start_soon(stay)
+            await opening.wait()
             try:
+                if mesh is not None and opened is not None:
+                    await mesh.enter(opened, wait=wait)
+            except MeshError as exc:
+                kept_out = exc
+            if mesh is not None and kept_out is None:
                 yield mesh
-            finally:
-                leave.set()
-        leave.set()
+        finally:
+            leave.set()
     if kept_out is not None:
         raise kept_out
 

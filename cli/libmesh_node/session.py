@@ -211,7 +211,8 @@ class Session:
 
 
 def _ready_models(peer: PeerView) -> list[AnnouncedModel]:
-    if peer.state not in BELIEVED:
+    """What a peer serves. Prompts go only to members who may be lent work: a guest could announce any name."""
+    if peer.state not in BELIEVED or peer.scope < Scope.WORKER:
         return []
     offered = {service.name for service in peer.services}
     models = decode_status(peer.attributes).models
