@@ -40,7 +40,6 @@ from libmesh_node.announced import AnnouncedModel, NodeStatus
 from libmesh_node.bridge import Bridge, CommandFailed
 from libmesh_node.datadir import DataDir, NodeInfo, ephemeral_data_dir, held_data_dir, write_private
 from libmesh_node.errors import NodeError
-from libmesh_node.hardware import detect
 from libmesh_node.http.server import Listening, serve_http
 from libmesh_node.logs import logging_to
 from libmesh_node.membership import Membership, secret_key
@@ -82,6 +81,7 @@ async def run_node(options: NodeOptions) -> int:
             ending = trio.CancelScope(shield=True)
             nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope, ending)
             nursery.start_soon(_run_and_end, Node(options, folder, nursery.cancel_scope), ending, outcome)
+        signal.setitimer(signal.ITIMER_REAL, 0)  # `_end_for_sure` has done its duty
         if outcome:
             raise outcome[0]
     return 0
@@ -156,8 +156,7 @@ class Node:
         self.ended = ended
         self._options, self._folder = options, folder
         self._key = secret_key(folder, "identity")
-        self._memory_bytes = 0 if options.client else detect().model_memory(max_vram_gb=options.max_vram_gb)
-        self._models = LocalModels(options, folder, self._memory_bytes, self._models_changed)
+        self._models = LocalModels(options, folder, self._models_changed)
         self._listening = Listening(api_port=options.api_port, console_port=options.console_port)
         self._session: Session | None = None
         self._token = ""
@@ -227,6 +226,10 @@ class Node:
             log.info(
                 "the next machine joins with:  libmesh-node --join %s", self._token, extra={"private": True}
             )
+        if self._options.models and mesh.scope < Scope.WORKER:
+            log.warning(
+                "this node may only use the mesh, so others will not use its models; ask for an invite with --scope worker"
+            )
         if not self._options.models and not self._options.client and membership.token is None:
             log.info(
                 "idle: nothing is served; start with --model PATH (or --model demo), or join a mesh with --join"
@@ -274,7 +277,7 @@ class Node:
             version=libmesh.__version__,
             hostname=socket.gethostname(),
             client=self._options.client,
-            memory_bytes=self._memory_bytes,
+            memory_bytes=self._models.memory_bytes,
             models=self._models.announced,
             node_status=self._word(),
         )
@@ -298,7 +301,7 @@ class Node:
             token=self._token,
             api_port=self._listening.api_port,
             console_port=self._listening.console_port,
-            my_vram_gb=self._memory_bytes / 1e9,
+            my_vram_gb=self._models.memory_bytes / 1e9,
             addresses=session.mesh.addresses if session is not None else (),
             models=picture.models(own, session.remote_models() if session is not None else {}),
             peers=picture.peers(view),

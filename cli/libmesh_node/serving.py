@@ -12,7 +12,9 @@ import trio
 from libmesh_node.announced import AnnouncedModel
 from libmesh_node.datadir import DataDir
 from libmesh_node.errors import NodeError
+from libmesh_node.hardware import detect
 from libmesh_node.llama.engine import Binary, find_engine
+from libmesh_node.llama.probe import list_devices
 from libmesh_node.llama.server import ServerPlan, plan_server
 from libmesh_node.llama.supervisor import LlamaServer
 from libmesh_node.models.digest import model_digest
@@ -26,17 +28,18 @@ log = logging.getLogger(__name__)
 class LocalModels:
     """The models that `--model` named. `prepare` finds them, `run` keeps them served.
 
+    Attributes:
+        memory_bytes: memory for models on this machine; 0 on a client, and before `prepare`.
+
     Args:
         options: the command line.
         folder: the data folder, for logs and models.
-        memory_bytes: memory for models on this machine.
         on_change: called in trio's thread whenever a server's state or a digest changed.
     """
 
-    def __init__(
-        self, options: NodeOptions, folder: DataDir, memory_bytes: int, on_change: Callable[[], None]
-    ) -> None:
-        self._options, self._folder, self._memory_bytes = options, folder, memory_bytes
+    def __init__(self, options: NodeOptions, folder: DataDir, on_change: Callable[[], None]) -> None:
+        self._options, self._folder = options, folder
+        self.memory_bytes = 0
         self._on_change = on_change
         self._servers: dict[str, LlamaServer] = {}
         self._digests: dict[str, str] = {}
@@ -61,14 +64,21 @@ class LocalModels:
 
         Raises `NodeError` for whatever is missing, saying what to do.
         """
+        if self._options.client:
+            return
+        hardware = await trio.to_thread.run_sync(detect)
+        cap = self._options.max_vram_gb
+        self.memory_bytes = hardware.model_memory(max_vram_gb=cap)
         if not self._options.models:
             return
         engine = await trio.to_thread.run_sync(find_engine, self._options.bin_dir)
         for note in engine.notes:
             log.warning("%s", note)
         binary = engine.require_llama_server()
+        devices = await trio.to_thread.run_sync(list_devices, binary.path)
+        self.memory_bytes = hardware.model_memory(gpu_usable=bool(devices), max_vram_gb=cap)
         models = [await self._find(reference) for reference in self._options.models]
-        budget = self._memory_bytes // max(1, len(models))
+        budget = self.memory_bytes // max(1, len(models))
         for model in models:
             if model.name in self._servers:
                 raise NodeError(
@@ -108,12 +118,12 @@ class LocalModels:
         )
         if model.is_demo:
             log.info("           it is a toy with random weights: what it says is nonsense, and meant to be")
-        if model.size_bytes * 1.1 > self._memory_bytes:
+        if model.size_bytes * 1.1 > self.memory_bytes:
             log.warning(
                 "%s needs about %.1f GB and this machine has %.1f GB for models; it may fail or be very slow",
                 model.name,
                 model.size_bytes * 1.1 / 1e9,
-                self._memory_bytes / 1e9,
+                self.memory_bytes / 1e9,
             )
 
     def _changed(self, process: Process) -> None:
