@@ -308,7 +308,7 @@ def verify(
     if (why := _narrowing_broken(links)) is not None:
         return Refusal("widened", why)
     for link in links:
-        if link.not_after_unix is not None and now_unix > link.not_after_unix + CLOCK_TOLERANCE:
+        if link.not_after_unix is not None and now_unix >= link.not_after_unix + CLOCK_TOLERANCE:
             return Refusal("expired", f"it ended {_ago(now_unix - link.not_after_unix)} ago")
     if revoked is not None and revoked.covers(credential):
         return Refusal("revoked", "it, or an invite that it came from, was revoked")
