@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import httpx
 import openai
@@ -13,7 +14,8 @@ from tests.node.nodes import served, wait_for
 
 pytestmark = pytest.mark.llama
 
-MESSAGES = [{"role": "user", "content": "Who are you?"}]
+MESSAGES: list[Any] = [{"role": "user", "content": "Who are you?"}]
+NO_MESSAGES: Any = "not a list"
 
 
 def test_client_lists_the_models_of_the_mesh(pair: Pair) -> None:
@@ -28,7 +30,7 @@ def test_client_lists_the_models_of_the_mesh(pair: Pair) -> None:
 
 def test_chat_through_the_mesh_counts_its_tokens(pair: Pair) -> None:
     with pair.client.openai() as client:
-        answer = client.chat.completions.create(model="demo", max_tokens=12, messages=MESSAGES)  # type: ignore[arg-type]
+        answer = client.chat.completions.create(model="demo", max_tokens=12, messages=MESSAGES)
     assert answer.model == "demo"
     assert answer.choices[0].message.content
     assert answer.choices[0].finish_reason == "length"
@@ -42,7 +44,7 @@ def test_answer_says_which_node_gave_it(pair: Pair) -> None:
         raw = client.chat.completions.with_raw_response.create(
             model="demo",
             max_tokens=2,
-            messages=MESSAGES,  # type: ignore[arg-type]
+            messages=MESSAGES,
         )
     assert raw.headers["X-Libmesh-Node"] == pair.server.node_id
 
@@ -57,7 +59,7 @@ def test_stream_arrives_while_it_is_made(pair: Pair) -> None:
         client.chat.completions.create(
             model="demo",
             max_tokens=600,
-            messages=MESSAGES,  # type: ignore[arg-type]
+            messages=MESSAGES,
             stream=True,
             stream_options={"include_usage": True},
         ) as stream,
@@ -124,14 +126,14 @@ def test_unknown_model_is_not_found_and_near_names_are_told(pair: Pair) -> None:
         pair.client.openai() as client,
         pytest.raises(openai.NotFoundError, match="Did you mean `demo`") as info,
     ):
-        client.chat.completions.create(model="Demoo", messages=MESSAGES)  # type: ignore[arg-type]
+        client.chat.completions.create(model="Demoo", messages=MESSAGES)
     assert info.value.code == "model_not_found"
     assert info.value.param == "model"
 
 
 def test_bad_request_comes_back_as_the_server_said_it(pair: Pair) -> None:
     with pair.client.openai() as client, pytest.raises(openai.BadRequestError):
-        client.chat.completions.create(model="demo", messages="not a list")  # type: ignore[call-overload]
+        client.chat.completions.create(model="demo", messages=NO_MESSAGES)
 
 
 def test_same_answers_on_the_console_port(pair: Pair) -> None:
