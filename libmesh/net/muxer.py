@@ -43,7 +43,6 @@ from libmesh.net.base import StreamReset
 from libmesh.net.muxed_stream import YamuxStream
 from libmesh.net.noise import YAMUX_ID, NoiseSession
 from libmesh.net.parking import Wakeup
-from libmesh.net.pipes import RawPipe
 from libmesh.net.records import Channel, PlainChannel
 
 log = logging.getLogger(__name__)
@@ -83,9 +82,7 @@ class YamuxConnection(IMuxedConn):
         self.event_started = trio.Event()
         self.event_closed = trio.Event()
         self._machine = Yamux(initiator=conn.is_initiator, now=trio.current_time(), options=options)
-        self._channel: Channel = (
-            conn.channel if isinstance(conn, NoiseSession) else PlainChannel(RawPipe(conn))
-        )
+        self._channel: Channel = conn.channel if isinstance(conn, NoiseSession) else PlainChannel(conn)
         self._streams: dict[int, YamuxStream] = {}
         self._inbound: deque[YamuxStream] = deque()
         self._acceptable = trio.lowlevel.ParkingLot()

@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import socket
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
-from typing import Any
+from collections.abc import Awaitable
+from typing import Any, TypeVar
 
 import trio
 from libp2p.io.exceptions import IOException
@@ -135,36 +135,41 @@ class SocketPipe(Pipe):
 
 
 class RawPipe(Pipe):
-    """Any py-libp2p connection with `read(n)`, `write(data)` and `close()`: a relayed circuit, a WebSocket, TLS."""
+    """Any py-libp2p connection with `read(n)`, `write(data)` and `close()`: a relayed circuit, a WebSocket."""
 
     def __init__(self, raw: Any) -> None:
         self._raw = raw
 
     async def receive_into(self, view: memoryview) -> int:
         """See `Pipe.receive_into`."""
-        data = await self._guard(self._raw.read, min(len(view), 65536))
+        data = await guarded(self._raw.read(min(len(view), 65536)))
         view[: len(data)] = data
         return len(data)
 
     def send_nowait(self, view: memoryview) -> int:
-        """See `Pipe.send_nowait`."""
+        """See `Pipe.send_nowait`. Nothing can be sent without waiting."""
         return 0
 
     async def send_some(self, view: memoryview) -> int:
         """See `Pipe.send_some`."""
         piece = bytes(view[:65536])
-        await self._guard(self._raw.write, piece)
+        await guarded(self._raw.write(piece))
         return len(piece)
-
-    async def _guard(self, call: Callable[[Any], Awaitable[Any]], argument: object) -> Any:
-        try:
-            return await call(argument)
-        except (IOException, OSError, EOFError, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-            raise StreamReset(f"connection lost: {exc}") from exc
 
     async def aclose(self) -> None:
         """See `Pipe.aclose`."""
-        await self._guard(lambda _: self._raw.close(), None)
+        await guarded(self._raw.close())
+
+
+T = TypeVar("T")
+
+
+async def guarded(call: Awaitable[T]) -> T:
+    """Await a call of py-libp2p's; whatever it says of a lost connection becomes `StreamReset`."""
+    try:
+        return await call
+    except (IOException, OSError, EOFError, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+        raise StreamReset(f"connection lost: {exc}") from exc
 
 
 def pipe_of(raw: Any) -> Pipe:

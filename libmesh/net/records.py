@@ -17,9 +17,11 @@ from struct import Struct
 import trio
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+from libp2p.abc import ISecureConn
+from libp2p.io.exceptions import ConnectionClosedError
 
 from libmesh.net.base import StreamReset
-from libmesh.net.pipes import TAKE_BYTES, BufferPool, Pipe, SocketPipe
+from libmesh.net.pipes import TAKE_BYTES, BufferPool, Pipe, SocketPipe, guarded
 
 TAG_BYTES = 16
 MAX_PLAINTEXT = 65535 - TAG_BYTES
@@ -222,18 +224,24 @@ class RecordChannel(Channel):
 
 
 class PlainChannel(Channel):
-    """Any py-libp2p secure connection as a channel: TLS by the stock transport, for peers that have no Noise."""
+    """Any py-libp2p secure connection as a channel: stock TLS, for peers that have no Noise. Owns the connection.
 
-    def __init__(self, pipe: Pipe) -> None:
-        self._pipe = pipe
+    Its `read` is asked for whatever there is: with a number, a stock session waits for all of that many bytes.
+    """
+
+    def __init__(self, conn: ISecureConn) -> None:
+        self._conn = conn
         self._waiting = bytearray()
 
     async def receive(self) -> list[bytes]:
         """See `Channel.receive`."""
-        buffer = bytearray(65536)
-        with memoryview(buffer) as view:
-            count = await self._pipe.receive_into(view)
-        return [bytes(buffer[:count])] if count else []
+        try:
+            data = await guarded(self._conn.read())
+        except StreamReset as exc:
+            if isinstance(exc.__cause__, ConnectionClosedError):
+                return []  # how a stock session says that it has ended
+            raise
+        return [data] if data else []
 
     def put(self, pieces: Sequence[Piece]) -> None:
         """See `Channel.put`."""
@@ -245,15 +253,14 @@ class PlainChannel(Channel):
         return not self._waiting
 
     async def flush(self) -> None:
-        """See `Channel.flush`."""
-        batch = bytes(self._waiting)
-        if not batch:
+        """See `Channel.flush`. Cannot be interrupted: a cancelled call leaves the connection unusable."""
+        if not self._waiting:
             await trio.lowlevel.checkpoint()
             return
+        batch = bytes(self._waiting)
         self._waiting.clear()
-        while batch:
-            batch = batch[await self._pipe.send_some(memoryview(batch)) :]
+        await guarded(self._conn.write(batch))
 
     async def aclose(self) -> None:
         """See `Channel.aclose`."""
-        await self._pipe.aclose()
+        await guarded(self._conn.close())

@@ -164,9 +164,9 @@ async def one_task_sends_and_one_receives(bench: Bench) -> None:
 @_rule
 async def unknown_protocols_are_refused(bench: Bench) -> None:
     """By `ServiceRefused`, though the request was sent already; the connection lives."""
-    stream = await bench.near.open_stream(bench.far.peer, "/libmesh/nobody-serves-this/1.0.0")
     refused = False
     try:
+        stream = await bench.near.open_stream(bench.far.peer, "/libmesh/nobody-serves-this/1.0.0")
         with suppress(StreamReset):
             await stream.send_all(b"a request that nobody wants")
         await stream.receive_some()

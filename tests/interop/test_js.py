@@ -1,4 +1,4 @@
-"""js-libp2p as a foreign peer, both ways: Noise, TLS, yamux, identify, ping, gossipsub, a 4 MiB echo with half-close.
+"""js-libp2p as a foreign peer, both ways: Noise, yamux, identify, ping, gossipsub, a 4 MiB echo with half-close.
 
 The packages are installed by npm into the user's cache, once for each version of `package.json`. Without npm, or
 without a registry, these tests are skipped.
@@ -13,25 +13,16 @@ import shutil
 import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
-from libp2p import new_host
-from libp2p.crypto.ed25519 import create_new_key_pair
-from libp2p.custom_types import TProtocol
-from libp2p.network.config import ConnectionConfig
-from libp2p.peer.id import ID
-from libp2p.peer.peerinfo import PeerInfo
-from libp2p.security.tls.transport import TLSTransport
-from multiaddr import Multiaddr
 
 from libmesh.errors import ServiceRefused
 from libmesh.net.base import Message, Stream
 from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
-from libmesh.net.muxer import YamuxConnection, install_muxer
-from libmesh.net.negotiate import open_lazy_stream
 from libmesh.peers import PeerId
 
 HERE = Path(__file__).parent
@@ -103,18 +94,9 @@ async def js_peer(packages: Path, security: str = "noise") -> AsyncIterator[JsPe
     shutil.copy(HERE / "js_peer.mjs", packages / "js_peer.mjs")
     async with trio.open_nursery() as nursery:
         command = [str(node), "js_peer.mjs", security]
-        process: trio.Process = await nursery.start(
-            lambda task_status: trio.run_process(
-                command,
-                cwd=packages,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                capture_stderr=False,
-                check=False,
-                task_status=task_status,
-            )
-        )
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        start = partial(trio.run_process, command, cwd=packages, capture_stderr=False, check=False, **pipes)
+        process: trio.Process = await nursery.start(start)
         assert process.stderr is not None
         nursery.start_soon(_discard, process.stderr)
         peer = JsPeer(process)
@@ -208,20 +190,3 @@ async def test_gossip_crosses_both_ways(packages: Path) -> None:
                         assert await js.message() == "from us"
                         return
             raise AssertionError("js-libp2p did not hear us")
-
-
-async def test_tls_where_a_peer_has_no_noise(packages: Path) -> None:
-    keys = create_new_key_pair(b"t" * 32)
-    host = new_host(
-        key_pair=keys,
-        sec_opt={TProtocol("/tls/1.0.0"): TLSTransport(keys)},
-        connection_config=ConnectionConfig(min_connections=0, low_watermark=0),
-    )
-    install_muxer(host.get_network())
-    with trio.fail_after(60):
-        async with js_peer(packages, "tls") as js, host.run([Multiaddr("/ip4/127.0.0.1/tcp/0")]):
-            await host.connect(PeerInfo(ID.from_base58(js.id), [Multiaddr(js.address)]))
-            muxed = host.get_network().connections[ID.from_base58(js.id)][0].muxed_conn
-            assert isinstance(muxed, YamuxConnection)
-            await round_trip(await open_lazy_stream(muxed, js.id, ECHO))
-            await host.close()
