@@ -27,7 +27,6 @@ from libp2p.rcmgr import Direction
 from multiaddr import Multiaddr
 
 from libmesh.errors import PeerUnreachable
-from libmesh.keys import public_key_of
 from libmesh.net import tcp
 from libmesh.net.base import (
     Message,
@@ -41,8 +40,8 @@ from libmesh.net.base import (
 from libmesh.net.gossip import PROTOCOLS as GOSSIP_PROTOCOLS
 from libmesh.net.gossip import Gossip
 from libmesh.net.negotiate import accept_stream, open_lazy_stream
-from libmesh.net.swarm import ConnectionNotifee, new_mesh_swarm
-from libmesh.peers import Path, PathKind, PeerId
+from libmesh.net.swarm import ConnectionNotifee, is_open, libp2p_id, new_mesh_swarm, path_of
+from libmesh.peers import Path, PeerId
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +81,7 @@ class _Peer:
     """A peer with at least one connection. Its first stream may come before py-libp2p tells of the connection."""
 
     admitted: trio.Event = field(default_factory=trio.Event)
-    announced: bool = False
+    connections: list[Any] = field(default_factory=list)
     waiting: int = 0
 
 
@@ -163,18 +162,18 @@ class Libp2pNetwork(Network):
     # ── connections ──────────────────────────────────────────────────────────────────────────────────────────────
 
     def _connections(self, peer: PeerId) -> list[Any]:
-        peer_id = _libp2p_id(peer)
+        peer_id = libp2p_id(peer)
         connections = [] if peer_id is None else self._swarm.connections.get(peer_id, [])
-        return [c for c in connections if not c.is_closed and not c.muxed_conn.is_closed]
+        return [connection for connection in connections if is_open(connection)]
 
     def path(self, peer: PeerId) -> Path | None:
         """See `Network.path`."""
         connections = self._connections(peer)
-        return _path_of(connections[0]) if connections else None
+        return path_of(connections[0]) if connections else None
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> Path:
         """See `Network.connect`."""
-        peer_id = _libp2p_id(peer)
+        peer_id = libp2p_id(peer)
         if peer_id is None:
             raise PeerUnreachable(f"{peer!r} is no peer id")
 
@@ -234,27 +233,45 @@ class Libp2pNetwork(Network):
             finally:
                 self._handshakes.pop(scope, None)
 
+    def _entry(self, peer: PeerId) -> _Peer:
+        """The peer's entry. One whose connections have all ended is over, though py-libp2p may tell of that later."""
+        entry = self._peers.get(peer)
+        if entry is not None and entry.connections and not any(map(is_open, entry.connections)):
+            self._forget(peer)
+            entry = None
+        return self._peers.setdefault(peer, _Peer()) if entry is None else entry
+
+    def _forget(self, peer: PeerId) -> None:
+        if self._peers.pop(peer).connections:
+            self._emit(PeerDisconnected(peer))
+
     async def _connected(self, connection: Any) -> None:
         peer = PeerId(str(connection.muxed_conn.peer_id))
-        entry = self._peers.setdefault(peer, _Peer())
+        entry = self._entry(peer)
+        entry.connections.append(connection)
+        if len(entry.connections) == 1:
+            self._emit(PeerConnected(peer, path_of(connection), connection.direction is Direction.INBOUND))
         if entry.admitted.is_set():
             await self._gossip.admitted(connection)
-        if not entry.announced:
-            entry.announced = True
-            self._emit(PeerConnected(peer, _path_of(connection), connection.direction is Direction.INBOUND))
 
     async def _disconnected(self, connection: Any) -> None:
         peer = PeerId(str(connection.muxed_conn.peer_id))
         await self._gossip.gone(connection)
-        if not self._connections(peer) and self._peers.pop(peer, None) is not None:
-            self._emit(PeerDisconnected(peer))
+        entry = self._peers.get(peer)
+        if entry is None:
+            return
+        others = [other for other in entry.connections if other is not connection]
+        if not others and not self._connections(peer):
+            self._forget(peer)
+        elif others:
+            entry.connections = others
 
     def admit(self, peer: PeerId) -> None:
         """See `Network.admit`."""
         connections = self._connections(peer)
         if not connections or self._tasks is None:
             return
-        self._peers.setdefault(peer, _Peer()).admitted.set()
+        self._entry(peer).admitted.set()
         for connection in connections:
             self._tasks.start_soon(self._gossip.admitted, connection)
 
@@ -309,7 +326,7 @@ class Libp2pNetwork(Network):
         needs_admission = handler[1] if handler is not None else protocol in GOSSIP_PROTOCOLS
         if not needs_admission:
             return True
-        entry = self._peers.setdefault(peer, _Peer())
+        entry = self._entry(peer)
         if entry.admitted.is_set():
             return True
         if entry.waiting >= self._config.max_waiting:
@@ -366,19 +383,3 @@ async def open_libp2p_network(
     network = Libp2pNetwork(seed, config or Libp2pConfig())
     async with network.running():
         yield network
-
-
-def _libp2p_id(peer: PeerId) -> ID | None:
-    """py-libp2p's form of a peer id, or `None` if it is none of an Ed25519 key."""
-    try:
-        public_key_of(peer)
-    except ValueError:
-        return None
-    return ID.from_base58(peer)
-
-
-def _path_of(connection: Any) -> Path:
-    addresses = connection.get_transport_addresses()
-    address = str(addresses[0]) if addresses else ""
-    kind = PathKind.RELAYED if "/p2p-circuit" in address else PathKind.DIRECT
-    return Path(kind=kind, address=address, rtt=getattr(connection.muxed_conn, "rtt", None))

@@ -14,10 +14,13 @@ from libp2p.abc import INetConn, INetwork, INotifee
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.custom_types import TProtocol
 from libp2p.network.config import ConnectionConfig
+from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
+from libmesh.keys import public_key_of
 from libmesh.net.muxer import YamuxConnection, install_muxer
 from libmesh.net.noise import Noise
+from libmesh.peers import Path, PathKind, PeerId
 
 
 def new_mesh_swarm(seed: bytes, *, max_connections: int, handshake_limit: float) -> Any:
@@ -80,3 +83,25 @@ class ConnectionNotifee(INotifee):
 
     async def listen_close(self, network: INetwork, multiaddr: Multiaddr) -> None:
         """Nothing to do."""
+
+
+def libp2p_id(peer: PeerId) -> ID | None:
+    """py-libp2p's form of a peer id, or `None` if it is none of an Ed25519 key."""
+    try:
+        public_key_of(peer)
+    except ValueError:
+        return None
+    return ID.from_base58(peer)
+
+
+def is_open(connection: Any) -> bool:
+    """Whether a swarm's connection can still be used."""
+    return not connection.is_closed and not connection.muxed_conn.is_closed
+
+
+def path_of(connection: Any) -> Path:
+    """The way that a swarm's connection takes."""
+    addresses = connection.get_transport_addresses()
+    address = str(addresses[0]) if addresses else ""
+    kind = PathKind.RELAYED if "/p2p-circuit" in address else PathKind.DIRECT
+    return Path(kind=kind, address=address, rtt=getattr(connection.muxed_conn, "rtt", None))
