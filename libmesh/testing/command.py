@@ -47,6 +47,9 @@ def _parser() -> argparse.ArgumentParser:
         help="its service that returns what is sent (default: echo)",
     )
     add(
+        "--patience", type=float, default=5.0, metavar="S", help="seconds that it gets to answer (default: 5)"
+    )
+    add(
         "--leave-nothing", action="store_true", help="leave out the rules that put a revocation into the mesh"
     )
     add("--verbose", action="store_true", help="show the log of the suite's own peers")
@@ -61,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not rules:
         return _unusable(f"no rule's id starts with {' or '.join(options.only)}")
     try:
-        target = read_target(options.multiaddr, options.invite, echo=options.echo)
+        target = read_target(options.multiaddr, options.invite, echo=options.echo, patience=options.patience)
     except (ValueError, InviteError) as exc:
         return _unusable(str(exc))
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 import trio
 
 import libmesh
-from libmesh import Libp2pConfig, Mesh, Scope, SecretKey, Stream
+from libmesh import Libp2pConfig, MembershipConfig, Mesh, MeshConfig, Network, Scope, SecretKey, Stream
 
 
 async def echo(stream: Stream) -> None:
@@ -17,17 +17,24 @@ async def echo(stream: Stream) -> None:
         await stream.send_all(data)
 
 
+LISTEN = Libp2pConfig(hosts=("127.0.0.1",))
+
+CONFIG = MeshConfig(membership=MembershipConfig(coalesce=0.001))
+"""All services are announced by the time that anybody can ask."""
+
+
 @asynccontextmanager
-async def open_peer() -> AsyncIterator[tuple[Mesh, str, str]]:
+async def open_peer(
+    key: SecretKey | None = None, network: Network | None = None
+) -> AsyncIterator[tuple[Mesh, str, str]]:
     """The peer, its multiaddr, and a token with the widest scope."""
-    listen = Libp2pConfig(hosts=("127.0.0.1",))
-    async with libmesh.open_mesh(SecretKey.generate(), mesh_key=SecretKey.generate(), listen=listen) as mesh:
+    key = key or SecretKey.generate()
+    async with libmesh.open_mesh(
+        key, mesh_key=SecretKey.generate(), network=network, listen=LISTEN, config=CONFIG
+    ) as mesh:
         with mesh.offer("echo", echo), mesh.offer("for workers", echo, scope=Scope.WORKER):
-            yield (
-                mesh,
-                f"{mesh.addresses[0]}/p2p/{mesh.peer}",
-                mesh.invite(scope=Scope.INVITE, not_after_unix=None),
-            )
+            token = mesh.invite(scope=Scope.INVITE, not_after_unix=None)
+            yield mesh, f"{mesh.addresses[0]}/p2p/{mesh.peer}", token
 
 
 async def main() -> None:

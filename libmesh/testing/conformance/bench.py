@@ -43,12 +43,14 @@ class Target:
         address: its multiaddr, without the id.
         signer: what the invite lets the suite sign.
         echo: the service that returns what is sent to it, if the peer offers it.
+        patience: seconds that the peer gets where the specification names no time.
     """
 
     peer: PeerId
     address: str
     signer: Signer
     echo: str = "echo"
+    patience: float = 5.0
 
     @property
     def key(self) -> bytes:
@@ -56,7 +58,7 @@ class Target:
         return keys.public_key_of(self.peer)
 
 
-def read_target(multiaddr: str, token: str, *, echo: str = "echo") -> Target:
+def read_target(multiaddr: str, token: str, *, echo: str = "echo", patience: float = 5.0) -> Target:
     """The peer at `multiaddr`, which ends in `/p2p/<peer id>`. Raises `ValueError` or `InviteMalformed`."""
     address, separator, peer = multiaddr.rpartition("/p2p/")
     if not separator:
@@ -69,7 +71,7 @@ def read_target(multiaddr: str, token: str, *, echo: str = "echo") -> Target:
     authority = tokens.decode_invite(token).authority
     credential = pb.Credential.FromString(tokens.encode_chain(authority.mesh_key, authority.links))
     signer = Signer(authority.mesh_key, tuple(credential.links), authority.seed)
-    return Target(peer=PeerId(peer), address=address, signer=signer, echo=echo)
+    return Target(peer=PeerId(peer), address=address, signer=signer, echo=echo, patience=patience)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +141,7 @@ class Guest:
         told = await receive(stream, pb.Records, 8 * KIB * KIB)
         await stream.send_all(frame(pb.Records(records=records, revocations=revocations)))
         await stream.send_eof()
-        ending, more = await ending_of(stream)
+        ending, more = await self.ending(stream)
         require(
             ending is Ending.END and not more, f"after the exchange the stream was {ending.value}, {more!r}"
         )
@@ -178,9 +180,13 @@ class Guest:
         data = gossip if isinstance(gossip, bytes) else gossip.SerializeToString()
         await self.network.publish(topic_of(self.target), data)
 
-    async def is_dropped(self, within: float = 5.0) -> bool:
-        """Whether the peer closes the connection within that many seconds."""
-        with trio.move_on_after(within):
+    async def ending(self, stream: Stream, within: float | None = None) -> tuple[Ending, bytes]:
+        """How the peer ends a stream within that many seconds (its patience by default), and what it says before."""
+        return await ending_of(stream, self.target.patience if within is None else within)
+
+    async def is_dropped(self, within: float | None = None) -> bool:
+        """Whether the peer closes the connection within that many seconds (its patience by default)."""
+        with trio.move_on_after(self.target.patience if within is None else within):
             await self.gone.wait()
         return self.gone.is_set()
 

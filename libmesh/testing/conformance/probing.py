@@ -8,7 +8,7 @@ from libmesh._pb import mesh_pb2 as pb
 from libmesh.testing.conformance.bench import KIB, PROBE, Bench
 from libmesh.testing.conformance.chains import Identity
 from libmesh.testing.conformance.rules import require, rule
-from libmesh.testing.conformance.streams import Ending, ending_of, frame, receive
+from libmesh.testing.conformance.streams import Ending, frame, receive
 
 
 @rule("probe.answered", "A probe is answered with yes; then the stream ends.", place="Probe")
@@ -19,7 +19,7 @@ async def answered(bench: Bench) -> None:
         answer = await receive(stream, pb.ProbeAnswer, KIB)
         require(answer.heard, "its answer is no")
         await stream.send_eof()
-        ending, more = await ending_of(stream)
+        ending, more = await guest.ending(stream)
     require(ending is Ending.END and not more, f"after its answer the stream was {ending.value}, {more!r}")
 
 

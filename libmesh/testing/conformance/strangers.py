@@ -79,7 +79,7 @@ async def refused_stay_strangers(bench: Bench) -> None:
         require(reply.HasField("refusal"), "it let in whom it should refuse")
         try:
             stream = await guest.say(PROBE, frame(b""))
-            _, said = await ending_of(stream, 6)
+            _, said = await ending_of(stream, HOLD + 1)
         except trio.BrokenResourceError:
             return
         require(not said, "it answered the probe of a peer that it had refused")

@@ -95,7 +95,7 @@ async def send(stream: Stream, data: bytes, *, end: bool = False) -> None:
         return  # it shows in how the stream ends
 
 
-async def ending_of(stream: Stream, within: float = 5.0, most: int = 1024 * 1024) -> tuple[Ending, bytes]:
+async def ending_of(stream: Stream, within: float, most: int = 1024 * 1024) -> tuple[Ending, bytes]:
     """Read until the stream ends, at most `within` seconds and `most` bytes: how it ended, and what came."""
     data = b""
     with trio.move_on_after(within):

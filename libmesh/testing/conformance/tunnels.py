@@ -51,7 +51,7 @@ async def refusal_ends(bench: Bench) -> None:
     async with bench.member() as guest:
         stream = await guest.say(TUNNEL, asking(f"no such service {os.urandom(8).hex()}") + b"early")
         await receive(stream, pb.Opened, KIB)
-        ending, more = await ending_of(stream)
+        ending, more = await guest.ending(stream)
         require(ending is not Ending.OPEN and not more, f"the stream was {ending.value} after {more!r}")
         require(await guest.probe(), "its answer to a probe is no")
 
@@ -108,7 +108,7 @@ async def half_close(bench: Bench) -> None:
         stream = await guest.say(TUNNEL, asking(service) + b"last words")
         await stream.send_eof()
         await opened(stream)
-        ending, data = await ending_of(stream)
+        ending, data = await guest.ending(stream)
     require(data == b"last words", f"after the end of our direction {data!r} came back")
     require(ending is Ending.END, f"its direction was {ending.value} in the end")
 
@@ -143,7 +143,7 @@ async def bad_name(bench: Bench) -> None:
     async with bench.member() as guest:
         for name in ("", "x" * 256, "a\x1b[2J"):
             stream = await guest.say(TUNNEL, asking(name))
-            ending, said = await ending_of(stream)
+            ending, said = await guest.ending(stream)
             require(ending is not Ending.OPEN, f"the stream was left open for {name!r}")
             refusal = pb.Opened.FromString(said[1:]).refusal if said else "reset"
             require(refusal in ("reset", "unknown_service"), f'{name!r} was answered "{refusal}"')

@@ -1,0 +1,43 @@
+"""A peer of ours in a process of its own, and what is known to be wrong with it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from libmesh.testing.conformance import Target, read_target
+
+KNOWN = {
+    "hello.unknown_scope": "an unknown scope is a WireError and resets the hello; the specification has a word for it",
+    "revocation.cuts_off_the_silent": "only peers that have announced themselves are dropped",
+}
+"""Rules that our own peer is known to break. Whoever mends it is told by a failing test to take it out here."""
+
+
+@pytest.fixture(scope="session")
+def conformance_peer() -> Iterator[tuple[str, str]]:
+    """The multiaddr of a running peer, and an invite of its mesh."""
+    command = [sys.executable, "-m", "tests.conformance.peer"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        assert process.stdout is not None
+        try:
+            yield process.stdout.readline().strip(), process.stdout.readline().strip()
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def conformance_target(conformance_peer: tuple[str, str]) -> Target:
+    return read_target(*conformance_peer)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if getattr(item, "originalname", None) != "test_rule":
+            continue
+        rule = item.callspec.params["rule"]  # type: ignore[attr-defined]
+        if rule.id in KNOWN:
+            item.add_marker(pytest.mark.xfail(reason=KNOWN[rule.id], strict=True))

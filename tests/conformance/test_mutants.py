@@ -1,0 +1,43 @@
+"""The suite finds what is broken: each mutant is caught by the rule that names its mistake, for that reason."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from libmesh import SecretKey
+from libmesh.testing.conformance import RULES, Result, check_rule, read_target
+from tests.conformance.mutants import MUTANTS, Patch, PeerNetwork
+from tests.conformance.peer import open_peer
+
+PATIENCE, LIMIT = 1.5, 6.0
+"""Seconds: enough for a peer on this machine."""
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+async def test_the_rule_that_names_a_mistake_finds_it(name: str, monkeypatch: Patch) -> None:
+    mutant = MUTANTS[name]
+    key = SecretKey.generate()
+    network = PeerNetwork(key.seed, mutant.listen)
+    mutant.make(monkeypatch)
+    async with network.running(), open_peer(key, network) as (_, address, token):
+        rule = replace(RULES[mutant.rule], limit=min(RULES[mutant.rule].limit, LIMIT))
+        verdict = await check_rule(rule, read_target(address, token, patience=PATIENCE))
+    assert verdict.result is Result.FAILED
+    assert mutant.says in verdict.detail
+
+
+def test_there_are_mutants_of_every_part() -> None:
+    assert {mutant.rule.split(".")[0] for mutant in MUTANTS.values()} >= {
+        "hello",
+        "closed",
+        "records",
+        "digest",
+        "gossip",
+        "probe",
+        "tunnel",
+        "frame",
+        "revocation",
+        "survives",
+    }
