@@ -139,6 +139,7 @@ LIMITS: list[tuple[str, int]] = [
     ("probe_answer", 1024),
     ("open", 1024),
     ("opened", 1024),
+    ("post", 60 * 1024),
 ]
 
 

@@ -298,6 +298,15 @@ def opened() -> Iterator[Case]:
     yield Case("over 1 KiB", raw=field(1, "x" * 1024), reason="an Opened has at most 1024 bytes")
 
 
+def post() -> Iterator[Case]:
+    yield Case("a line of a chat", ("chat", b"hello"))
+    yield Case("nothing on a topic", ("模型", b""))
+    named = "a topic has 1 to 255 bytes, without control characters"
+    yield Case("no topic", raw=field(2, b"x"), reason=named)
+    yield Case("a control character", raw=field(1, "a\nb"), reason=named)
+    yield Case("not protobuf", raw=b"\x0a\x05a", reason="not a protobuf message")
+
+
 def token(body: bytes, prefix: str = "lm1") -> str:
     data = body + hashlib.sha256(body).digest()[:4]
     return prefix + base64.urlsafe_b64encode(data).rstrip(b"=").decode()
@@ -356,6 +365,7 @@ TABLE = {
     "probe_answer": probe_answer,
     "open": open_,
     "opened": opened,
+    "post": post,
     "invite": invite,
 }
 

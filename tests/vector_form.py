@@ -55,6 +55,9 @@ CODECS: dict[str, Codec] = {
     "probe_answer": Codec(wire.encode_probe_answer, wire.decode_probe_answer, bool, "ProbeAnswer: heard"),
     "open": Codec(wire.encode_open, wire.decode_open, str, "Open: the service"),
     "opened": Codec(wire.encode_opened, wire.decode_opened, str | None, "Opened: the refusal"),
+    "post": Codec(
+        lambda value: wire.encode_post(*value), wire.decode_post, tuple[str, bytes], "Post: topic, data"
+    ),
     "invite": Codec(tokens.encode_invite, tokens.decode_invite, Invite, "the invite token, as text"),
 }
 
