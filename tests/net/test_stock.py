@@ -217,8 +217,12 @@ async def stock_pair() -> AsyncIterator[tuple[Network, Network]]:
 KEPT = {"end_of_file_leaves_the_other_direction_open", "unknown_protocols_are_refused"}
 """What stock streams do keep under our adapter. The rest is why there is a muxer of ours."""
 
-SOMETIMES = {"full_duplex_bulk_does_not_deadlock", "streams_do_not_mix"}
-"""What they keep in some runs and deadlock in others."""
+SOMETIMES = {
+    "full_duplex_bulk_does_not_deadlock",
+    "streams_do_not_mix",
+    "closing_tells_a_blocked_writer",
+}
+"""What they keep in some runs and not in others: they deadlock, or a write gives up after five seconds."""
 
 
 @pytest.mark.slow
