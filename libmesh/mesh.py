@@ -179,7 +179,7 @@ class Mesh:
         stream = await self._driver.network.open_stream(peer, tunnel.PROTOCOL)
         return await tunnel.request(stream, service, wait=wait)
 
-    def invite(self, *, scope: Scope, not_after_unix: float | None, name_contacts: bool = True) -> str:
+    def invite(self, *, scope: Scope, not_after_unix: float | None) -> str:
         """A token that lets its holder join with `scope` until `not_after_unix` (cut to this node's own end).
 
         It names this node's addresses, and up to two connected peers', as ways in. Raises `InviteDenied`.
@@ -188,11 +188,17 @@ class Mesh:
             raise InviteDenied("this node is leaving the mesh")
         end = None if not_after_unix is None else int(not_after_unix)
         authority = self._authority.delegate(scope=scope, not_after_unix=end, seed=os.urandom(32))
-        contacts = [(self.peer, self.addresses[:4])]
-        if name_contacts:
-            alive = [entry for entry in self.view.peers if entry.path is not None and entry.addresses]
-            contacts += [(entry.peer, entry.addresses[:2]) for entry in alive[:2]]
-        return tokens.encode_invite(Invite(authority=authority, contacts=tuple(contacts)))
+        return tokens.encode_invite(Invite(authority=authority, contacts=self._ways_in()))
+
+    def _ways_in(self) -> tuple[tuple[PeerId, tuple[str, ...]], ...]:
+        alive = [entry for entry in self.view.peers if entry.path is not None and entry.addresses]
+        others = [(entry.peer, entry.addresses[:2]) for entry in alive[:2]]
+        return ((self.peer, self.addresses[:4]), *others)
+
+    def readdress(self, token: str) -> str:
+        """The same invite as `token`, with the ways into this mesh that hold now. Raises `InviteMalformed`."""
+        authority = tokens.decode_invite(token).authority
+        return tokens.encode_invite(Invite(authority=authority, contacts=self._ways_in()))
 
     def revoke(self, chain: bytes) -> None:
         """Take back an invite (`InviteInfo.chain`), and with it the membership of everybody let in below it, for ever.

@@ -67,6 +67,9 @@ class NodeCommands(Protocol):
         Returns the token and when it expires, in seconds since the epoch.
         """
 
+    async def revoke(self, name: str) -> str:
+        """Take back the invite, or the membership of the peer, that `name` names; say in words what was done."""
+
     async def stop(self) -> None:
         """Begin to end the node, and return at once."""
 

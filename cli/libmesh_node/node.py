@@ -38,9 +38,10 @@ from libmesh import (
 from libmesh_node import picture
 from libmesh_node.announced import AnnouncedModel, NodeStatus
 from libmesh_node.bridge import Bridge, CommandFailed
-from libmesh_node.datadir import DataDir, NodeInfo, ephemeral_data_dir, held_data_dir, write_private
+from libmesh_node.datadir import DataDir, NodeInfo, ephemeral_data_dir, held_data_dir
 from libmesh_node.errors import NodeError
 from libmesh_node.http.server import Listening, serve_http
+from libmesh_node.inviting import Inviting
 from libmesh_node.logs import logging_to
 from libmesh_node.membership import Membership, secret_key
 from libmesh_node.options import NodeOptions
@@ -50,12 +51,6 @@ from libmesh_node.snapshot import NodeSnapshot, Server
 from libmesh_node.stays import Stays
 
 log = logging.getLogger(__name__)
-
-INVITE_TTL = 30 * 86400.0
-"""Seconds that the invite which a node shows at its start holds."""
-
-RENEW_INVITE = 86400.0
-"""Seconds after which that invite is made anew, so that the one shown is never close to its end."""
 
 TICK = 2.0
 """Seconds between looks at what changes without an event. The console and `status --watch` are no faster."""
@@ -159,8 +154,7 @@ class Node:
         self._models = LocalModels(options, folder, self._models_changed)
         self._listening = Listening(api_port=options.api_port, console_port=options.console_port)
         self._session: Session | None = None
-        self._token = ""
-        self._token_made = 0.0
+        self._inviting: Inviting | None = None
         self._invited = False
         self._introduced: set[MeshId] = set()
         self._stays = Stays(
@@ -204,16 +198,18 @@ class Node:
 
     def _opened(self, mesh: Mesh, membership: Membership, nursery: trio.Nursery) -> None:
         self._session = Session(mesh, self._models, self._refresh)
+        self._inviting = Inviting(mesh, self._folder, self._options)
         self._invited = membership.token is not None
         nursery.start_soon(self._session.run)
         self._models_changed()
 
     def _closed(self) -> None:
-        self._session, self._token = None, ""
+        self._session, self._inviting = None, None
 
     def _entered(self, mesh: Mesh, membership: Membership) -> None:
         """Say in a few lines what a person needs to know now."""
-        self._make_invite()
+        if self._inviting is not None:
+            self._inviting.show()
         self._refresh()
         if mesh.mesh_id in self._introduced:
             log.info("back in the mesh %s", mesh.mesh_id)
@@ -222,10 +218,9 @@ class Node:
         how = "its own" if membership.token is None else f"joined as {mesh.scope.name.lower()}"
         log.info("mesh       %s (%s)", mesh.mesh_id, how)
         log.info("addresses  %s", "  ".join(mesh.addresses[:4]))
-        if self._token:
-            log.info(
-                "the next machine joins with:  libmesh-node --join %s", self._token, extra={"private": True}
-            )
+        if self._inviting is not None and self._inviting.token:
+            token = self._inviting.token
+            log.info("the next machine joins with:  libmesh-node --join %s", token, extra={"private": True})
         if self._options.models and mesh.scope < Scope.WORKER:
             log.warning(
                 "this node may only use the mesh, so others will not use its models; ask for an invite with --scope worker"
@@ -234,24 +229,6 @@ class Node:
             log.info(
                 "idle: nothing is served; start with --model PATH (or --model demo), or join a mesh with --join"
             )
-
-    def _make_invite(self) -> None:
-        if self._session is None:
-            return
-        self._token_made = time.time()
-        try:
-            self._token = self._session.mesh.invite(
-                scope=Scope.WORKER, not_after_unix=time.time() + INVITE_TTL
-            )
-        except InviteDenied:
-            self._token = ""
-        if self._options.invite_file is not None and self._token:
-            try:
-                write_private(self._options.invite_file, self._token.encode() + b"\n")
-            except OSError as exc:
-                raise NodeError(
-                    f"Cannot write the invite to {self._options.invite_file}: {exc.strerror}."
-                ) from exc
 
     # ── what others see ──────────────────────────────────────────────────────────────────────────────────────────
 
@@ -268,8 +245,10 @@ class Node:
     async def _tick(self) -> None:
         while True:
             await trio.sleep(TICK)
-            if self._session is not None and time.time() > self._token_made + RENEW_INVITE:
-                self._make_invite()
+            if self._inviting is not None:
+                self._inviting.keep()
+                if self._inviting.token:
+                    self._inviting.show()
             self._refresh()
 
     def _status(self) -> NodeStatus:
@@ -298,7 +277,8 @@ class Node:
             node_status=self._word(),
             is_client=self._options.client,
             scope=view.scope.name.lower() if view is not None else "",
-            token=self._token,
+            token=self._inviting.token if self._inviting is not None else "",
+            invites=self._inviting.invites if self._inviting is not None else (),
             api_port=self._listening.api_port,
             console_port=self._listening.console_port,
             my_vram_gb=self._models.memory_bytes / 1e9,
@@ -341,12 +321,19 @@ class Node:
 
     async def invite(self, scope: str, ttl: float) -> tuple[str, float]:
         """See `NodeCommands.invite`."""
-        mesh = self._present_session().mesh
+        self._present_session()
+        assert self._inviting is not None
         try:
-            token = mesh.invite(scope=Scope[scope.upper()], not_after_unix=time.time() + ttl)
+            token = self._inviting.make(Scope[scope.upper()], ttl)
         except InviteDenied as exc:
             raise CommandFailed("denied", _sentence(str(exc))) from exc
         return token, float(read_invite(token).expires_unix or 0)
+
+    async def revoke(self, name: str) -> str:
+        """See `NodeCommands.revoke`."""
+        self._present_session()
+        assert self._inviting is not None
+        return self._inviting.revoke(name)
 
     async def stop(self) -> None:
         """See `NodeCommands.stop`."""

@@ -91,6 +91,17 @@ class Tunnel:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Invite:
+    """An invite that this node made; not the token itself. Times in seconds since the epoch; `None` never ends."""
+
+    id: str
+    scope: str
+    expires_unix: int | None
+    created_unix: int
+    revoked: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSnapshot:
     """Everything that the API and the console can show, at one instant."""
 
@@ -110,4 +121,5 @@ class NodeSnapshot:
     peers: tuple[Peer, ...] = ()
     processes: tuple[Process, ...] = ()
     tunnels: tuple[Tunnel, ...] = ()
+    invites: tuple[Invite, ...] = ()
     notices: tuple[str, ...] = field(default=())  # what the operator should know now, in words

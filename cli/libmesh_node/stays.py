@@ -29,6 +29,7 @@ from libmesh import (
 )
 from libmesh_node.datadir import DataDir, write_private
 from libmesh_node.errors import NodeError
+from libmesh_node.kept import load_kept
 from libmesh_node.membership import Membership, load_membership, save_membership, secret_key
 from libmesh_node.options import NodeOptions
 
@@ -122,6 +123,7 @@ class Stays:
         """One stay in one mesh, until `switch`. With `must_enter`, raises if nobody lets us in at once."""
         failure: MeshError | None = None
         own = secret_key(self._folder, "mesh") if membership.token is None else None
+        kept = load_kept(self._folder, membership.mesh_id)
         opened = open_mesh(
             self._key,
             mesh_key=own,
@@ -129,6 +131,7 @@ class Stays:
             listen=self._listen(),
             config=MeshConfig(agent=f"libmesh-node/{libmesh.__version__}"),
             wait=False,
+            revocations=kept.revocations,
         )
         async with opened as mesh, trio.open_nursery() as nursery:
             self._scope = nursery.cancel_scope
@@ -136,6 +139,7 @@ class Stays:
                 self._scope.cancel()  # wished for while this mesh was being opened
                 await trio.lowlevel.checkpoint()
             self._remember_port(mesh.addresses)
+            mesh.add_contacts(kept.contacts)
             self._opened(mesh, membership, nursery)
             try:
                 if membership.token is not None:

@@ -160,6 +160,9 @@ class Commands:
         await self._note("invite", scope, ttl)
         return f"token-for-{scope}", 1_900_000_000.0
 
+    async def revoke(self, name: str) -> str:
+        return f"revoked {name}"
+
     async def stop(self) -> None:
         await self._note("stop")
 

@@ -44,6 +44,12 @@ async def invite(bridge: Bridge, arguments: Mapping[str, object]) -> dict[str, o
     return {"token": token, "scope": scope, "expires_unix": expires_unix}
 
 
+async def revoke(bridge: Bridge, arguments: Mapping[str, object]) -> dict[str, object]:
+    """`{"name"}`, an invite's id or the beginning of it, or a peer → `{"done"}`, in words."""
+    name = _text(arguments, "name").strip()
+    return {"done": await bridge.call(lambda node: node.revoke(name))}
+
+
 async def stop(bridge: Bridge, arguments: Mapping[str, object]) -> dict[str, object]:
     """`{}` → `{}`; the node ends right after."""
     await bridge.call(lambda node: node.stop())
@@ -69,6 +75,7 @@ async def tunnel(bridge: Bridge, arguments: Mapping[str, object]) -> dict[str, o
 COMMANDS: Mapping[str, Callable[[Bridge, Mapping[str, object]], Awaitable[dict[str, object]]]] = {
     "/api/join": join,
     "/api/invite": invite,
+    "/api/revoke": revoke,
     "/api/stop": stop,
     "/api/tunnels": tunnel,
 }

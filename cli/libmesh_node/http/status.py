@@ -7,6 +7,7 @@ may come with any release; a field that goes or changes its meaning raises `SCHE
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from libmesh_node.snapshot import Model, NodeSnapshot, Peer, Process, Server, Tunnel
 
@@ -48,6 +49,7 @@ def status_json(
         "models": [_model(model, in_flight) for model in snapshot.models],
         "processes": [_process(process) for process in snapshot.processes],
         "tunnels": tunnels_json(snapshot.tunnels),
+        "invites": [asdict(invite) for invite in snapshot.invites] if with_token else [],
         "notices": list(snapshot.notices),
     }
 

@@ -1,0 +1,139 @@
+"""The invites of this node's mesh: the one that is shown, those that people ask for, and taking them back.
+
+Also keeps, in `mesh.json`, what a later run needs: which invites were made, what was revoked, and who was there.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from libmesh import InviteDenied, InviteError, Mesh, MeshError, PeerId, Scope, read_invite
+from libmesh_node.announced import decode_status
+from libmesh_node.bridge import CommandFailed
+from libmesh_node.datadir import DataDir, write_private
+from libmesh_node.errors import NodeError
+from libmesh_node.kept import Kept, load_kept, reachable, save_kept
+from libmesh_node.options import NodeOptions
+from libmesh_node.snapshot import Invite
+
+log = logging.getLogger(__name__)
+
+SHOWN_TTL = 30 * 86400.0
+"""Seconds that the invite which a node shows at its start holds. It is the same one until half of that is over."""
+
+_TOKEN_FILE = "invite"
+
+
+class Inviting:
+    """The invites of one stay in a mesh.
+
+    Args:
+        mesh: the mesh, open.
+        folder: where tokens and lists are kept.
+        options: says where else the shown invite is wanted.
+    """
+
+    def __init__(self, mesh: Mesh, folder: DataDir, options: NodeOptions) -> None:
+        self._mesh, self._folder, self._options = mesh, folder, options
+        self._kept: Kept = load_kept(folder, mesh.mesh_id)
+        self.token = ""
+
+    @property
+    def invites(self) -> tuple[Invite, ...]:
+        """Those that this node made and that hold, oldest first."""
+        now = time.time()
+        return tuple(one for one in self._kept.invites if one.expires_unix is None or one.expires_unix > now)
+
+    def show(self) -> None:
+        """Make `token` a good invite with the ways in that hold now; empty if this node may not invite.
+
+        Raises `NodeError` if it cannot be written where it is wanted.
+        """
+        token = self._last_shown()
+        try:
+            token = self._mesh.readdress(token) if token else self._make(Scope.WORKER, SHOWN_TTL)
+        except InviteDenied:
+            self.token = ""
+            return
+        if token == self.token:
+            return
+        self.token = token
+        self._folder.write_secret(self._folder.path / _TOKEN_FILE, token.encode() + b"\n")
+        wanted = self._options.invite_file
+        if wanted is not None:
+            try:
+                write_private(wanted, token.encode() + b"\n")
+            except OSError as exc:
+                raise NodeError(f"Cannot write the invite to {wanted}: {exc.strerror}.") from exc
+
+    def _last_shown(self) -> str:
+        """The invite shown last time, if it is this mesh's, not revoked, and not near its end."""
+        data = self._folder.read_secret(self._folder.path / _TOKEN_FILE)
+        if data is None:
+            return ""
+        try:
+            info = read_invite(data.decode("ascii", "replace"))
+        except InviteError:
+            return ""
+        known = self._kept.find(info.id)
+        ends = info.expires_unix or 0
+        good = info.mesh_id == self._mesh.mesh_id and known is not None and not known.revoked
+        return data.decode("ascii").strip() if good and ends > time.time() + SHOWN_TTL / 2 else ""
+
+    def make(self, scope: Scope, ttl: float) -> str:
+        """A new invite that holds for `ttl` seconds. Raises `InviteDenied`."""
+        return self._make(scope, ttl)
+
+    def _make(self, scope: Scope, ttl: float) -> str:
+        token = self._mesh.invite(scope=scope, not_after_unix=time.time() + ttl)
+        self._kept.add(read_invite(token))
+        save_kept(self._folder, self._kept)
+        return token
+
+    def revoke(self, name: str) -> str:
+        """Take back the invite or the membership that `name` names; say in words what was done.
+
+        `name` is an invite's id or the beginning of it, or a peer's id, its end, or its host name. Raises
+        `CommandFailed`.
+        """
+        try:
+            invite = self._kept.find(name)
+            if invite is not None:
+                self._mesh.revoke(self._kept.chains[invite.id])
+                self._kept.mark_revoked(invite.id)
+                done = f"The invite {invite.id[:8]} is revoked, and with it everybody that it let in."
+            else:
+                peer, called = self._peer_named(name)
+                self._mesh.revoke_peer(peer)
+                done = f"The membership of {called} is revoked."
+        except MeshError as exc:
+            raise CommandFailed("denied", f"{name}: {exc}.") from exc
+        self.keep()
+        self.show()
+        return done
+
+    def _peer_named(self, name: str) -> tuple[PeerId, str]:
+        matches = [
+            (peer.peer, decode_status(peer.attributes).hostname or peer.peer)
+            for peer in self._mesh.view.peers
+            if name == peer.peer
+            or (len(name) >= 4 and peer.peer.endswith(name))
+            or name == decode_status(peer.attributes).hostname
+        ]
+        if len(matches) != 1:
+            what = "Neither an invite nor a peer is" if not matches else f"{len(matches)} peers are"
+            raise CommandFailed(
+                "not_found",
+                f"{what} called {name}; `libmesh-node invite --list` and `status` tell their names.",
+            )
+        return matches[0]
+
+    def keep(self) -> None:
+        """Write down what changed: revocations, and who is there."""
+        present = [(peer.peer, peer.addresses) for peer in self._mesh.view.peers if peer.path is not None]
+        contacts = reachable(present) or self._kept.contacts
+        revocations = self._mesh.revocations
+        if (contacts, revocations) != (self._kept.contacts, self._kept.revocations):
+            self._kept.contacts, self._kept.revocations = contacts, revocations
+            save_kept(self._folder, self._kept)
