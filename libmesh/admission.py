@@ -67,6 +67,8 @@ class Admission:
         self._contacts: dict[PeerId, tuple[str, ...]] = {}
         self._admitted: dict[PeerId, Credential] = {}
         self._lonely = trio.Event()
+        self._answering: set[PeerId] = set()
+        self._waiting: dict[PeerId, trio.CancelScope] = {}
 
     def credential_of(self, peer: PeerId) -> Credential | None:
         """What an admitted, connected peer has shown; `None` for all others."""
@@ -90,6 +92,8 @@ class Admission:
 
     def disconnected(self, peer: PeerId) -> None:
         """The last connection to `peer` is gone."""
+        if (scope := self._waiting.pop(peer, None)) is not None:
+            scope.cancel()
         if self._admitted.pop(peer, None) is not None:
             self._tell(io.Disconnected(peer))
         if not self._admitted:
@@ -119,7 +123,17 @@ class Admission:
             ) from exc
 
     async def answer_hello(self, stream: Stream) -> None:
-        """Serve an inbound hello."""
+        """Serve an inbound hello; one of a peer at a time."""
+        if stream.peer in self._answering:
+            stream.reset()
+            return
+        self._answering.add(stream.peer)
+        try:
+            await self._answer(stream)
+        finally:
+            self._answering.discard(stream.peer)
+
+    async def _answer(self, stream: Stream) -> None:
         try:
             with trio.fail_after(self._config.hello_limit):
                 credential = await hello.answer(stream, self._greeting())
@@ -142,7 +156,11 @@ class Admission:
 
     async def expect_hello(self, peer: PeerId) -> None:
         """Drop an inbound connection whose peer does not say hello in time."""
-        await trio.sleep(self._config.hello_limit)
+        with trio.CancelScope() as scope:
+            self._waiting[peer] = scope
+            await trio.sleep(self._config.hello_limit)
+        if scope.cancelled_caught:
+            return
         if peer not in self._admitted and self._network.path(peer) is not None:
             log.info("dropping the peer %s: it said no hello", peer)
             await self._network.disconnect(peer)

@@ -34,6 +34,9 @@ from libmesh.wire_pieces import WireError, valid_service_name
 
 log = logging.getLogger(__name__)
 
+_MAX_SAID = 56 * 1024  # leaves 4 KiB of an announcement's 60 for the credential, addresses and numbers
+_SERVICE_BYTES = 8  # protobuf's own for each service
+
 ServiceHandler = Callable[[Stream], Awaitable[None]]
 """Called in its own task for each stream that a member opened to a service. The stream is closed when it returns, and
 reset if it raises."""
@@ -101,12 +104,14 @@ class Mesh:
     def announce(self, attributes: bytes) -> None:
         """Tell all peers this node's attributes: opaque bytes, at most 48 KiB (`ValueError` beyond that).
 
-        Changes close together go out as one. Everybody is told again and again; keep it small and calm.
+        Changes close together go out as one. Everybody is told again and again; keep it small and calm. Names of
+        services count, too: all together must not exceed 56 KiB.
         """
         if len(attributes) > wire.MAX_ATTRIBUTES:
             raise ValueError(
                 f"attributes of {len(attributes)} bytes; at most {wire.MAX_ATTRIBUTES} are allowed"
             )
+        self._check_size(attributes, self._offers)
         self._attributes = attributes
         self._announce()
 
@@ -136,6 +141,7 @@ class Mesh:
             raise ValueError(f"the service {name!r} is offered already")
         if len(self._offers) >= wire.MAX_SERVICES:
             raise ValueError(f"at most {wire.MAX_SERVICES} services can be offered")
+        self._check_size(self._attributes, (*self._offers, name))
         self._offers[name] = _Offer(Service(name=name, scope=scope), handler)
         self._announce()
         try:
@@ -172,7 +178,8 @@ class Mesh:
         """A stream to `service` of `peer`, connecting to the peer first if need be. The caller closes it.
 
         With `wait` it returns when the peer has accepted. Without, at once, so that the first bytes travel with the
-        request; a refusal then comes from the first receive. Raises `ServiceRefused` or `PeerUnreachable`.
+        request; a refusal then comes from the first receive. Raises `ServiceRefused`, `PeerUnreachable`, or, if the peer
+        does not take us for a member, `AdmissionRefused`.
         """
         if self._driver.admission.credential_of(peer) is None:
             await self._driver.admission.connect(peer, self._driver.membership.addresses_of(peer))
@@ -270,6 +277,14 @@ class Mesh:
             return offer.handler
 
         await tunnel.answer(stream, choose)
+
+    @staticmethod
+    def _check_size(attributes: bytes, services: Iterable[str]) -> None:
+        size = len(attributes) + sum(len(name.encode()) + _SERVICE_BYTES for name in services)
+        if size > _MAX_SAID:
+            raise ValueError(
+                f"attributes and services take {size} bytes together; at most {_MAX_SAID} are allowed"
+            )
 
     def _announce(self) -> None:
         self._driver.say(tuple(offer.service for offer in self._offers.values()), self._attributes)

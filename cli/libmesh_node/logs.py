@@ -41,7 +41,8 @@ def logging_to(
 ) -> Iterator[None]:
     """Set up logging for the process while inside; then close the file and put the loggers back as they were.
 
-    Our own loggers speak from INFO, with `verbose` from DEBUG; all others from WARNING, with `verbose` from INFO.
+    Our own loggers speak from INFO, with `verbose` from DEBUG; all others from WARNING, with `verbose` from INFO; libp2p's
+    only with `verbose`.
     Enter it after libp2p has been imported: importing that takes its logger out of the tree. Raises `OSError` if the
     file cannot be opened.
     """
@@ -55,7 +56,8 @@ def logging_to(
     libp2p = logging.getLogger("libp2p")
     libp2p_before = (libp2p.level, libp2p.propagate)
     libp2p.propagate = True
-    libp2p.setLevel(logging.NOTSET)
+    # Each connection that ends early is an error to it, with several lines; what matters of that, we say ourselves.
+    libp2p.setLevel(logging.NOTSET if verbose else logging.CRITICAL)
     root = loggers[""]
     for name, logger in loggers.items():
         logger.setLevel(levels[name])

@@ -49,6 +49,9 @@ MAX_REVOCATIONS = 1024
 """Revocations kept. Each needs a real link of the mesh and the key of somebody above it, so that outsiders cannot fill
 this; a mesh that needs more is better founded anew."""
 
+MAX_BY_ONE_KEY = 64
+"""Revocations kept of one key other than the mesh's own."""
+
 _CONTEXT = b"libmesh link 1\0"
 _REVOCATION_CONTEXT = b"libmesh revocation 1\0"
 _NO_END = 2**64 - 1
@@ -246,10 +249,20 @@ class Revoked:
         return (revocation for found in self._by_link.values() for revocation in found.values())
 
     def add(self, revocation: Revocation) -> bool:
-        """Remember a valid revocation. Whether it is new; a further one is forgotten when there is no room."""
-        signers = self._by_link.get(revocation.link_id, {})
-        if revocation.signer_key in signers or len(self) >= MAX_REVOCATIONS:
+        """Remember a valid revocation. Whether it is new and there was room.
+
+        Anybody with an invite could sign links and take them back again, so each key may have `MAX_BY_ONE_KEY`, and when
+        all is full a revocation from nearer to the mesh key takes the place of one from farther off.
+        """
+        if revocation.signer_key in self._by_link.get(revocation.link_id, {}):
             return False
+        if revocation.signer and sum(r.signer_key == revocation.signer_key for r in self) >= MAX_BY_ONE_KEY:
+            return False
+        if len(self) >= MAX_REVOCATIONS:
+            farthest = max(self, key=lambda kept: kept.signer)
+            if farthest.signer <= revocation.signer:
+                return False
+            del self._by_link[farthest.link_id][farthest.signer_key]
         self._by_link.setdefault(revocation.link_id, {})[revocation.signer_key] = revocation
         return True
 

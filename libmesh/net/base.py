@@ -127,7 +127,7 @@ class Network(ABC):
     def events(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[NetworkEvent]]:
         """The network's events, in order. May be entered once.
 
-        Bounded: a reader that falls behind by more than the bound loses `Message`s, oldest first, never the others.
+        A reader that falls behind by more than a bound loses the `Message`s that come then, never the other events.
         """
 
     @abstractmethod

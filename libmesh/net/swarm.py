@@ -6,6 +6,7 @@ peer that it ever heard of, every 30 s.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, cast
 
@@ -29,6 +30,7 @@ def new_mesh_swarm(seed: bytes, *, max_connections: int, handshake_limit: float)
     `handshake_limit` is in seconds. Typed `Any`: the class behind py-libp2p's interface has what we need, the interface
     has not.
     """
+    _quiet(logging.getLogger("libp2p"))
     key_pair = create_new_key_pair(seed)
     swarm = cast(
         Any,
@@ -49,6 +51,14 @@ def new_mesh_swarm(seed: bytes, *, max_connections: int, handshake_limit: float)
     install_muxer(swarm.upgrader)
     swarm.auto_connector.maybe_connect = _connect_nobody
     return swarm
+
+
+def _quiet(logger: logging.Logger) -> None:
+    """Keep a logger that nobody listens to from writing to stderr, as Python's logging would: to py-libp2p every
+    connection that ends early is an error of seven lines. An application that sets up logging still gets them.
+    """
+    if not logger.handlers:
+        logger.addHandler(logging.NullHandler())
 
 
 async def _connect_nobody() -> None:
