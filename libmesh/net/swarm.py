@@ -54,8 +54,10 @@ def new_mesh_swarm(seed: bytes, *, max_connections: int, handshake_limit: float)
 
 
 def _quiet(logger: logging.Logger) -> None:
-    """Keep a logger that nobody listens to from writing to stderr, as Python's logging would: to py-libp2p every
-    connection that ends early is an error of seven lines. An application that sets up logging still gets them.
+    """Keep a logger that nobody listens to from writing to stderr, as Python's logging would.
+
+    To py-libp2p every connection that ends early is an error of seven lines. An application that sets up logging still
+    gets them.
     """
     if not logger.handlers:
         logger.addHandler(logging.NullHandler())
