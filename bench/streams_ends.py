@@ -246,9 +246,27 @@ async def iroh_pump(bi, reader: asyncio.StreamReader, writer: asyncio.StreamWrit
     writer.close()
 
 
+def tune_iroh() -> None:
+    """Let its generated binding copy a buffer at once. As it comes it copies byte by byte: 6 MiB/s.
+
+    We compare ourselves with the transport, not with that.
+    """
+    import ctypes
+
+    from iroh import iroh_ffi
+
+    def write(self, value) -> None:
+        with self._reserve(len(value)):
+            start = ctypes.addressof(self.rbuf.data.contents) + self.rbuf.len
+            ctypes.memmove(start, bytes(value), len(value))
+
+    iroh_ffi._UniffiRustBufferBuilder.write = write
+
+
 async def iroh_endpoint():
     import iroh
 
+    tune_iroh()
     options = iroh.EndpointOptions(
         preset=iroh.preset_minimal(),
         bind_addr="127.0.0.1:0",

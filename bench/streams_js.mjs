@@ -23,7 +23,7 @@ const node = await createLibp2p({
 function splice (stream, socket) {
   socket.setNoDelay(true)
   ;(async () => {
-    for await (const data of socket) {
+    for await (const data of socket.iterator({ destroyOnReturn: false })) {
       if (!stream.send(data)) await stream.onDrain()
     }
     await stream.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
 _JOIN_BELOW = 16 * 1024  # a chunk smaller than this is returned together with those behind it
 _JOIN_UP_TO = 64 * 1024
+
+Sink = Callable[[bytes], int]
+"""Takes bytes at once and says how many. Must not block, raise, or call the stream."""
 
 
 class YamuxStream(IMuxedStream):
@@ -53,6 +57,7 @@ class YamuxStream(IMuxedStream):
         "_receiving",
         "_sendable",
         "_sending",
+        "_sink",
         "_write_lock",
         "muxed_conn",
         "sent",
@@ -73,6 +78,7 @@ class YamuxStream(IMuxedStream):
         self._sending = False
         self._receivable = Wakeup()
         self._sendable = Wakeup()
+        self._sink: Sink | None = None
         self._write_lock: trio.Lock | None = None
         self._deadline = float("inf")
         # What `send_all` waits to get rid of; the connection takes from it when the socket and the window allow.
@@ -115,15 +121,21 @@ class YamuxStream(IMuxedStream):
             data = self.receive_nowait(max_bytes)
         return data
 
-    async def wait_receivable(self) -> None:
-        """Wait until `receive_nowait` would not answer `None`. To be called only right after it did."""
+    async def wait_receivable(self, sink: Sink | None = None) -> None:
+        """Wait until `receive_nowait` would not answer `None`. To be called only right after it did.
+
+        While this waits, what arrives is offered to `sink` first, in the very call that received it; only what it
+        does not take ends the wait. If cancelled, what the sink has taken is gone, and nothing else.
+        """
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving on this stream")
         self._receiving = True
+        self._sink = sink
         try:
             await self._receivable.wait()
         finally:
             self._receiving = False
+            self._sink = None
 
     def _take(self, max_bytes: int | None) -> bytes:
         chunks, offset = self._chunks, self._offset
@@ -277,6 +289,13 @@ class YamuxStream(IMuxedStream):
 
     def deliver(self, data: bytes) -> None:
         """Bytes arrived."""
+        if self._sink is not None and not self._chunks:
+            taken = self._sink(data)
+            if taken:
+                self.muxed_conn.consumed(self.stream_id, taken)
+                if taken == len(data):
+                    return
+                data = data[taken:]
         self._chunks.append(data)
         self._receivable.wake()
 
@@ -355,8 +374,10 @@ class YamuxStream(IMuxedStream):
         await trio.lowlevel.checkpoint()
 
     async def reset(self) -> None:
-        """End both directions abruptly. On a stream that is broken already, nothing: the swarm resets all of a dead
-        connection's, and their users are to learn why they ended.
+        """End both directions abruptly.
+
+        On a stream that is broken already, nothing: the swarm resets all streams of a dead connection, and their
+        users are to learn why they ended.
         """
         if self._broken is None:
             self.reset_nowait()

@@ -20,7 +20,7 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamErro
 
 from libmesh.errors import PeerUnreachable, ServiceRefused
 from libmesh.net.base import Stream, StreamReset
-from libmesh.net.muxed_stream import YamuxStream
+from libmesh.net.muxed_stream import Sink, YamuxStream
 from libmesh.net.stock import StockStream
 from libmesh.peers import PeerId
 
@@ -125,6 +125,16 @@ class Libp2pStream(Stream):
         if self._answers is not None and not self._check_answer(self._answers):
             return None
         return self._inner.receive_nowait(max_bytes)
+
+    async def wait_receivable(self, sink: Sink | None = None) -> None:
+        """Wait until `receive_nowait` may have something. To be called only right after it answered `None`.
+
+        Once the peer has agreed, what arrives is offered to `sink` first; see `YamuxStream.wait_receivable`.
+        """
+        if self._answers is None and isinstance(self._inner, YamuxStream):
+            await self._inner.wait_receivable(sink)
+        else:
+            await self._inner.wait_receivable()
 
     async def _await_answer(self, answers: _LineReader) -> None:
         self._propose()
