@@ -117,3 +117,10 @@ def test_load_stays_in_proportion_to_slots(shapes: list[tuple[int, float | None]
         in_flight[chosen.base_url] += 1
     loads = [in_flight[each.base_url] / each.slots for each in servers]
     assert max(loads) - min(loads) <= 1
+
+
+def test_without_models_the_error_tells_what_is_wrong_with_the_node() -> None:
+    with pytest.raises(ApiError, match="Nobody in the mesh answers"):
+        find_model((), "x", ("Nobody in the mesh answers; this node keeps trying.",))
+    with pytest.raises(ApiError, match="libmesh-node --model"):
+        find_model((), "x")

@@ -133,11 +133,12 @@ class Api:
         return None
 
     def _find(self, name: str | None, *, reads_only: bool) -> Model:
-        models = self._source.snapshot.models
+        snapshot = self._source.snapshot
+        models = snapshot.models
         if reads_only and not name:
             # Asking how some server is doing, without saying which, gets the first; nothing is computed by a wrong one.
             models = tuple(model for model in models if model.servers)[:1] or models
-        return find_model(models, name)
+        return find_model(models, name, snapshot.notices)
 
     def _entry(self, model: Model) -> dict[str, object]:
         return {

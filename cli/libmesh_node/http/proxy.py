@@ -100,9 +100,7 @@ class Proxy:
                     upstream, start = await self._open(exchange, server, fresh=server.base_url in hung_up)
                 except _UPSTREAM_FAILURES as exc:
                     failure = exc
-                    log.warning(
-                        "%s at %s did not answer: %s", model.name, server.peer, exc or type(exc).__name__
-                    )
+                    log.warning("%s at %s did not answer: %s", model.name, server.peer, _in_words(exc))
                     # A kept connection may have been closed under us. That says nothing of the server: ask once more.
                     if _hung_up(exc) and server.base_url not in hung_up:
                         hung_up.add(server.base_url)
@@ -216,6 +214,13 @@ def _new_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
 
 class _Broken(Exception):
     """The server's side of an answer ended early."""
+
+
+def _in_words(failure: Exception) -> str:
+    """For the log: the text of aiohttp's own error for a failed connection is full of its parameters."""
+    if isinstance(failure, aiohttp.ClientConnectorError):
+        return f"cannot connect: {failure.os_error.strerror or failure.os_error}"
+    return str(failure) or type(failure).__name__
 
 
 def _hung_up(failure: Exception) -> bool:

@@ -20,15 +20,16 @@ IDLE = (
 )
 
 
-def find_model(models: Sequence[Model], name: str | None) -> Model:
+def find_model(models: Sequence[Model], name: str | None, notices: Sequence[str] = ()) -> Model:
     """The model that a request with `name` in its `model` field means.
 
     Exactly that name, or the model's whole digest; never a similar one. Without a name, the only model that is
     served, or else the only one there is. Raises `ApiError`: 503 if there are no models at all, 400 if a name is
-    needed, 404 with the nearest names if nobody has it.
+    needed, 404 with the nearest names if nobody has it. `notices` is what is wrong with the node now; if there are no
+    models, that is why.
     """
     if not models:
-        raise ApiError(503, "no_models", IDLE, retry_after=RETRY_AFTER)
+        raise ApiError(503, "no_models", " ".join(notices) or IDLE, retry_after=RETRY_AFTER)
     if not name:
         served = [model for model in models if model.servers]
         candidates = served or list(models)
