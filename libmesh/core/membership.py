@@ -188,7 +188,10 @@ class Membership:
             mine = self.me.announcement
             return self._outbid(new.incarnation, now) if new.age > mine.age else []
         entry = self._peers.get(new.peer)
-        if entry is not None and not _supersedes(new, entry):
+        if entry is not None and not entry.superseded_by(new):
+            if gossiped and new.age == entry.announcement.age and entry.state is not PeerState.SUSPECT:
+                entry.tell_at = INFINITY  # somebody else was quicker to pass it on
+                return self._settle(new.peer, entry, now)
             return []
         if (entry is None and len(self._peers) >= MAX_PEERS) or not self._authentic(
             record, mesh_id=self.mesh_id, now_unix=now, revoked=self.revoked
@@ -208,10 +211,11 @@ class Membership:
             changed = [] if before is state else self._roster.set_state(new.peer, entry, state, now)
         if state is PeerState.LEFT:
             entry.state_ends = now + self.config.tombstone
-        effects: list[Effect] = [] if gossiped else [Publish(record)]
+        if not gossiped:
+            entry.tell_at = now + self.config.hush * lot(self._id, new.peer)
         reason = "left" if new.leaving else "joined" if before is None else "announced"
-        effects.append(Changed(new.peer, before, state, reason))
-        return [*effects, *self._replan(changed, now), *self._settle(new.peer, entry, now)]
+        effects = [*self._replan(changed, now), *self._settle(new.peer, entry, now)]
+        return [Changed(new.peer, before, state, reason), *effects]
 
     def _revoke(self, revocation: Revocation, gossiped: bool, now: float) -> list[Effect]:
         if not revocation.is_valid(self.mesh_id) or not self.revoked.add(revocation):
@@ -236,10 +240,7 @@ class Membership:
     # ── what is said of others, and of us ────────────────────────────────────────────────────────────────────────
 
     def _hear_digest(self, digest: Digest, now: float) -> list[Effect]:
-        """Learn that somebody holds us for dead, or remembers an earlier run of ours that got further than this one.
-
-        Of others, it tells whom we might have missed the death of.
-        """
+        """Outbid what it says of us: we are dead, or a former run got further. Look for those whom it calls dead."""
         mine = self.me.announcement
         age = digest.ages.get(self._id)
         effects: list[Effect] = []
@@ -258,16 +259,17 @@ class Membership:
         entry = self._peers.get(suspicion.peer)
         if entry is None or not entry.believed or doubted < entry.announcement.age:
             return []
-        entry.told_at, entry.tell_at = now, INFINITY
+        entry.told_at = now
         if entry.state is PeerState.SUSPECT:
-            return self._settle(suspicion.peer, entry, now)
+            entry.tell_at = INFINITY
         return self._doubt(suspicion.peer, entry, now)
 
     def _doubt(self, peer: PeerId, entry: Entry, now: float) -> list[Effect]:
         """Find out whether `peer` is there: by a probe, or, later, by a dial."""
-        if self._roster.watches(peer):
+        alive = entry.state is PeerState.ALIVE
+        if alive and self._roster.watches(peer):
             return [io.Question(peer)]
-        if entry.doubted_at == INFINITY:
+        if alive and entry.doubted_at == INFINITY:
             entry.doubted_at = now
             entry.next_dial = max(now + self.config.refute, entry.next_dial if entry.failures else 0.0)
             if not entry.announcement.addresses:
@@ -389,15 +391,9 @@ class Membership:
             effects += self._silent(peer, "it cannot be reached", now)
         if now >= entry.tell_at:
             entry.tell_at = INFINITY
-            said = entry.announcement
-            effects.append(Publish(io.Suspicion(peer, said.incarnation, said.sequence)))
+            doubt = io.Suspicion(peer, *entry.announcement.age)
+            effects.append(Publish(doubt if entry.state is PeerState.SUSPECT else entry.record))
         if now >= entry.spare_at:
             entry.spare_at = now + self.config.spare
             effects.append(io.Release(peer))
         return [*effects, *self._settle(peer, entry, now)]
-
-
-def _supersedes(new: Announcement, entry: Entry) -> bool:
-    if entry.believed:
-        return new.age > entry.announcement.age
-    return new.incarnation > entry.announcement.incarnation

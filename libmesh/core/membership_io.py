@@ -22,8 +22,9 @@ class MembershipConfig:
         tombstone: how long the dead are remembered, and dialled now and then.
         coalesce: changes of one's own announcement within this time go out as one.
         refute_every: between two refutations of others' suspicions of us. Bounds what a liar can make us say.
-        hush: a suspicion is told to the others after a part of this time that differs from peer to peer, unless
-            somebody else was quicker. It should be some times as long as gossip takes to get everywhere.
+        hush: what many learn at once, a suspicion or what a healed partition brings, each tells the others after a part
+            of this time that differs from peer to peer, unless somebody was quicker. It should be some times as long as
+            gossip takes to get everywhere.
         refute: how long a peer that others suspect has to speak for itself, before those who are not connected to it
             try to reach it. It should be longer than gossip takes there and back; or else one false suspicion makes
             a thousand peers dial one.

@@ -21,7 +21,7 @@ class Entry:
         failures: dials that failed in a row.
         next_dial: not before then.
         state_ends: when `state` becomes another by itself.
-        tell_at: when we tell others of our suspicion.
+        tell_at: when we tell others of our suspicion, or pass on a record that did not come by gossip.
         told_at: when somebody told of a suspicion of this very record.
         doubted_at: since when we have wondered whether it is there; infinite if we do not.
         reach_by: when an attempt to reach it counts as failed.
@@ -59,6 +59,12 @@ class Entry:
     def announcement(self) -> Announcement:
         """What it says of itself."""
         return self.record.announcement
+
+    def superseded_by(self, new: Announcement) -> bool:
+        """Whether `new` counts: it is newer, and, if the peer is dead or left, of a later life."""
+        if self.believed:
+            return new.age > self.announcement.age
+        return new.incarnation > self.announcement.incarnation
 
     def forget_doubt(self) -> None:
         """It is there, or it is not: nothing is left to find out."""

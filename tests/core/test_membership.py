@@ -121,9 +121,13 @@ def test_the_newer_announcement_holds_in_any_order() -> None:
 
 
 def test_what_did_not_come_by_gossip_is_passed_on() -> None:
-    made, said = membership(), record(LOW)
-    assert Publish(said) in hear(made, said, gossiped=False)
-    assert Publish(said) not in hear(membership(), said)
+    said = record(LOW)
+    for gossiped, heard_again, passed_on in ((False, False, 1), (False, True, 0), (True, False, 0)):
+        made = membership()
+        hear(made, said, gossiped=gossiped)
+        if heard_again:
+            hear(made, said, gossiped=True)
+        assert [e for _, e in wake_until(made, NOW + 1)].count(Publish(said)) == passed_on
 
 
 @pytest.mark.parametrize(
@@ -392,9 +396,3 @@ def test_nothing_that_is_said_of_a_peer_changes_what_is_believed_of_another(scri
         after = {p.peer: p.state for p in made.view(lambda _: None).peers}
         if not isinstance(event, Wake):
             assert {p for p in before | after if before.get(p) != after.get(p)} <= {about}
-
-
-@pytest.mark.parametrize("field", ["refresh", "suspicion", "tombstone", "dial_max"])
-def test_times_must_be_positive(field: str) -> None:
-    with pytest.raises(ValueError, match=f"{field} must be greater than 0"):
-        MembershipConfig(**{field: -1})
