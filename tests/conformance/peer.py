@@ -19,8 +19,8 @@ async def echo(stream: Stream) -> None:
 
 LISTEN = Libp2pConfig(hosts=("127.0.0.1",))
 
-CONFIG = MeshConfig(membership=MembershipConfig(coalesce=0.001))
-"""All services are announced by the time that anybody can ask."""
+CONFIG = MeshConfig(farewell=0.01, membership=MembershipConfig(coalesce=0.001))
+"""All services are announced by the time that anybody can ask, and nobody is waited for at the end."""
 
 
 @asynccontextmanager

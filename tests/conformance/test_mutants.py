@@ -15,7 +15,10 @@ PATIENCE, LIMIT = 1.5, 6.0
 """Seconds: enough for a peer on this machine."""
 
 
-@pytest.mark.parametrize("name", MUTANTS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] if mutant.slow else []) for name, mutant in MUTANTS.items()],
+)
 async def test_the_rule_that_names_a_mistake_finds_it(name: str, monkeypatch: Patch) -> None:
     mutant = MUTANTS[name]
     key = SecretKey.generate()

@@ -150,6 +150,7 @@ async def no_verdict(bench: Bench) -> None:
     """Suspect a member right after it was probed, and see it probed again at once, and believed in after that."""
     async with bench.announced() as suspect, bench.announced() as liar:
         await reaches(liar, 2)
+        suspect.probed = trio.Event()
         with trio.move_on_after(bench.target.patience):
             await suspect.probed.wait()
         suspect.probed = trio.Event()

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import trio
 
+from libmesh._pb import mesh_pb2 as pb
+from libmesh.errors import MeshError
 from libmesh.net import tcp
-from libmesh.testing.conformance.bench import PROBE, Bench
+from libmesh.net.negotiate import open_lazy_stream
+from libmesh.testing.conformance.bench import AGENT, HELLO, KIB, PROBE, Bench
+from libmesh.testing.conformance.chains import Identity
+from libmesh.testing.conformance.foreign import HandshakeFailed, foreign_connection
 from libmesh.testing.conformance.rules import RuleBroken, require, rule
-from libmesh.testing.conformance.streams import frame
+from libmesh.testing.conformance.streams import frame, receive
+
+REFUSALS = (HandshakeFailed, MeshError, RuleBroken, trio.BrokenResourceError)
+"""How a connection or a stream may end that the peer does not want."""
 
 MULTISTREAM = "/multistream/1.0.0"
 CLEAR = ("/plaintext/2.0.0", "/plaintext/1.0.0", "/secio/1.0.0")
@@ -114,6 +122,26 @@ async def identity(bench: Bench) -> None:
     """Our own end of the handshake checks it; a connection is the proof."""
     async with bench.stranger() as guest:
         require(guest.network.path(bench.target.peer) is not None, "there is no connection to that id")
+
+
+@rule("transport.ed25519_only", "A peer whose key is not an Ed25519 key is not let in.", place='"Transport"')
+async def ed25519_only(bench: Bench) -> None:
+    """Come with a secp256k1 key. Where it is refused, in the handshake or at the hello, is the peer's choice."""
+    hello = pb.Hello(agent=AGENT, credential=bench.credential(Identity.fresh()))
+    reply = None
+    async with raw_connection(bench) as stream:
+        await stream.send_all(line(MULTISTREAM) + line("/noise"))
+        require(
+            [await read_line(stream), await read_line(stream)] == [MULTISTREAM, "/noise"], "it has no /noise"
+        )
+        with suppress(*REFUSALS):
+            async with foreign_connection(stream) as connection:
+                with suppress(*REFUSALS):
+                    opened = await open_lazy_stream(connection, bench.target.peer, HELLO)
+                    await opened.send_all(frame(hello))
+                    reply = await receive(opened, pb.HelloReply, 4 * KIB)
+    require(reply is None or reply.HasField("refusal"), "it let it in")
+    await bench.require_alive()
 
 
 @rule("transport.yamux", "A hundred streams at once share a connection.", place='"Transport"')

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import trio
+
 from libmesh._pb import mesh_pb2 as pb
 from libmesh.testing.conformance import chains
 from libmesh.testing.conformance.bench import Bench
@@ -10,9 +12,13 @@ from libmesh.testing.conformance.rules import require, rule
 
 HIGHEST = 2**64 - 1
 
+SETTLED = 0.8
+"""Seconds after which a peer has said what it has to say to a claim."""
+
 
 async def unimpressed(bench: Bench) -> None:
     """Raise `RuleBroken` unless the peer is there and can still outlive a claim."""
+    await trio.sleep(SETTLED)
     await bench.require_alive()
     async with bench.member() as guest:
         age = (await guest.sync()).age(bench.target.key)

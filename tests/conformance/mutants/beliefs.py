@@ -1,0 +1,169 @@
+"""Peers that believe what they should not, or keep others from knowing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from libmesh import wire
+from libmesh.core import credentials, membership, voice
+from libmesh.core import membership_io as io
+from libmesh.core.membership import Membership
+from libmesh.core.roster import Digest
+from libmesh.driver import Driver
+from tests.conformance.mutants.base import Patch, ignore, mutant
+
+# ── what is believed ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@mutant("records.forged", "a wrong signature")
+def believes_forged_records(patch: Patch) -> None:
+    _patch_membership(patch, "_authentic", lambda *_, **__: True)
+
+
+@mutant("records.whole", "signature is wrong")
+def passes_on_records_with_wrong_signatures(patch: Patch) -> None:
+    encode = wire.encode_records
+
+    def garble(records: Any, revocations: Any = ()) -> bytes:
+        return encode([replace(record, signature=bytes(64)) for record in records], revocations)
+
+    patch.setattr(wire, "encode_records", garble)
+
+
+@mutant("records.credential", "credential")
+def believes_signed_records_of_strangers(patch: Patch) -> None:
+    def signed(record: Any, **_: Any) -> bool:
+        key = credentials.keys.public_key_of(record.announcement.peer)
+        return credentials.keys.verify(key, wire.SIGNING_CONTEXT + record.body, record.signature)
+
+    _patch_membership(patch, "_authentic", signed)
+
+
+def _patch_membership(patch: Patch, name: str, value: Any) -> None:
+    """Set an attribute of every machine that is made from now on."""
+    make = Membership.__init__
+
+    def make_broken(self: Membership, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        setattr(self, name, value)
+
+    patch.setattr(Membership, "__init__", make_broken)
+
+
+@mutant("records.older", "it holds")
+def takes_whatever_came_last(patch: Patch) -> None:
+    patch.setattr(membership, "_supersedes", lambda *_: True)
+
+
+@mutant("records.newer", "after (2, 0)")
+def compares_sequences_only(patch: Patch) -> None:
+    def by_sequence(new: Any, entry: Any) -> bool:
+        return bool(new.sequence > entry.announcement.sequence)
+
+    patch.setattr(membership, "_supersedes", by_sequence)
+
+
+@mutant("records.unchanged", "other bytes")
+def encodes_records_anew(patch: Patch) -> None:
+    encode = wire.encode_records
+
+    def anew(records: Any, revocations: Any = ()) -> bytes:
+        known = []
+        for record in records:
+            said = wire.pb.Announcement.FromString(record.body)
+            said.DiscardUnknownFields()
+            known.append(replace(record, body=said.SerializeToString(deterministic=True)))
+        return encode(known, revocations)
+
+    patch.setattr(wire, "encode_records", anew)
+
+
+@mutant("records.bounds", "it believes")
+def takes_any_number_of_services(patch: Patch) -> None:
+    patch.setattr(wire, "MAX_SERVICES", 10_000)
+
+
+@mutant("records.lacking", "those who have it")
+def tells_everything_always(patch: Patch) -> None:
+    tell = Membership.newer_than
+    patch.setattr(Membership, "newer_than", lambda self, _: tell(self, Digest({})))
+
+
+@mutant("digest.self", "not in its own digest")
+def leaves_itself_out_of_its_digest(patch: Patch) -> None:
+    digest = Membership.digest
+
+    def of_others(self: Membership) -> Digest:
+        whole = digest(self)
+        return Digest({p: age for p, age in whole.ages.items() if p != self._id}, whole.dead)
+
+    patch.setattr(Membership, "digest", of_others)
+
+
+@mutant("digest.dead", "still", slow=True)
+def does_not_speak_up_when_called_dead(patch: Patch) -> None:
+    ignore(patch, io.DigestHeard)
+
+
+@mutant("digest.no_verdict", "another's word")
+def believes_that_others_are_dead(patch: Patch) -> None:
+    handle = Membership.handle
+
+    def gullible(self: Membership, event: io.Event, now: float) -> Any:
+        effects = handle(self, event, now)
+        if isinstance(event, io.DigestHeard):
+            for peer in event.digest.dead & self._peers.keys():
+                effects += self._end(peer, self._peers[peer], now)
+        return effects
+
+    patch.setattr(Membership, "handle", gullible)
+
+
+# ── what is said to everybody ─────────────────────────────────────────────────────────────────────────────────
+
+
+@mutant("gossip.refutes", "it is still", slow=True)
+def ignores_suspicion_of_itself(patch: Patch) -> None:
+    ignore(patch, io.SuspicionHeard)
+
+
+@mutant("gossip.no_verdict", "did not probe", slow=True)
+def does_not_probe_suspects(patch: Patch) -> None:
+    ignore(patch, io.SuspicionHeard)
+
+
+@mutant("gossip.refutes", "did not say so", slow=True)
+def keeps_its_announcements_to_itself(patch: Patch) -> None:
+    patch.setattr(Driver, "_publish", lambda self, data: None)
+
+
+@mutant("gossip.learned", "did not reach it", slow=True)
+def does_not_listen_to_gossip(patch: Patch) -> None:
+    patch.setattr(Driver, "_hear", lambda self, data: None)
+
+
+@mutant("gossip.forged", "wrong signature")
+def believes_forged_gossip(patch: Patch) -> None:
+    _patch_membership(patch, "_authentic", lambda *_, **__: True)
+
+
+@mutant("survives.suspicion", "few are left", slow=True)
+def outbids_any_incarnation(patch: Patch) -> None:
+    patch.setattr(voice, "FAR_AHEAD", 2**60)
+    patch.setattr(wire, "decode_gossip", _lowered(wire.decode_gossip))
+
+
+def _lowered(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """Leaves room for one more, so that the peer lives on with what it was talked into."""
+
+    def lower(data: bytes) -> Any:
+        said = decode(data)
+        return (
+            replace(said, incarnation=min(said.incarnation, 2**64 - 9))
+            if isinstance(said, io.Suspicion)
+            else said
+        )
+
+    return lower
