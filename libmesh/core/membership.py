@@ -10,7 +10,7 @@ raises its sequence with each change and every `refresh` seconds, and its incarn
 state    meaning            how it is left
 ======== ================== =================================================================================
 ALIVE    as far as we know  a planned connection lost, no probe answered, or not reached when in doubt → SUSPECT
-SUSPECT  may be gone        connected, heard, or a newer announcement → ALIVE; `suspicion` over → DEAD
+SUSPECT  may be gone        connected, heard, or a newer announcement → ALIVE; its time is over → DEAD
 DEAD     fell silent        a higher incarnation → ALIVE; `tombstone` over → forgotten
 LEFT     said goodbye       a higher incarnation → ALIVE; `tombstone` over → forgotten
 ======== ================== =================================================================================
@@ -284,7 +284,8 @@ class Membership:
             return []
         doubted_at, told_at = min(entry.doubted_at, now), entry.told_at
         self._roster.set_state(peer, entry, PeerState.SUSPECT, now)
-        entry.state_ends = max(doubted_at, now - self.config.suspicion / 2) + self.config.suspicion
+        lasts = self.config.stall if entry.connected else self.config.suspicion
+        entry.state_ends = max(doubted_at, now - lasts / 2) + lasts
         entry.told_at = told_at
         if now - told_at > self.config.suspicion:
             entry.tell_at = now + self.config.hush * lot(self._id, peer)
@@ -385,8 +386,8 @@ class Membership:
             self._roster.remove(peer)
             return [Changed(peer, before, None, "forgotten")]
         elif now >= entry.state_ends:
-            effects = self._end(peer, entry, now)
-            effects.append(Changed(peer, before, PeerState.DEAD, "no answer"))
+            effects = [io.Drop(peer, "no answer")] if entry.connected else []
+            effects += [Changed(peer, before, PeerState.DEAD, "no answer"), *self._end(peer, entry, now)]
         elif now >= entry.reach_by:
             effects += self._silent(peer, "it cannot be reached", now)
         if now >= entry.tell_at:

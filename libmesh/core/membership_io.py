@@ -17,8 +17,11 @@ class MembershipConfig:
     Attributes:
         refresh: how often an unchanged announcement is repeated. Probes tell who is there and digests what was missed,
             so this is only a last resort; each costs every peer a message, and gossipsub's cost 4 ms of CPU.
-        suspicion: how long a suspect has to come back. Longer forgives longer pauses: a process stopped for two
-            seconds must survive. Together with a probe's turn and two timeouts it is what death takes.
+        suspicion: how long a suspect without a connection has to come back: a process killed, or one that lost its
+            network for a moment. Longer forgives longer moments; it is most of what the news of a death takes.
+        stall: the same for a suspect that answers no probe on a connection which is still open: a process stopped, a
+            machine gone, or TCP waiting ever longer to send again what was lost. Longer forgives longer stalls; with
+            a probe's turn and two timeouts it is what the news takes of a machine that lost its power.
         tombstone: how long the dead are remembered, and dialled now and then.
         coalesce: changes of one's own announcement within this time go out as one.
         refute_every: between two refutations of others' suspicions of us. Bounds what a liar can make us say.
@@ -41,6 +44,7 @@ class MembershipConfig:
 
     refresh: float = 300.0
     suspicion: float = 2.5
+    stall: float = 5.0
     tombstone: float = 600.0
     coalesce: float = 0.1
     refute_every: float = 0.5
@@ -73,7 +77,7 @@ class MembershipConfig:
         A lost packet's second and third retransmission come after 0.6 s and 1.4 s; suspicion must outlast them both
         ways.
         """
-        return cls(suspicion=4.0, hush=1.0, refute=2.0, reach=3.0, dial_first=1.0, coalesce=0.3)
+        return cls(suspicion=4.0, stall=6.0, hush=1.0, refute=2.0, reach=3.0, dial_first=1.0, coalesce=0.3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,9 @@
 
 Theory of operation
 ===================
-The driver feeds received bytes to `receive`, in pieces of any size, and acts on the events. It asks `data` for the
-header of each DATA frame that it is about to send, `take_control` for everything that the machine itself has to say,
-and puts control ahead of data. Payload never passes through the machine on its way out, and arrives as soon as any
-part of a frame has. What has to keep its place behind a stream's data (FIN) is returned by the call that causes it.
+The driver feeds received bytes to `receive` and acts on the events. It asks `data` for the header of each DATA frame
+that it is about to send and `take_control` for all that the machine itself has to say, and puts control ahead of data.
+Payload never passes through on its way out. What must stay behind a stream's data (FIN) the call returns that causes it.
 
 A stream is known to the machine from SYN until both sides have finished, or one has reset:
 
@@ -60,12 +59,10 @@ _MAX_REFUSALS = 1024  # streams refused in a row before the peer is cut off; go-
 
 
 class Yamux:
-    """One side of a yamux connection. Not thread safe; calls never block.
-
-    Times are seconds of any one monotonic clock. After `Broken` every call is harmless and does nothing.
+    """One side of a yamux connection. Times are seconds of any one monotonic clock.
 
     Attributes:
-        broken: why the connection is over, or `None`.
+        broken: why the connection is over, or `None`. Afterwards every call is harmless and does nothing.
     """
 
     def __init__(self, *, initiator: bool, now: float, options: Options | None = None) -> None:
@@ -347,9 +344,8 @@ class Yamux:
     def _charge(self, events: list[Event], stream_id: int, stream: StreamState, length: int) -> bool:
         """Whether a body of `length` may come: within the window, wanted, and within the memory bound."""
         if length > stream.receive_window:
-            self._break(
-                events, f"stream {stream_id}: {length} bytes into a window of {stream.receive_window}"
-            )
+            why = f"stream {stream_id}: {length} bytes into a window of {stream.receive_window}"
+            self._break(events, why)
             return False
         stream.receive_window -= length
         if not length:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
+from libmesh.core.timers import INFINITY
 from libmesh.peers import PeerId
 
 HIGHEST_RETRY = 60.0
@@ -96,19 +97,24 @@ class Wires:
         self.traffic: defaultdict[str, Traffic] = defaultdict(Traffic)
         self._clock, self._rng = clock, rng
         self._sides: dict[PeerId, int] = {}
+        self._former: tuple[float, dict[PeerId, int]] = (-INFINITY, {})
         self._last: dict[tuple[PeerId, PeerId], float] = {}
 
     def part(self, *groups: Collection[PeerId]) -> None:
         """Let nothing pass between the groups. Whoever is in none of them is in a group with the others like it."""
+        self._former = (self._clock.now, self._sides)
         self._sides = {peer: number for number, group in enumerate(groups, 1) for peer in group}
 
     def heal(self) -> None:
         """Let everything pass again."""
-        self._sides = {}
+        self.part()
 
-    def parted(self, one: PeerId, other: PeerId) -> bool:
-        """Whether a partition lies between two peers."""
-        return bool(self._sides) and self._sides.get(one, 0) != self._sides.get(other, 0)
+    def parted(self, one: PeerId, other: PeerId, *, within: float = 0.0) -> bool:
+        """Whether a partition lies between two peers, or lay `within` so many seconds."""
+        if self._sides and self._sides.get(one, 0) != self._sides.get(other, 0):
+            return True
+        ended, sides = self._former
+        return self._clock.now - ended < within and sides.get(one, 0) != sides.get(other, 0)
 
     def delay(self) -> float:
         """Seconds that one message takes when whoever sends it tries until it arrives."""

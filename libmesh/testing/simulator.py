@@ -46,13 +46,19 @@ __all__ = ["Death", "Lie", "Link", "SimulatedPeer", "Simulator", "Traffic"]
 START = 1_800_000_000.0
 """Seconds since the epoch, at which every simulation begins."""
 
+AFTERMATH = 5.0
+"""Seconds after a partition in which it still explains a death."""
+
 FAREWELL = 0.3
 """Seconds that a leaving peer stays to let its goodbye out; as in `MeshConfig`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """`observer` took `subject` for dead at `time`. `true`: it was not running, or cut off from the observer."""
+    """`observer` took `subject` for dead at `time`.
+
+    `true`: it was not running, or cut off from the observer then or within `AFTERMATH` before.
+    """
 
     time: float
     observer: PeerId
@@ -287,7 +293,8 @@ class Simulator:
             self.suspicions += 1
         if state is PeerState.DEAD:
             other = self.peers.get(subject)
-            true = other is None or not other.running or self.wires.parted(observer.peer, subject)
+            parted = self.wires.parted(observer.peer, subject, within=AFTERMATH)
+            true = other is None or not other.running or parted
             self.deaths.append(Death(self.now, observer.peer, subject, true))
 
     def _count(self, subject: PeerId, before: PeerState | None, state: PeerState | None) -> None:
