@@ -63,13 +63,14 @@ class Yamux:
 
     Attributes:
         broken: why the connection is over, or `None`. Afterwards every call is harmless and does nothing.
+        table: the streams that are known, lingering ones included, and what they hold; to look at only.
     """
 
     def __init__(self, *, initiator: bool, now: float, options: Options | None = None) -> None:
         self._options = options or Options()
-        self._table = StreamTable(self._options)
-        self._streams = self._table.states
-        self._windows = self._table.windows
+        self.table = StreamTable(self._options)
+        self._streams = self.table.states
+        self._windows = self.table.windows
         self._next_id = 1 if initiator else 2
         self._peer_parity = 0 if initiator else 1
         self._open_refused = False
@@ -95,22 +96,17 @@ class Yamux:
         """True once no stream can be opened any more."""
         return self._gone or self.broken is not None or self._next_id > _MAX_STREAM_ID
 
-    @property
-    def streams(self) -> int:
-        """How many streams are known, lingering ones included."""
-        return len(self._streams)
-
     def open(self, now: float) -> int | None:
         """Open a stream and return its id; `None` while too many are unacknowledged (wait for `OpenAllowed`).
 
         SYN is among the control frames at once, so it precedes any data. Must not be called when `closing`.
         """
-        if self._table.unacknowledged >= self._options.max_unacknowledged:
+        if self.table.unacknowledged >= self._options.max_unacknowledged:
             self._open_refused = True
             return None
         stream_id = self._next_id
         self._next_id += 2
-        stream = self._table.add(stream_id, now, inbound=False)
+        stream = self.table.add(stream_id, now, inbound=False)
         self._control.stream(SYN, stream_id, self._windows.first_grant(stream))
         return stream_id
 
@@ -119,7 +115,7 @@ class Yamux:
         stream = self._streams.get(stream_id)
         if stream is None or not stream.inbound or not stream.unanswered:
             return
-        self._table.answer(stream)
+        self.table.answer(stream)
         self._control.stream(ACK, stream_id, self._windows.first_grant(stream))
 
     def data(self, stream_id: int, size: int) -> tuple[bytes, int]:
@@ -157,7 +153,7 @@ class Yamux:
         if stream is None:
             return b""
         if linger_from is not None and stream.state in (State.OPEN, State.LOCAL_FINISHED):
-            self._table.linger(stream_id, linger_from)
+            self.table.linger(stream_id, linger_from)
         if stream.state is State.OPEN:
             stream.state = State.LOCAL_FINISHED
         elif stream.state is State.REMOTE_FINISHED:
@@ -180,9 +176,9 @@ class Yamux:
             self._forget(stream_id)
             return frames + HEADER.pack(0, WINDOW_UPDATE, RST, stream_id, 0)
         if stream.inbound:
-            self._table.answer(stream)  # an outbound one still counts until the peer has seen it
+            self.table.answer(stream)  # an outbound one still counts until the peer has seen it
         stream.state = State.LINGERING
-        self._table.linger(stream_id, now)
+        self.table.linger(stream_id, now)
         return frames
 
     def reset(self, stream_id: int) -> None:
@@ -208,11 +204,6 @@ class Yamux:
         return self._keepalive.rtt
 
     @property
-    def unread(self) -> int:
-        """Bytes delivered as `Data` and not yet reported to `consumed`."""
-        return self._windows.unread
-
-    @property
     def has_control(self) -> bool:
         """Whether `take_control` has anything."""
         return bool(self._control)
@@ -235,7 +226,7 @@ class Yamux:
         """When `tick` is due. Infinite after `Broken`."""
         if self.broken is not None:
             return float("inf")
-        return min(self._keepalive.deadline(), self._table.next_expiry())
+        return min(self._keepalive.deadline(), self.table.next_expiry())
 
     def tick(self, now: float) -> list[Event]:
         """Do what is due at `now`: ping, find the peer dead, end lingering streams. Moves `deadline` on."""
@@ -246,7 +237,7 @@ class Yamux:
         if silence is not None:
             self._break(events, f"no sign of life for {silence:.1f} s")
             return events
-        for stream_id in self._table.expired(now):
+        for stream_id in self.table.expired(now):
             if self._streams[stream_id].state is not State.LINGERING:
                 events.append(Reset(stream_id, "the peer did not finish in time"))
             self.reset(stream_id)
@@ -299,7 +290,7 @@ class Yamux:
             return
         stream = self._streams.get(stream_id)
         if stream is not None and flags & ACK:
-            self._table.answer(stream)
+            self.table.answer(stream)
             self._allow_open(events)
         if kind == DATA:
             if stream is not None and not self._charge(events, stream_id, stream, length):
@@ -328,7 +319,7 @@ class Yamux:
         if stream_id == 0 or stream_id % 2 != self._peer_parity or stream_id in self._streams:
             self._break(events, f"stream id {stream_id} cannot be opened by the peer")
             return False
-        options, table = self._options, self._table
+        options, table = self._options, self.table
         if self._gone or table.inbound >= options.max_inbound or table.unaccepted >= options.backlog:
             self._refusals += 1
             if self._refusals > _MAX_REFUSALS:
@@ -391,11 +382,11 @@ class Yamux:
     # ---- bookkeeping ------------------------------------------------------------------------------------------
 
     def _forget(self, stream_id: int) -> None:
-        self._table.forget(stream_id)
+        self.table.forget(stream_id)
         self._control.drop_grants(stream_id)
 
     def _allow_open(self, events: list[Event]) -> None:
-        if self._open_refused and self._table.unacknowledged < self._options.max_unacknowledged:
+        if self._open_refused and self.table.unacknowledged < self._options.max_unacknowledged:
             self._open_refused = False
             events.append(OpenAllowed())
 

@@ -7,21 +7,14 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
-from libp2p.abc import IMuxedStream
-from libp2p.stream_muxer.exceptions import (
-    MuxedStreamClosed,
-    MuxedStreamEOF,
-    MuxedStreamError,
-    MuxedStreamReset,
-)
 
 from libmesh.net.base import StreamReset
 from libmesh.net.parking import Wakeup
+from libmesh.net.stock_face import StockFace
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from libmesh.net.muxer import YamuxConnection
+    from libmesh.net.outbound import Outbound
 
 _JOIN_BELOW = 16 * 1024  # a chunk smaller than this is returned together with those behind it
 _JOIN_UP_TO = 64 * 1024
@@ -30,15 +23,14 @@ Sink = Callable[[bytes], int]
 """Takes bytes at once and says how many. Must not block, raise, or call the stream."""
 
 
-class YamuxStream(IMuxedStream):
+class YamuxStream(StockFace):
     """A stream in both of its faces.
 
     The native face follows `trio.abc.HalfCloseableStream` (`receive_some`, `send_all`, `send_eof`, `aclose`), plus
     `reset_nowait` and the calls that never wait. It raises `StreamReset` and trio's own errors. A cancelled
     `receive_some` has taken nothing; a cancelled `send_all` has sent some prefix; neither harms any other stream.
 
-    The face of `IMuxedStream` (`read`, `write`, `close`, `reset`) is for py-libp2p's own protocols, and keeps the
-    stock muxer's meaning: `close` ends the sending direction only.
+    The face of `IMuxedStream`, for py-libp2p's own protocols, is in `StockFace`.
 
     Attributes:
         muxed_conn: the connection.
@@ -53,6 +45,7 @@ class YamuxStream(IMuxedStream):
         "_eof_sent",
         "_finished",
         "_offset",
+        "_outbound",
         "_receivable",
         "_receiving",
         "_sendable",
@@ -65,9 +58,10 @@ class YamuxStream(IMuxedStream):
         "view",
     )
 
-    def __init__(self, connection: YamuxConnection, stream_id: int) -> None:
+    def __init__(self, connection: YamuxConnection, stream_id: int, outbound: Outbound) -> None:
         self.muxed_conn: YamuxConnection = connection
         self.stream_id = stream_id
+        self._outbound = outbound
         self._chunks: deque[bytes] = deque()
         self._offset = 0  # of the first chunk, what has been read
         self._finished = False  # the peer sent FIN
@@ -171,7 +165,7 @@ class YamuxStream(IMuxedStream):
         """
         self._check_sendable()
         view = _bytes_of(data)
-        return self.muxed_conn.send_nowait(self, view) if len(view) else 0
+        return self._outbound.send_nowait(self, view) if len(view) else 0
 
     def post(self, data: bytes) -> None:
         """Send at most 1 KiB without waiting, together with what follows in this turn of the scheduler.
@@ -180,7 +174,7 @@ class YamuxStream(IMuxedStream):
         Nothing happens on a stream that is closed or broken.
         """
         if self._broken is None and not self._closed:
-            self.muxed_conn.post(self, data)
+            self._outbound.post(self, data)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See `trio.abc.SendStream.send_all`."""
@@ -189,14 +183,14 @@ class YamuxStream(IMuxedStream):
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check_sendable()
         view = _bytes_of(data)
-        sent = self.muxed_conn.send_nowait(self, view) if len(view) else 0
+        sent = self._outbound.send_nowait(self, view) if len(view) else 0
         if sent == len(view):
             await trio.lowlevel.cancel_shielded_checkpoint()
             return
         self._sending = True
         self.view, self.sent = view, sent
         try:
-            self.muxed_conn.queue(self)
+            self._outbound.queue(self)
             while self.view is not None:
                 await self._sendable.wait()
                 self._check_sendable()
@@ -204,7 +198,7 @@ class YamuxStream(IMuxedStream):
             self._sending = False
             if self.view is not None:
                 self.view = None
-                self.muxed_conn.unqueue(self)
+                self._outbound.unqueue(self)
 
     async def wait_send_all_might_not_block(self) -> None:
         """See `trio.abc.SendStream.wait_send_all_might_not_block`."""
@@ -213,7 +207,7 @@ class YamuxStream(IMuxedStream):
         await trio.lowlevel.checkpoint_if_cancelled()
         self._sending = True
         try:
-            if self._broken is not None or self._closed or self.muxed_conn.might_send(self):
+            if self._broken is not None or self._closed or self._outbound.might_send(self):
                 await trio.lowlevel.cancel_shielded_checkpoint()
             else:
                 await self._sendable.wait()
@@ -263,6 +257,18 @@ class YamuxStream(IMuxedStream):
                 self._wake()
         await trio.lowlevel.checkpoint()
 
+    def release(self) -> None:
+        """Send an end of file, and have the stream reset if the peer does not end its own direction in time.
+
+        Reading goes on being possible. For users who do not come back to close: the stream must not depend on the
+        peer to be freed.
+        """
+        if self.view is not None:
+            self.reset_nowait()  # as in `aclose`
+        elif not self._closed:
+            self._eof_sent = True
+            self.muxed_conn.finish(self, released=True)
+
     def reset_nowait(self) -> None:
         """End both directions abruptly, now. What was not sent or not read is dropped. Never raises."""
         if not self._closed:
@@ -274,6 +280,10 @@ class YamuxStream(IMuxedStream):
     def unread(self) -> int:
         """Bytes that have arrived and were not read."""
         return sum(map(len, self._chunks)) - self._offset
+
+    def get_remote_address(self) -> tuple[str, int] | None:
+        """The address of the peer's end of the connection."""
+        return self.muxed_conn.get_remote_address()
 
     def _drop(self) -> int:
         unread = self.unread
@@ -305,6 +315,11 @@ class YamuxStream(IMuxedStream):
         self._receivable.wake()
 
     @property
+    def is_closed(self) -> bool:
+        """True when neither direction can be used any more."""
+        return self._closed or self._broken is not None or (self._finished and self._eof_sent)
+
+    @property
     def both_finished(self) -> bool:
         """Both sides have sent FIN: the connection has no more to do with this stream."""
         return self._finished and self._eof_sent
@@ -318,93 +333,6 @@ class YamuxStream(IMuxedStream):
     def sending_possible(self) -> None:
         """All of `view` was sent, or the window opened."""
         self._sendable.wake()
-
-    # ---- the face of IMuxedStream -----------------------------------------------------------------------------
-
-    async def read(self, n: int | None = None) -> bytes:
-        """At least one byte and at most `n`; raises `MuxedStreamEOF` at the end. If cancelled, nothing was taken."""
-        if n == 0:
-            return b""
-        data = b""
-        try:
-            with trio.move_on_at(self._deadline) as scope:
-                data = await self.receive_some(None if n is None or n < 0 else n)
-        except StreamReset as exc:
-            raise MuxedStreamReset(str(exc)) from exc
-        except trio.ClosedResourceError as exc:
-            raise MuxedStreamClosed(str(exc)) from exc
-        if scope.cancelled_caught:
-            raise MuxedStreamError("the deadline has passed")
-        if not data:
-            raise MuxedStreamEOF("the peer has finished")
-        return data
-
-    async def write(self, data: bytes) -> None:
-        """Send all of `data`. Several tasks may write; their data is not interleaved."""
-        if self._write_lock is None:
-            self._write_lock = trio.Lock()
-        try:
-            with trio.move_on_at(self._deadline) as scope:
-                async with self._write_lock:
-                    await self.send_all(data)
-        except StreamReset as exc:
-            raise MuxedStreamReset(str(exc)) from exc
-        except trio.ClosedResourceError as exc:
-            raise MuxedStreamClosed(str(exc)) from exc
-        if scope.cancelled_caught:
-            raise MuxedStreamError("the deadline has passed")
-
-    async def close_write(self) -> None:
-        """End the sending direction."""
-        if not self._closed:
-            self.send_eof_nowait()
-        await trio.lowlevel.checkpoint()
-
-    async def close(self) -> None:
-        """End the sending direction, and have the stream reset if the peer does not end its own in time.
-
-        Reading goes on being possible, as on the stock muxer. Nobody is going to close this stream again, so it
-        must not depend on the peer to be freed.
-        """
-        if self.view is not None:
-            self.reset_nowait()  # as in `aclose`
-        elif not self._closed:
-            self._eof_sent = True
-            self.muxed_conn.finish(self, released=True)
-        await trio.lowlevel.checkpoint()
-
-    async def reset(self) -> None:
-        """End both directions abruptly.
-
-        On a stream that is broken already, nothing: the swarm resets all streams of a dead connection, and their
-        users are to learn why they ended.
-        """
-        if self._broken is None:
-            self.reset_nowait()
-        await trio.lowlevel.checkpoint()
-
-    @property
-    def is_closed(self) -> bool:
-        """True when neither direction can be used any more."""
-        return self._closed or self._broken is not None or (self._finished and self._eof_sent)
-
-    def set_deadline(self, ttl: int) -> None:
-        """Let `read` and `write` fail from `ttl` seconds on. Raises `ValueError` for a negative one."""
-        if ttl < 0:
-            raise ValueError(f"ttl={ttl}: at least 0")
-        self._deadline = trio.current_time() + ttl
-
-    def get_remote_address(self) -> tuple[str, int] | None:
-        """The address of the peer's end of the connection."""
-        return self.muxed_conn.get_remote_address()
-
-    async def __aenter__(self) -> YamuxStream:
-        return self
-
-    async def __aexit__(
-        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        await self.close()
 
 
 def _bytes_of(data: bytes | bytearray | memoryview) -> memoryview:

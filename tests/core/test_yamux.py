@@ -201,7 +201,7 @@ def test_fin_arrives(
         got = side.take(frame(DATA, FIN, 1, 3, b"end"))
         assert got.pop(0) == Data(1, b"end")
     assert got == events
-    assert (side.machine.streams == 0) is forgotten
+    assert (len(side.machine.table.states) == 0) is forgotten
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_rst_arrives(state: Callable[[Side], None], events: list[object]) -> Non
     side.machine.open(0)
     state(side)
     assert side.take(frame(WINDOW_UPDATE, RST, 1, 0)) == events
-    assert side.machine.streams == 0
+    assert len(side.machine.table.states) == 0
 
 
 def test_rst_on_a_data_frame_drops_its_body() -> None:
@@ -237,7 +237,7 @@ def test_finish(state: Callable[[Side], None], sent: int, streams: int) -> None:
     state(side)
     output = side.machine.finish(1)
     assert output == (frame(WINDOW_UPDATE, FIN, 1, 0) if sent else b"")
-    assert side.machine.streams == streams
+    assert len(side.machine.table.states) == streams
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_abandon(state: Callable[[Side], None], unread: bool, flags: list[int], 
     state(side)
     output = side.machine.abandon(1, unread=unread, now=0.0)
     assert [each[1] for each in frames_of(output)] == flags
-    assert side.machine.streams == streams
+    assert len(side.machine.table.states) == streams
 
 
 @pytest.mark.parametrize("state", States)
@@ -270,7 +270,7 @@ def test_reset(state: Callable[[Side], None]) -> None:
     side.machine.reset(1)
     side.machine.reset(1)
     assert side.machine.take_control() == frame(WINDOW_UPDATE, RST, 1, 0)
-    assert side.machine.streams == 0
+    assert len(side.machine.table.states) == 0
 
 
 def test_nothing_can_be_sent_on_a_finished_or_unknown_stream() -> None:
@@ -289,7 +289,7 @@ def test_data_for_a_lingering_stream_is_answered_with_rst() -> None:
     side.abandon(1)
     assert side.take(frame(DATA, 0, 1, 5, b"still")) == []
     assert side.machine.take_control() == frame(WINDOW_UPDATE, RST, 1, 0)
-    assert side.machine.streams == 0
+    assert len(side.machine.table.states) == 0
 
 
 def test_a_body_under_way_when_its_stream_is_closed_is_answered_with_rst() -> None:
@@ -336,10 +336,10 @@ def test_a_stream_that_the_peer_never_finishes_is_reset_after_lingering() -> Non
     side.abandon(1, now=5.0)
     assert side.machine.deadline() == 35.0
     side.machine.tick(34.9)
-    assert side.machine.streams == 1
+    assert len(side.machine.table.states) == 1
     side.flush()
     side.machine.tick(35.0)
-    assert side.machine.streams == 0
+    assert len(side.machine.table.states) == 0
     assert side.machine.take_control() == frame(WINDOW_UPDATE, RST, 1, 0)
 
 
@@ -463,9 +463,9 @@ def test_unread_data_is_bounded_by_resetting_the_stream_that_passes_the_bound() 
     )
     side.take(frame(DATA, SYN, 1, 8, b"12345678") + frame(WINDOW_UPDATE, SYN, 3, 0))
     assert side.take(frame(DATA, 0, 3, 3, b"abc")) == [Reset(3, "too much unread data on this connection")]
-    assert side.machine.unread == 8
+    assert side.machine.table.windows.unread == 8
     side.machine.consumed(1, 8, 0.0)
-    assert side.machine.unread == 0
+    assert side.machine.table.windows.unread == 0
     assert side.take(frame(DATA, 0, 1, 8, b"12345678")) == [Data(1, b"12345678")]
 
 
@@ -616,7 +616,11 @@ def test_any_bytes_in_any_pieces_mean_the_same_and_raise_nothing(
         e for e in whole.events if not isinstance(e, Data)
     ]
     assert cut.machine.take_control() == whole.machine.take_control()
-    assert cut.machine.unread == whole.machine.unread == sum(map(len, whole.got.values()))
+    assert (
+        cut.machine.table.windows.unread
+        == whole.machine.table.windows.unread
+        == sum(map(len, whole.got.values()))
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -677,8 +681,8 @@ def test_the_machine_forgets_streams_that_both_sides_finished() -> None:
         pair.b.machine.consumed(stream_id, 7, 0.0)
         pair.b.finish(stream_id)
         pair.pump()
-    assert pair.a.machine.streams == pair.b.machine.streams == 0
-    assert pair.b.machine.unread == 0
+    assert len(pair.a.machine.table.states) == len(pair.b.machine.table.states) == 0
+    assert pair.b.machine.table.windows.unread == 0
 
 
 def test_receiving_nothing_means_nothing() -> None:

@@ -1,0 +1,219 @@
+"""What leaves a yamux connection, and in which order.
+
+Whoever has data calls `send_nowait` or `queue`; if the socket takes it, it goes out in that very call, without
+a lock and without another task. If the socket is full, small messages wait in the outbox (bounded) and bulk senders
+stand in a queue; the sending task takes from them in turn, control frames first, then the outbox, then a frame of each
+bulk sender, and seals straight from the sender's memory. A small message that follows another stream's within
+`CORK_TIME` waits one turn of the scheduler, so that many of them leave in one record and one system call.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import trio
+
+from libmesh.core.yamux import Yamux
+from libmesh.net.base import StreamReset
+from libmesh.net.muxed_stream import YamuxStream
+from libmesh.net.parking import Wakeup
+from libmesh.net.records import Channel
+
+BATCH_BYTES = 4 * 65519
+"""Bytes sealed before they are given to the socket: full records, within the second level cache."""
+
+SMALL_BYTES = 16 * 1024
+"""A message below this is copied and may go ahead of bulk."""
+
+OUTBOX_BYTES = 128 * 1024
+"""Small messages that wait for the socket. When full, their senders queue like bulk."""
+
+CORK_TIME = 0.0003
+"""Seconds after another stream's small message within which one waits for company."""
+
+TURN_BYTES = 1024 * 1024
+"""Bytes that one task sends or receives before it lets others run."""
+
+
+class Outbound:
+    """The sending half of a connection.
+
+    Nothing here waits but `run`, in a task of the connection's own; so cancelling whoever sends cannot leave a record
+    half sent.
+
+    Args:
+        machine: says what may be sent, and adds control frames.
+        channel: takes it.
+        fail: told once when the channel is lost.
+    """
+
+    def __init__(self, machine: Yamux, channel: Channel, fail: Callable[[str], None]) -> None:
+        self._machine = machine
+        self._channel = channel
+        self._fail = fail
+        self._outbox: list[bytes | memoryview] = []
+        self._outbox_size = 0
+        self._ready: deque[YamuxStream] = deque()
+        self._blocked = False  # the socket is full; only `run` may find out that it is no more
+        self._stopped = False
+        self._flusher = Wakeup()
+        self._drained = trio.lowlevel.ParkingLot()
+        self._last_small: YamuxStream | None = None
+        self._last_small_at = 0.0
+
+    # ---- what streams ask -------------------------------------------------------------------------------------
+
+    def send_nowait(self, stream: YamuxStream, view: memoryview) -> int:
+        """Send from `view` what can be sent at once; return how much that was."""
+        if len(view) < SMALL_BYTES:
+            return self._send_small(stream, view)
+        if self._blocked or self._ready or self._stopped:
+            return 0
+        stream.view, stream.sent = view, 0
+        self._ready.append(stream)
+        self.pump()
+        if stream.view is None:
+            return len(view)
+        stream.view = None
+        self.unqueue(stream)
+        return stream.sent
+
+    def _send_small(self, stream: YamuxStream, view: memoryview) -> int:
+        if self._outbox_size >= OUTBOX_BYTES or self._stopped:
+            return 0
+        header, count = self._machine.data(stream.stream_id, len(view))
+        if not count:
+            return 0
+        self.append(header, bytes(view[:count]))
+        if not self._blocked:
+            now = trio.current_time()
+            company = self._last_small is not stream and now - self._last_small_at < CORK_TIME
+            self._last_small, self._last_small_at = stream, now
+            if company:
+                self.flush_soon()
+            else:
+                self.pump()
+        return count
+
+    def post(self, stream: YamuxStream, data: bytes) -> None:
+        """Send a few bytes of a new stream, soon. The window has room for them."""
+        header, count = self._machine.data(stream.stream_id, len(data))
+        self.append(header, data[:count])
+        self.flush_soon()
+
+    def append(self, *pieces: bytes) -> None:
+        """Queue frames behind what is queued already. They leave with the next batch."""
+        for piece in pieces:
+            if piece:
+                self._outbox.append(piece)
+                self._outbox_size += len(piece)
+
+    def queue(self, stream: YamuxStream) -> None:
+        """Send the rest of `stream.view` as the socket and the window allow; then tell the stream."""
+        if self._machine.writable(stream.stream_id):
+            self._ready.append(stream)
+            self.pump()
+
+    def unqueue(self, stream: YamuxStream) -> None:
+        """Forget what `queue` was asked."""
+        if stream in self._ready:
+            self._ready.remove(stream)
+
+    def window_opened(self, stream: YamuxStream) -> None:
+        """A stream that could not send may."""
+        if stream.view is not None:
+            self._ready.append(stream)
+            self.flush_soon()
+        else:
+            stream.sending_possible()
+
+    def might_send(self, stream: YamuxStream) -> bool:
+        """Whether the window is open. If not, the stream is told when it is."""
+        return self._machine.writable(stream.stream_id)
+
+    def flush_soon(self) -> None:
+        """Send what is queued when the tasks that are running now have had their turn."""
+        self._flusher.wake()
+
+    def pump(self) -> bool:
+        """Send while the socket takes it, up to a turn's worth. True when nothing is left to send."""
+        if self._blocked or self._stopped:
+            return False
+        channel, sent = self._channel, 0
+        try:
+            while channel.flush_nowait():
+                if sent >= TURN_BYTES:
+                    self.flush_soon()
+                    return False
+                size = self._put_batch()
+                if not size:
+                    self._drained.unpark_all()
+                    return True
+                sent += size
+        except StreamReset as exc:
+            self._fail(str(exc))
+            return False
+        self._blocked = True
+        self.flush_soon()
+        return False
+
+    def _put_batch(self) -> int:
+        machine, ready = self._machine, self._ready
+        batch: list[bytes | memoryview] = []
+        size = 0
+        if machine.has_control:
+            control = machine.take_control()
+            batch.append(control)
+            size = len(control)
+        if self._outbox:
+            batch += self._outbox
+            size += self._outbox_size
+            self._outbox.clear()
+            self._outbox_size = 0
+        while ready and size < BATCH_BYTES:
+            stream = ready.popleft()
+            view = stream.view
+            if view is None:
+                continue
+            header, count = machine.data(stream.stream_id, len(view) - stream.sent)
+            if not count:
+                continue  # the window is shut; `Writable` puts the stream back
+            batch += (header, view[stream.sent : stream.sent + count])
+            size += count
+            stream.sent += count
+            if stream.sent == len(view):
+                stream.view = None
+                stream.sending_possible()
+            else:
+                ready.append(stream)
+        if batch:
+            self._channel.put(batch)
+        return size
+
+    async def run(self) -> None:
+        """Send what could not be sent at once, until cancelled or the channel is lost."""
+        try:
+            while True:
+                if self.pump():
+                    await self._flusher.wait()
+                elif self._blocked:
+                    await self._channel.flush()
+                    self._blocked = False
+                    self._machine.alive(trio.current_time())
+                else:
+                    await trio.lowlevel.checkpoint()
+        except StreamReset as exc:
+            self._fail(str(exc))
+
+    async def drain(self) -> None:
+        """Wait until all that is queued has left, or nothing can leave any more."""
+        while not self._stopped and not self.pump():
+            await self._drained.park()
+
+    def stop(self) -> None:
+        """Forget what is queued, and take no more."""
+        self._stopped = True
+        self._ready.clear()
+        self._outbox.clear()
+        self._drained.unpark_all()
