@@ -202,6 +202,16 @@ class Mesh:
         others = [(entry.peer, entry.addresses[:2]) for entry in alive[:2]]
         return ((self.peer, self.addresses[:4]), *others)
 
+    def admission_of(self, peer: PeerId) -> tuple[tuple[str, ...], int | None] | None:
+        """How a peer came in: the ids of the invites from the mesh's key down to it, and when its membership ends.
+
+        No invites: the mesh's key itself let it in. `None` if nothing is known of the peer.
+        """
+        credential = self._driver.membership.credential_of(peer)
+        if credential is None:
+            return None
+        return tuple(link.id.hex() for link in credential.links[:-1]), credential.not_after_unix
+
     def readdress(self, token: str) -> str:
         """The same invite as `token`, with the ways into this mesh that hold now. Raises `InviteMalformed`."""
         authority = tokens.decode_invite(token).authority

@@ -38,6 +38,7 @@ class Inviting:
         self._mesh, self._folder, self._options = mesh, folder, options
         self._kept: Kept = load_kept(folder, mesh.mesh_id)
         self.token = ""
+        self._shown_for: tuple[tuple[str, ...], int] | None = None
 
     @property
     def invites(self) -> tuple[Invite, ...]:
@@ -48,8 +49,13 @@ class Inviting:
     def show(self) -> None:
         """Make `token` a good invite with the ways in that hold now; empty if this node may not invite.
 
-        Raises `NodeError` if it cannot be written where it is wanted.
+        It changes only with this node's addresses, and at most daily. Raises `NodeError` if it cannot be written where it
+        is wanted.
         """
+        reason = (self._mesh.addresses, int(time.time() // 86400))
+        if reason == self._shown_for:
+            return
+        self._shown_for = reason
         token = self._last_shown()
         try:
             token = self._mesh.readdress(token) if token else self._make(Scope.WORKER, SHOWN_TTL)
@@ -110,6 +116,7 @@ class Inviting:
         except MeshError as exc:
             raise CommandFailed("denied", f"{name}: {exc}.") from exc
         self.keep()
+        self._shown_for = None
         self.show()
         return done
 

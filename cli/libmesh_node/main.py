@@ -28,6 +28,7 @@ COMMANDS = {
     "demo": "two nodes on this machine, one serving a tiny model, one using it",
     "engine": "find llama.cpp's programs, or build them",
     "invite": "make an invite for the next machine",
+    "peers": "show who is in the mesh, and who let whom in",
     "status": "show peers, paths, models and processes",
     "stop": "end the running node",
     "tunnel": "forward TCP ports through the mesh",

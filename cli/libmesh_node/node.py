@@ -284,7 +284,9 @@ class Node:
             my_vram_gb=self._models.memory_bytes / 1e9,
             addresses=session.mesh.addresses if session is not None else (),
             models=picture.models(own, session.remote_models() if session is not None else {}),
-            peers=picture.peers(view),
+            peers=picture.peers(view, session.mesh.admission_of)
+            if session is not None and view is not None
+            else (),
             processes=self._models.processes,
             tunnels=session.forwards if session is not None else (),
             notices=self._notices(view),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from libmesh import PeerView, View
+from libmesh import PeerId, PeerView, View
 from libmesh_node.announced import AnnouncedModel, NodeStatus, decode_status
 from libmesh_node.snapshot import Model, Peer, Server
 
@@ -20,9 +20,13 @@ def node_status(*, client: bool, own: Sequence[AnnouncedModel], alone: bool) -> 
     return "Idle" if alone or own else "Standby"
 
 
-def peers(view: View | None) -> tuple[Peer, ...]:
+Admissions = Callable[[PeerId], tuple[tuple[str, ...], int | None] | None]
+"""`Mesh.admission_of`."""
+
+
+def peers(view: View, admission_of: Admissions) -> tuple[Peer, ...]:
     """The other nodes, as status shows them, sorted by id. The forgotten are not among them."""
-    return tuple(_peer(entry) for entry in view.peers) if view is not None else ()
+    return tuple(_peer(entry, *(admission_of(entry.peer) or ((), None))) for entry in view.peers)
 
 
 def models(own: Sequence[tuple[AnnouncedModel, Server | None]], others: ModelsByName) -> tuple[Model, ...]:
@@ -47,7 +51,7 @@ def _model(name: str, entries: Iterable[tuple[AnnouncedModel, Server | None]]) -
     )
 
 
-def _peer(entry: PeerView) -> Peer:
+def _peer(entry: PeerView, invites: tuple[str, ...], expires_unix: int | None) -> Peer:
     status = decode_status(entry.attributes)
     serving = tuple(model.name for model in status.models if model.ready)
     return Peer(
@@ -64,6 +68,8 @@ def _peer(entry: PeerView) -> Peer:
         path=entry.path.kind.value if entry.path is not None else None,
         address=entry.path.address if entry.path is not None else "",
         rtt_ms=_milliseconds(entry),
+        invites=invites,
+        expires_unix=expires_unix,
     )
 
 

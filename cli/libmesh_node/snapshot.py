@@ -61,6 +61,8 @@ class Peer:
     address: str
     rtt_ms: float | None
     inflight: int = 0
+    invites: tuple[str, ...] = ()  # ids of the invites that it came in by, from the mesh's key down
+    expires_unix: int | None = None  # when its membership ends
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -89,6 +89,8 @@ def _peer(peer: Peer) -> dict[str, object]:
         "address": peer.address,
         "rtt_ms": None if peer.rtt_ms is None else round(peer.rtt_ms, 2),
         "inflight_requests": peer.inflight,
+        "invites": list(peer.invites),
+        "expires_unix": peer.expires_unix,
     }
 
 
