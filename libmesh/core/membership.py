@@ -282,13 +282,11 @@ class Membership:
         entry = self._peers.get(peer)
         if entry is None or entry.state is not PeerState.ALIVE:
             return []
-        doubted_at, told_at = min(entry.doubted_at, now), entry.told_at
         self._roster.set_state(peer, entry, PeerState.SUSPECT, now)
-        lasts = self.config.stall if entry.connected else self.config.suspicion
-        entry.state_ends = max(doubted_at, now - lasts / 2) + lasts
-        entry.told_at = told_at
-        if now - told_at > self.config.suspicion:
-            entry.tell_at = now + self.config.hush * lot(self._id, peer)
+        lasts = self.config.respite(connected=entry.connected, alone=self._roster.alone)
+        entry.state_ends = max(min(entry.doubted_at, now), now - lasts / 2) + lasts
+        told = now - entry.told_at <= self.config.suspicion
+        entry.tell_at = INFINITY if told else now + self.config.hush * lot(self._id, peer)
         return [Changed(peer, PeerState.ALIVE, PeerState.SUSPECT, reason), *self._settle(peer, entry, now)]
 
     def _believe(self, peer: PeerId, reason: str, now: float) -> list[Effect]:
@@ -326,6 +324,8 @@ class Membership:
             return []
         if entry.believed:
             entry.next_dial, entry.failures = now, 0
+        if entry.state is PeerState.SUSPECT:
+            entry.state_ends = min(entry.state_ends, now + self.config.suspicion)
         if entry.state is PeerState.ALIVE and self._roster.wanted(peer):
             return self._silent(peer, "connection lost", now)
         return [Changed(peer, entry.state, entry.state, "disconnected"), *self._settle(peer, entry, now)]

@@ -21,7 +21,8 @@ class MembershipConfig:
             network for a moment. Longer forgives longer moments; it is most of what the news of a death takes.
         stall: the same for a suspect that answers no probe on a connection which is still open: a process stopped, a
             machine gone, or TCP waiting ever longer to send again what was lost. Longer forgives longer stalls; with
-            a probe's turn and two timeouts it is what the news takes of a machine that lost its power.
+            a probe's turn and two timeouts it is what the news takes of a machine that lost its power. Three times as
+            long in a mesh of two, where nobody can be asked: the muxer's pings end the connection before that.
         tombstone: how long the dead are remembered, and dialled now and then.
         coalesce: changes of one's own announcement within this time go out as one.
         refute_every: between two refutations of others' suspicions of us. Bounds what a liar can make us say.
@@ -64,6 +65,10 @@ class MembershipConfig:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
         if self.connections < 4:
             raise ValueError(f"connections must be at least 4, not {self.connections}")
+
+    def respite(self, *, connected: bool, alone: bool) -> float:
+        """How long a suspect has, with or without a connection, and with nobody else who could be asked about it."""
+        return (3 * self.stall if alone else self.stall) if connected else self.suspicion
 
     @classmethod
     def lan(cls) -> MembershipConfig:

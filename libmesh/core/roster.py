@@ -139,7 +139,9 @@ class Roster:
     def set_state(self, peer: PeerId, entry: Entry, state: PeerState, now: float) -> list[PeerId]:
         """A row's state changed. Those whose connection is wanted now or not wanted any more."""
         entry.state, entry.since, entry.picture, entry.state_ends = state, now, None, INFINITY
-        entry.forget_doubt()
+        entry.reach_by = INFINITY
+        if state is not PeerState.SUSPECT:
+            entry.forget_doubt()
         self._digest = self._watched = None
         (self.dead.add if state is PeerState.DEAD else self.dead.discard)(peer)
         if entry.believed == (peer in self._believed):
@@ -163,6 +165,11 @@ class Roster:
     def full(self) -> bool:
         """Whether everybody is connected to everybody."""
         return len(self._believed) < self._full_mesh
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is nobody to ask about a peer but that peer itself."""
+        return len(self._believed) <= 1
 
     def wanted(self, peer: PeerId) -> bool:
         """Whether there should be a connection to a peer that is believed in."""
