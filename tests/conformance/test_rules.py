@@ -37,7 +37,7 @@ def test_each_rule_names_a_place_in_the_specification(rule: Rule) -> None:
 def test_a_rule_is_a_sentence_and_named_for_its_part() -> None:
     for name, rule in RULES.items():
         assert name == rule.id
-        assert re.fullmatch(r"[a-z]+(\.[a-z_]+)+", rule.id)
+        assert re.fullmatch(r"[a-z]+(\.[a-z0-9_]+)+", rule.id)
         assert rule.text[0].isupper()
         assert rule.text.endswith(".")
         assert 0 < rule.limit <= 20

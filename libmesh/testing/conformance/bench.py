@@ -260,9 +260,11 @@ class Bench:
             yield guest
 
     @asynccontextmanager
-    async def announced(self) -> AsyncIterator[Guest]:
+    async def announced(
+        self, identity: Identity | None = None, credential: pb.Credential | None = None
+    ) -> AsyncIterator[Guest]:
         """A guest that was let in and is known as a member. Says goodbye at the end, so that nobody looks for it."""
-        async with self.stranger() as guest:
+        async with self.stranger(identity, credential) as guest:
             await guest.enter(records=[guest.announce(1)])
             yield guest
             if not guest.gone.is_set():

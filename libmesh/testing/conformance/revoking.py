@@ -6,21 +6,19 @@ from contextlib import suppress
 
 from libmesh._pb import mesh_pb2 as pb
 from libmesh.testing.conformance.bench import PROBE, Bench, Guest
-from libmesh.testing.conformance.chains import Identity, link_id
+from libmesh.testing.conformance.chains import Identity, Signer, link_id
 from libmesh.testing.conformance.rules import RuleBroken, require, rule
 from libmesh.testing.conformance.streams import Ending
 
-
-def above(bench: Bench) -> int:
-    """The number of the key that the invite's seed belongs to, in a chain that goes on below it."""
-    return len(bench.signer.links)
+MOST_LINKS = 8
+"""Of a chain."""
 
 
 @rule("revocation.forged", "A revocation that nobody above the link signed is ignored.", place="Revocation")
 async def forged(bench: Bench) -> None:
     """A wrong signature, one by the revoked peer itself, and a chain that is not the mesh's."""
     async with bench.announced() as guest, bench.member() as other:
-        links, own, number = guest.credential.links, guest.identity.seed, above(bench)
+        links, own, number = guest.credential.links, guest.identity.seed, len(bench.signer.links)
         wrong = bench.signer.revoke(links, signer=number)
         wrong.signature = bytes(64)
         unsigned = bench.signer.revoke(links, signer=number)
@@ -49,11 +47,18 @@ async def _tell(guest: Guest, revocation: pb.Revocation) -> None:
 )
 async def cuts_off(bench: Bench) -> None:
     """Revoke a member that has announced itself, while it holds a stream open."""
-    async with bench.announced() as guest, bench.member() as other:
-        await _is_cut_off(bench, guest, other)
+    signer, who = revoker(bench), Identity.fresh()
+    async with bench.announced(who, signer.admit(who.key)) as guest, bench.member() as other:
+        await _is_cut_off(bench, signer, guest, other)
         held = (await other.sync()).revocations
         ids = {link_id(revocation.links[-1]) for revocation in held}
         require(link_id(guest.credential.links[-1]) in ids, "it does not pass the revocation on")
+
+
+def revoker(bench: Bench) -> Signer:
+    """A fresh key that may revoke what it signs, if the invite allows one: peers keep so many revocations of each."""
+    may_invite = bench.signer.scope == pb.SCOPE_INVITE and len(bench.signer.links) < MOST_LINKS - 1
+    return bench.signer.delegate() if may_invite else bench.signer
 
 
 @rule(
@@ -65,13 +70,15 @@ async def cuts_off(bench: Bench) -> None:
 )
 async def cuts_off_the_silent(bench: Bench) -> None:
     """Revoke a member of which nothing but its hello is known."""
-    async with bench.member() as guest, bench.member() as other:
-        await _is_cut_off(bench, guest, other)
+    signer, who = revoker(bench), Identity.fresh()
+    async with bench.stranger(who, signer.admit(who.key)) as guest, bench.member() as other:
+        await guest.enter()
+        await _is_cut_off(bench, signer, guest, other)
 
 
-async def _is_cut_off(bench: Bench, guest: Guest, other: Guest) -> None:
+async def _is_cut_off(bench: Bench, signer: Signer, guest: Guest, other: Guest) -> None:
     held = await guest.say(PROBE, b"\x05")
-    revocation = bench.signer.revoke(guest.credential.links, signer=above(bench))
+    revocation = signer.revoke(guest.credential.links, signer=len(signer.links))
     await other.sync(revocations=[revocation])
     require(await guest.is_dropped(3), "3 s after its revocation a peer is still connected")
     ending, _ = await guest.ending(held, 1)

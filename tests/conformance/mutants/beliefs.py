@@ -7,10 +7,11 @@ from dataclasses import replace
 from typing import Any
 
 from libmesh import wire
-from libmesh.core import credentials, membership, voice
+from libmesh.core import credentials, voice
 from libmesh.core import membership_io as io
+from libmesh.core.announcement import Announcement
 from libmesh.core.membership import Membership
-from libmesh.core.roster import Digest
+from libmesh.core.roster import Digest, Entry
 from libmesh.driver import Driver
 from tests.conformance.mutants.base import Patch, ignore, mutant
 
@@ -54,15 +55,15 @@ def _patch_membership(patch: Patch, name: str, value: Any) -> None:
 
 @mutant("records.older", "it holds")
 def takes_whatever_came_last(patch: Patch) -> None:
-    patch.setattr(membership, "_supersedes", lambda *_: True)
+    patch.setattr(Entry, "superseded_by", lambda *_: True)
 
 
 @mutant("records.newer", "after (2, 0)")
 def compares_sequences_only(patch: Patch) -> None:
-    def by_sequence(new: Any, entry: Any) -> bool:
-        return bool(new.sequence > entry.announcement.sequence)
+    def by_sequence(self: Entry, new: Announcement) -> bool:
+        return new.sequence > self.announcement.sequence
 
-    patch.setattr(membership, "_supersedes", by_sequence)
+    patch.setattr(Entry, "superseded_by", by_sequence)
 
 
 @mutant("records.unchanged", "other bytes")
