@@ -12,6 +12,7 @@ class Keepalive:
 
     Attributes:
         rtt: smoothed round-trip time in seconds (RFC 6298, gain 1/8), `None` until the first answer.
+        least_rtt: the shortest one seen: the path itself, without what waits in buffers.
     """
 
     def __init__(self, *, interval: float, timeout: float, now: float) -> None:
@@ -22,6 +23,7 @@ class Keepalive:
         self._sent: float | None = None
         self._next = now
         self.rtt: float | None = None
+        self.least_rtt: float | None = None
 
     def heard(self, now: float) -> None:
         """The peer gave a sign of life."""
@@ -54,5 +56,6 @@ class Keepalive:
         """The peer echoed a ping. Echoes of old ones, and of none, are ignored."""
         if self._sent is not None and opaque == self._opaque:
             sample = now - self._sent
+            self.least_rtt = sample if self.least_rtt is None else min(self.least_rtt, sample)
             self.rtt = sample if self.rtt is None else self.rtt + (sample - self.rtt) / 8
             self._sent = None

@@ -193,7 +193,7 @@ class Yamux:
         stream = self._streams.get(stream_id)
         if stream is None or stream.state is State.REMOTE_FINISHED:
             return
-        if grant := self._windows.consumed(stream, count, now, self._keepalive.rtt):
+        if grant := self._windows.consumed(stream, count, now, self._keepalive.least_rtt):
             self._control.grant(stream_id, grant)
 
     # ---- the connection ---------------------------------------------------------------------------------------

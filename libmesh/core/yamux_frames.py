@@ -35,7 +35,7 @@ class Options:
 
     Attributes:
         initial_window: bytes a peer may have under way on a new stream; at least 256 KiB, which is in the
-            specification. 1 MiB fills 80 Mbit/s at 100 ms at once.
+            specification, and is what TCP itself takes four round trips to reach.
         max_window: largest window of one stream; 16 MiB fills 1.3 Gbit/s at 100 ms. go-yamux has the same.
         window_budget: sum of all grants beyond 256 KiB a stream. When spent, windows stay as they are.
         max_unread: received bytes that nobody has read yet, over all streams. The stream that would pass it is reset.
@@ -48,7 +48,7 @@ class Options:
         linger: seconds that a peer has to finish a stream that this side is done with, before it is reset.
     """
 
-    initial_window: int = MIB
+    initial_window: int = SPEC_WINDOW
     max_window: int = 16 * MIB
     window_budget: int = 128 * MIB
     max_unread: int = 256 * MIB

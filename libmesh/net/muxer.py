@@ -37,10 +37,13 @@ from libmesh.core.yamux_frames import (
 from libmesh.net.base import StreamReset
 from libmesh.net.muxed_stream import YamuxStream
 from libmesh.net.noise import YAMUX_ID, NoiseSession
-from libmesh.net.outbound import TURN_BYTES, Outbound
+from libmesh.net.outbound import Outbound
 from libmesh.net.records import Channel, PlainChannel
 
 log = logging.getLogger(__name__)
+
+TURN_BYTES = 512 * 1024
+"""Bytes that are received before other tasks have a turn."""
 
 CLOSE_TIME = 0.5
 """Seconds that `close` waits for what is queued to leave."""

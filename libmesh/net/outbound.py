@@ -32,9 +32,6 @@ OUTBOX_BYTES = 128 * 1024
 CORK_TIME = 0.0003
 """Seconds after another stream's small message within which one waits for company."""
 
-TURN_BYTES = 1024 * 1024
-"""Bytes that one task sends or receives before it lets others run."""
-
 
 class Outbound:
     """The sending half of a connection.
@@ -113,7 +110,7 @@ class Outbound:
         """Send the rest of `stream.view` as the socket and the window allow; then tell the stream."""
         if self._machine.writable(stream.stream_id):
             self._ready.append(stream)
-            self.pump()
+            self.flush_soon()
 
     def unqueue(self, stream: YamuxStream) -> None:
         """Forget what `queue` was asked."""
@@ -137,13 +134,13 @@ class Outbound:
         self._flusher.wake()
 
     def pump(self) -> bool:
-        """Send while the socket takes it, up to a turn's worth. True when nothing is left to send."""
+        """Send what the socket takes, a batch at most: others want their turn. True when nothing is left to send."""
         if self._blocked or self._stopped:
             return False
         channel, sent = self._channel, 0
         try:
             while channel.flush_nowait():
-                if sent >= TURN_BYTES:
+                if sent >= BATCH_BYTES:
                     self.flush_soon()
                     return False
                 size = self._put_batch()

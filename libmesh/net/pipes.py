@@ -87,6 +87,13 @@ class SocketPipe(Pipe):
         if self._socket.family in (socket.AF_INET, socket.AF_INET6):
             tune_socket(self._socket)
 
+    def _number(self) -> int:
+        """The descriptor, to wait for. trio remembers waits for a closed one, -1, and then takes the next for busy."""
+        number = self._socket.fileno()
+        if number < 0:
+            raise trio.ClosedResourceError("the socket was closed here")
+        return number
+
     async def receive_into(self, view: memoryview) -> int:
         """See `Pipe.receive_into`."""
         try:
@@ -94,14 +101,14 @@ class SocketPipe(Pipe):
                 try:
                     return os.readv(self._socket.fileno(), (view,))
                 except BlockingIOError:
-                    await trio.lowlevel.wait_readable(self._socket.fileno())
+                    await trio.lowlevel.wait_readable(self._number())
         except (OSError, trio.ClosedResourceError) as exc:
             raise StreamReset(f"connection lost: {exc}") from exc
 
     async def wait_readable(self) -> None:
         """Return when `receive_into` would not block."""
         try:
-            await trio.lowlevel.wait_readable(self._socket.fileno())
+            await trio.lowlevel.wait_readable(self._number())
         except (OSError, trio.ClosedResourceError) as exc:
             raise StreamReset(f"connection lost: {exc}") from exc
 
@@ -118,7 +125,7 @@ class SocketPipe(Pipe):
     async def wait_writable(self) -> None:
         """Return when `send_nowait` would send something."""
         try:
-            await trio.lowlevel.wait_writable(self._socket.fileno())
+            await trio.lowlevel.wait_writable(self._number())
         except (OSError, trio.ClosedResourceError) as exc:
             raise StreamReset(f"connection lost: {exc}") from exc
 

@@ -273,8 +273,10 @@ async def _send_quietly(stream: YamuxStream, data: bytes) -> None:
 # ---- windows ----------------------------------------------------------------------------------------------------
 
 
-async def test_windows_grow_while_the_reader_keeps_up() -> None:
+async def test_windows_grow_to_what_a_long_path_needs() -> None:
     async with muxed_pair() as (a, b):
+        await trio.testing.wait_all_tasks_blocked(0.01)
+        b._machine._keepalive.least_rtt = 0.1  # as if the path were 100 ms long
         near, far = await stream_pair(a, b)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fill, near)
@@ -282,7 +284,7 @@ async def test_windows_grow_while_the_reader_keeps_up() -> None:
             while got < 60_000_000:
                 got += len(await far.receive_some())
             await trio.testing.wait_all_tasks_blocked(0.05)
-            assert far.unread > 4 * 1024 * 1024  # it started at 1 MiB
+            assert far.unread > 4 * 1024 * 1024  # it started at 256 KiB
             assert far.unread <= 16 * 1024 * 1024
             nursery.cancel_scope.cancel()
 

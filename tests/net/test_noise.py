@@ -351,3 +351,17 @@ async def test_raw_connections_of_tcp_are_driven_by_their_descriptor() -> None:
     assert isinstance(pipe_of(near), SocketPipe)
     await near.close()
     await far.close()
+
+
+async def test_waiting_on_a_closed_pipe_is_a_reset_every_time() -> None:
+    near, far = await socket_pair()
+    pipe = SocketPipe(near)
+    await near.aclose()
+    for _ in range(2):
+        with pytest.raises(StreamReset):
+            await pipe.wait_readable()
+        with pytest.raises(StreamReset):
+            await pipe.wait_writable()
+        with pytest.raises(StreamReset):
+            await pipe.receive_into(memoryview(bytearray(10)))
+    await far.aclose()
