@@ -25,7 +25,8 @@ class Link:
         latency: shortest and longest way, in seconds; uniform between them.
         loss: probability that a packet is lost, 0 to below 1.
         retransmit: seconds until a lost packet is sent again, doubling each time, as TCP does; what comes after it on
-            the same connection waits. `None`: what is lost is lost, as with datagrams, and nothing waits.
+            the same connection waits, but not longer than until its own acknowledgement has told the sender of the loss
+            (RACK, RFC 8985). `None`: what is lost is lost, as with datagrams, and nothing waits.
     """
 
     latency: tuple[float, float]
@@ -138,7 +139,9 @@ class Wires:
             return None
         arrives = self._clock.now + taken
         if self.link.retransmit is not None:
-            arrives = max(arrives, self._last.get((sender, receiver), 0.0))
+            stalled = self._last.get((sender, receiver), 0.0)
+            if stalled > arrives:
+                arrives = min(stalled, arrives + 2 * self.link.latency[1])
             self._last[sender, receiver] = arrives
         return arrives
 
