@@ -146,13 +146,12 @@ async def pieces(bench: Bench) -> None:
     place='"Protocols"',
 )
 async def streams(bench: Bench) -> None:
-    """Half of them say something first; one that was opened before must still be good."""
+    """Half of them are in the middle of a message then. One that was opened before must still be good."""
     async with bench.member() as guest:
         kept = await guest.open(PROBE)
         for number in range(STREAMS):
             stream = await guest.open(PROBE if number % 3 else TUNNEL)
-            if number % 2:
-                await stream.send_all(b"\x05\x00")
+            await stream.send_all(b"\x05\x00" if number % 2 else b"\x00")
             stream.reset()
         await kept.send_all(frame(b""))
         require((await receive(kept, pb.ProbeAnswer, KIB)).heard, "its answer to a probe is no")

@@ -53,11 +53,11 @@ async def target(bench: Bench) -> None:
     place="ProbeAnswer",
 )
 async def silent_target(bench: Bench) -> None:
-    """The other guest takes probes and says nothing. Half a second more is allowed for the way."""
+    """The other guest takes probes and says nothing. Nearly a second more is allowed for the way."""
     async with bench.announced() as far, bench.member() as near:
         far.answers_probes = False
         started = trio.current_time()
         heard = await near.probe(far.identity.key)
         took = trio.current_time() - started
     require(not heard, "it heard a peer that does not answer")
-    require(took < 1.1, f"it took {took:.1f} s to say so")
+    require(took < 1.5, f"it took {took:.1f} s to say so")

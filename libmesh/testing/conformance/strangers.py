@@ -25,7 +25,7 @@ HOLD = 5.0
     limit=15,
 )
 async def streams_reset(bench: Bench) -> None:
-    """Ask for everything, without a hello. Half a second is allowed for the way."""
+    """Ask for everything, without a hello. A second is allowed for the way."""
     asked = {
         TUNNEL: frame(pb.Open(service=bench.target.echo)),
         PROBE: frame(b""),
@@ -41,7 +41,7 @@ async def streams_reset(bench: Bench) -> None:
 async def _is_reset(guest: Guest, protocol: str, data: bytes) -> None:
     stream = await guest.say(protocol, data)
     try:
-        ending, said = await ending_of(stream, HOLD + 0.5)
+        ending, said = await ending_of(stream, HOLD + 1)
     except ServiceRefused:
         require(protocol == GOSSIP, f"it does not know {protocol}")
         return

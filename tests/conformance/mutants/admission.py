@@ -8,10 +8,14 @@ from typing import Any
 
 import trio
 from google.protobuf.unknown_fields import UnknownFieldSet
+from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
 
-from libmesh import Libp2pConfig, PeerId, hello, wire, wire_pieces
+from libmesh import Libp2pConfig, PeerId, framing, hello, wire, wire_pieces
 from libmesh.core import credentials
 from libmesh.core import membership_io as io
+from libmesh.core.membership import Membership
+from libmesh.net.base import Stream
 from libmesh.wire_pieces import WireError
 from tests.conformance.mutants.base import Patch, PeerNetwork, ignore, mutant
 
@@ -149,6 +153,49 @@ def does_not_close_after_a_refusal(patch: Patch) -> None:
         await trio.lowlevel.checkpoint()
 
     patch.setattr(PeerNetwork, "disconnect", stay)
+
+
+@mutant("hello.exchange", "did not wait")
+def does_not_wait_for_its_turn(patch: Patch) -> None:
+    async def eager(
+        stream: Stream, membership: Membership, tell: hello.Tell, *, opener: bool
+    ) -> list[io.Event]:
+        await stream.send_all(framing.frame(wire.encode_digest(membership.digest())))
+        return await exchange(stream, membership, tell, opener=opener)
+
+    exchange = hello.exchange
+    patch.setattr(hello, "exchange", eager)
+
+
+@mutant("transport.ed25519_only", "let it in")
+def lets_everybody_in(patch: Patch) -> None:
+    patch.setattr(hello.Greeting, "check", lambda *_: None)
+
+
+@mutant("transport.no_plaintext", "agreed to /plaintext")
+def speaks_in_clear_if_asked(patch: Patch) -> None:
+    make = PeerNetwork.__init__
+
+    def make_open(self: PeerNetwork, seed: bytes, config: Libp2pConfig) -> None:
+        make(self, seed, config)
+        clear = InsecureTransport(create_new_key_pair(seed))
+        self._swarm.upgrader.security_multistream.add_transport(PLAINTEXT_PROTOCOL_ID, clear)
+
+    patch.setattr(PeerNetwork, "__init__", make_open)
+
+
+@mutant("limits.streams", "", slow=True)
+def has_streams_for_a_while_only(patch: Patch) -> None:
+    serve, served = PeerNetwork._serve_stream, 0
+
+    async def serve_some(self: PeerNetwork, stream: Any) -> None:
+        nonlocal served
+        served += 1
+        if served > 500:
+            await trio.sleep_forever()
+        await serve(self, stream)
+
+    patch.setattr(PeerNetwork, "_serve_stream", serve_some)
 
 
 # ── before that ───────────────────────────────────────────────────────────────────────────────────────────────

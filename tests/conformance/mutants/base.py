@@ -26,13 +26,17 @@ class PeerNetwork(Libp2pNetwork):
 
 @dataclass(frozen=True)
 class Mutant:
-    """A mistake, the rule that must find it, and part of what the rule must say. Slow: it takes over a second."""
+    """A mistake, the rule that must find it, and part of what the rule must say. Slow: it takes over a second.
+
+    The patience is in seconds, and enough for a peer on this machine.
+    """
 
     rule: str
     says: str
     make: Callable[[Patch], None]
     listen: Libp2pConfig = LISTEN
     slow: bool = False
+    patience: float = 1.5
 
 
 MUTANTS: dict[str, Mutant] = {}

@@ -122,6 +122,20 @@ def believes_that_others_are_dead(patch: Patch) -> None:
     patch.setattr(Membership, "handle", gullible)
 
 
+@mutant("records.of_itself", "a record that is bad")
+def takes_others_word_for_its_own(patch: Patch) -> None:
+    handle = Membership.handle
+
+    def gullible(self: Membership, event: io.Event, now: float) -> Any:
+        if isinstance(event, io.RecordHeard) and event.record.announcement.peer == self.me.announcement.peer:
+            self._voice.record = event.record
+            self._roster.my_record_changed()
+            return []
+        return handle(self, event, now)
+
+    patch.setattr(Membership, "handle", gullible)
+
+
 # ── what is said to everybody ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -130,7 +144,7 @@ def ignores_suspicion_of_itself(patch: Patch) -> None:
     ignore(patch, io.SuspicionHeard)
 
 
-@mutant("gossip.no_verdict", "did not probe", slow=True)
+@mutant("gossip.no_verdict", "did not probe", slow=True, patience=5.0)
 def does_not_probe_suspects(patch: Patch) -> None:
     ignore(patch, io.SuspicionHeard)
 
