@@ -219,7 +219,7 @@ class Driver:
                     self.posts.deliver(author, data)
 
     def _is_live_member(self, peer: PeerId) -> bool:
-        return peer in self.membership.watched[0]
+        return self.membership.believes(peer)
 
     def _hear(self, data: bytes) -> None:
         try:

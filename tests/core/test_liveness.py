@@ -120,6 +120,38 @@ def test_who_is_no_longer_watched_is_forgotten() -> None:
     assert all(getattr(effect, "peer", None) != PEERS[0] for _, effect in wake(made, 20.0))
 
 
+def test_who_cannot_be_asked_directly_is_asked_through_those_who_can() -> None:
+    made = Liveness(CONFIG, rng=random.Random(7))
+    made.handle(Watch(frozenset(PEERS), asked=frozenset(PEERS[1:3])), 0.0)
+    (effect,) = made.handle(Doubt(PEERS[0]), 1.0)
+    assert isinstance(effect, PingThrough)
+    assert set(effect.helpers) == set(PEERS[1:3])
+    assert (1.8, Silent(PEERS[0])) in wake(made, 1.8)
+
+
+def test_with_nobody_to_ask_even_an_unreachable_peer_is_pinged() -> None:
+    made = Liveness(CONFIG, rng=random.Random(7))
+    made.handle(Watch(frozenset(PEERS[:1]), asked=frozenset()), 0.0)
+    assert made.handle(Doubt(PEERS[0]), 1.0) == [Ping(PEERS[0])]
+
+
+def test_only_those_near_a_peer_are_asked_about_it_and_only_those_with_such_take_turns() -> None:
+    near = {PEERS[0]: (PEERS[1],), PEERS[1]: (PEERS[0], PEERS[5])}
+    made = Liveness(CONFIG, rng=random.Random(7))
+    made.handle(Watch(frozenset(PEERS[:4]), asked=frozenset(PEERS[:4]), nearby=near), 0.0)
+    effects = [effect for _, effect in wake(made, 8.0)]
+    assert {effect.peer for effect in effects if isinstance(effect, Ping)} == set(PEERS[:2])
+    assert PingThrough(PEERS[0], (PEERS[1],)) in effects
+    assert made.handle(Doubt(PEERS[3]), 9.0) == [Ping(PEERS[3])]
+    assert (9.5, Silent(PEERS[3])) in wake(made, 9.5)
+
+
+def test_without_anybody_to_take_turns_time_still_goes_on() -> None:
+    made = Liveness(CONFIG, rng=random.Random(7))
+    made.handle(Watch(frozenset(PEERS), nearby={}), 0.0)
+    assert wake(made, 5.0) == []
+
+
 @pytest.mark.parametrize("field", ["interval", "timeout", "indirect_timeout", "helpers"])
 def test_times_must_be_positive(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must be greater than 0"):
