@@ -216,7 +216,7 @@ def test_in_a_long_partition_each_side_takes_the_other_for_dead() -> None:
 def test_a_liar_kills_nobody_and_changes_nothing(lies: Lie, count: int) -> None:
     world = settled(lan(17), count)
     world.corrupt(world.peer(0), lies, every=0.3)
-    world.run(60)
+    world.run(25)
     assert world.deaths == []
     assert world.suspicions == 0
     assert world.agreed(), world
@@ -229,7 +229,7 @@ def test_liars_hide_no_death_in_time() -> None:
     world.run(10)
     world.kill(world.peer(20))
     assert world.run_until(lambda: world.gone(world.peer(20)), limit=5) is not None, world
-    world.run(60)
+    world.run(20)
     assert world.gone(world.peer(20))
     assert world.false_deaths == []
 
@@ -266,7 +266,7 @@ def test_after_any_torment_all_views_become_the_same_and_right(seed: int, loss: 
     world = settled(
         Simulator(seed=seed, link=Link.lan(loss=loss), membership=MembershipConfig(full_mesh=12)), 16
     )
-    torment(world, 60)
+    torment(world, 40)
     assert world.run_until(world.agreed, limit=60) is not None, world
     world.run(15)
     ages = [peer.membership.digest().ages for peer in world.running]
