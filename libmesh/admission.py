@@ -86,6 +86,10 @@ class Admission:
                 self._contacts[peer] = addresses
         self._lonely.set()
 
+    def admitted_with(self, kind: Callable[[Credential], bool]) -> list[PeerId]:
+        """The admitted peers whose credential is of this kind."""
+        return [peer for peer, credential in self._admitted.items() if kind(credential)]
+
     def revoke(self, peer: PeerId) -> None:
         """Treat `peer` as a stranger from now on."""
         self._admitted.pop(peer, None)
@@ -94,8 +98,8 @@ class Admission:
         """The last connection to `peer` is gone."""
         if (scope := self._waiting.pop(peer, None)) is not None:
             scope.cancel()
-        if self._admitted.pop(peer, None) is not None:
-            self._tell(io.Disconnected(peer))
+        self._admitted.pop(peer, None)
+        self._tell(io.Disconnected(peer))
         if not self._admitted:
             self._lonely.set()
 

@@ -158,6 +158,7 @@ class Driver:
                     self._prober.doubt(peer)
                 case io.Revoked(revocation):
                     log.info("a membership was revoked: %s", revocation.link_id.hex())
+                    self._drop_revoked()
                 case io.Dial(peer, addresses):
                     self._tasks.start_soon(self.admission.dial, peer, addresses)
                 case io.Drop(peer, reason):
@@ -172,6 +173,12 @@ class Driver:
             self._prober.update()
             self._tell_watchers()
         self._rearm.set()
+
+    def _drop_revoked(self) -> None:
+        """Cut off whoever was admitted with a link that is revoked now, also those who never announced themselves."""
+        for peer in self.admission.admitted_with(self.membership.revoked.covers):
+            self.admission.revoke(peer)
+            self._tasks.start_soon(self.network.disconnect, peer)
 
     def _tell_watchers(self) -> None:
         view = self.view

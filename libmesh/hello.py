@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import trio
 
@@ -20,6 +21,7 @@ from libmesh.errors import AdmissionRefused
 from libmesh.framing import frame, receive_frame
 from libmesh.net.base import Stream
 from libmesh.peers import PeerId
+from libmesh.wire_pieces import NotAMessage, WireError
 
 PROTOCOL = "/libmesh/hello/1.0.0"
 
@@ -94,18 +96,28 @@ async def answer(stream: Stream, greeting: Greeting) -> Credential:
 
     Raises `AdmissionRefused` after telling them so, `WireError` or a stream error if they make no sense.
     """
-    shown = wire.decode_hello(await receive_frame(stream, wire.MAX_HELLO)).credential
+    said = await receive_frame(stream, wire.MAX_HELLO)
+    try:
+        shown = wire.decode_hello(said).credential
+    except NotAMessage:
+        raise
+    except WireError as exc:
+        await _refuse(stream, greeting, Refusal("malformed", str(exc)))
     if (refusal := greeting.check(stream.peer, shown)) is not None:
-        reply = wire.HelloReply(agent=greeting.agent, refusal=refusal.reason)
-        await stream.send_all(frame(wire.encode_hello_reply(reply)))
-        await stream.send_eof()
-        await _wait_until_read(stream)
-        raise AdmissionRefused(
-            f"refused the peer {stream.peer}: {refusal.detail}", reason=refusal.reason, peer=stream.peer
-        )
+        await _refuse(stream, greeting, refusal)
     reply = wire.HelloReply(agent=greeting.agent, credential=greeting.credential)
     await stream.send_all(frame(wire.encode_hello_reply(reply)))
     return shown
+
+
+async def _refuse(stream: Stream, greeting: Greeting, refusal: Refusal) -> NoReturn:
+    reply = wire.HelloReply(agent=greeting.agent, refusal=refusal.reason)
+    await stream.send_all(frame(wire.encode_hello_reply(reply)))
+    await stream.send_eof()
+    await _wait_until_read(stream)
+    raise AdmissionRefused(
+        f"refused the peer {stream.peer}: {refusal.detail}", reason=refusal.reason, peer=stream.peer
+    )
 
 
 async def _wait_until_read(stream: Stream) -> None:

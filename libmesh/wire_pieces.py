@@ -32,6 +32,10 @@ class WireError(MeshError):
     """Bytes from a peer break the specification; the text says how."""
 
 
+class NotAMessage(WireError):
+    """They are too many, or not protobuf: there is nobody there who speaks this protocol."""
+
+
 def exactly(length: int, data: bytes, what: str) -> bytes:
     """`data`, if it has `length` bytes."""
     if len(data) != length:
@@ -140,9 +144,9 @@ def valid_service_name(name: str) -> bool:
 def parse(message: _M, data: bytes, limit: int) -> _M:
     """Fill `message` from at most `limit` bytes."""
     if len(data) > limit:
-        raise WireError(f"a {type(message).__name__} of {len(data)} bytes; at most {limit} are allowed")
+        raise NotAMessage(f"a {type(message).__name__} of {len(data)} bytes; at most {limit} are allowed")
     try:
         message.ParseFromString(data)
     except DecodeError as exc:
-        raise WireError(f"not a {type(message).__name__}: {exc}") from exc
+        raise NotAMessage(f"not a {type(message).__name__}: {exc}") from exc
     return message

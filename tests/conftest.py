@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ import trio
 from libmesh_node.llama.build import BuildProgress, install
 from libmesh_node.llama.engine import Engine, find_engine
 from libmesh_node.models.demo import demo_model
+
+# A shell that runs the suite in the background has it ignore Ctrl-C, and all that it starts would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
