@@ -9,10 +9,15 @@ from typing import Any
 import trio
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric.utils import decode_dss_signature, encode_dss_signature
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from libmesh.net.muxer import YamuxConnection
 from libmesh.net.noise import Noise
+
+_ORDER = (
+    0xFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFFEBAAEDCE6AF48A03BBFD25E8CD0364141  # of secp256k1 (SEC 2, section 2.4.1)
+)
 
 
 class HandshakeFailed(Exception):
@@ -36,8 +41,9 @@ class Secp256k1Key:
         return b"\x08\x02\x12\x21" + point
 
     def sign(self, data: bytes) -> bytes:
-        """A signature."""
-        return self._key.sign(data, ec.ECDSA(hashes.SHA256()))
+        """A signature, of the two that are good the one with the lower S: libsecp256k1 takes no other."""
+        r, s = decode_dss_signature(self._key.sign(data, ec.ECDSA(hashes.SHA256())))
+        return encode_dss_signature(r, min(s, _ORDER - s))
 
 
 class RawConnection:
