@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+_SOON = 3
+"""Pings that are a second apart at first: one that meets a connection being set up measures that, not the path."""
+
 
 class Keepalive:
     """Pings on a schedule and judges the answers.
@@ -22,6 +25,7 @@ class Keepalive:
         self._opaque = 0
         self._sent: float | None = None
         self._next = now
+        self._soon = _SOON
         self.rtt: float | None = None
         self.least_rtt: float | None = None
 
@@ -39,7 +43,8 @@ class Keepalive:
             self._sent = None
         if now < self._next:
             return None
-        self._next = now + self._interval
+        self._soon -= 1
+        self._next = now + (self._interval if self._soon <= 0 else min(self._interval, 1.0))
         if self._sent is not None:
             return None
         self._opaque = (self._opaque + 1) & 0xFFFFFFFF

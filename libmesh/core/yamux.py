@@ -20,8 +20,7 @@ with RST; so is silence, after `Options.linger`. Frames for streams that are for
 What a peer may not do ends the connection (`Broken`): a wrong version or type, an id of the wrong parity or used
 twice, more data than its window, streams opened without end. `receive` never raises because of what it was given.
 
-Windows are in `yamux_streams.py`, pings in `keepalive.py`, frames, options and events in `yamux_frames.py`. Unread bytes
-are bounded by `max_unread` for the connection; the stream whose data would pass it is reset.
+Windows are in `yamux_streams.py`, pings in `keepalive.py`, frames, options and events in `yamux_frames.py`.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Yamux:
 
     Attributes:
         broken: why the connection is over, or `None`. Afterwards every call is harmless and does nothing.
-        table: the streams that are known, lingering ones included, and what they hold; to look at only.
+        table: the streams that are known, lingering ones included; to look at only.
     """
 
     def __init__(self, *, initiator: bool, now: float, options: Options | None = None) -> None:
@@ -204,6 +203,11 @@ class Yamux:
         return self._keepalive.rtt
 
     @property
+    def least_rtt(self) -> float | None:
+        """The shortest one seen: the path itself, without what waits in buffers."""
+        return self._keepalive.least_rtt
+
+    @property
     def has_control(self) -> bool:
         """Whether `take_control` has anything."""
         return bool(self._control)
@@ -335,8 +339,7 @@ class Yamux:
     def _charge(self, events: list[Event], stream_id: int, stream: StreamState, length: int) -> bool:
         """Whether a body of `length` may come: within the window, wanted, and within the memory bound."""
         if length > stream.receive_window:
-            why = f"stream {stream_id}: {length} bytes into a window of {stream.receive_window}"
-            self._break(events, why)
+            self._break(events, f"stream {stream_id}: {length} bytes, window {stream.receive_window}")
             return False
         stream.receive_window -= length
         if not length:

@@ -45,6 +45,9 @@ log = logging.getLogger(__name__)
 TURN_BYTES = 512 * 1024
 """Bytes that are received before other tasks have a turn."""
 
+SHORT_PATH = 0.001
+"""Seconds of round trip below which the kernel's receive buffer is kept small; see `pipes.SHORT_BUFFER_BYTES`."""
+
 CLOSE_TIME = 0.5
 """Seconds that `close` waits for what is queued to leave."""
 
@@ -188,7 +191,7 @@ class YamuxConnection(IMuxedConn):
 
     async def _receive_loop(self) -> None:
         machine, receive = self._machine, self._channel.receive
-        taken = 0
+        taken, shortened = 0, False
         reason = "the peer closed the connection"
         if isinstance(self.secured_conn, NoiseSession):  # what came behind the muxer's negotiation
             self._handle(machine.receive(self.secured_conn.take_unread(), trio.current_time()))
@@ -202,6 +205,9 @@ class YamuxConnection(IMuxedConn):
                     return
                 if machine.has_control:
                     self._outbound.flush_soon()
+                if not shortened and (machine.least_rtt or SHORT_PATH) < SHORT_PATH:
+                    shortened = True
+                    self._channel.shorten()
                 if taken >= TURN_BYTES:
                     taken = 0
                     await trio.lowlevel.checkpoint()

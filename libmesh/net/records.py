@@ -63,6 +63,10 @@ class Channel(ABC):
     async def flush(self) -> None:
         """Send some of what is queued, waiting if need be. Returns after progress, or when nothing is left."""
 
+    def shorten(self) -> None:
+        """The path is short: keep no more in the kernel than it needs. Nothing by default."""
+        return
+
     @abstractmethod
     async def aclose(self) -> None:
         """Close the connection. What is queued is lost."""
@@ -217,6 +221,10 @@ class RecordChannel(Channel):
             self._pool.give(self._out)
         self._out = None
         self._out_start = self._out_end = 0
+
+    def shorten(self) -> None:
+        """See `Channel.shorten`."""
+        self._pipe.shorten()
 
     async def aclose(self) -> None:
         """See `Channel.aclose`."""

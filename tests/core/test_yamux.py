@@ -41,6 +41,14 @@ def frame(kind: int, flags: int, stream_id: int, length: int, body: bytes = b"")
     return HEADER.pack(0, kind, flags, stream_id, length) + body
 
 
+def settle(side: Side) -> None:
+    """Answer the pings of the first seconds."""
+    for start in (0.0, 1.0, 2.0):
+        side.machine.tick(start)
+        opaque = frames_of(side.machine.take_control())[-1][3]
+        side.take(frame(PING, ACK, 0, opaque), now=start + 0.1)
+
+
 def frames_of(data: bytes) -> list[tuple[int, int, int, int]]:
     """Type, flags, stream and length of each frame."""
     found, position = [], 0
@@ -332,7 +340,7 @@ def test_frames_for_forgotten_streams_are_skipped() -> None:
 def test_a_stream_that_the_peer_never_finishes_is_reset_after_lingering() -> None:
     side = Side(True, Options(linger=30.0, ping_interval=1e9, ping_timeout=1e9))
     side.machine.open(0)
-    side.machine.tick(0.0)
+    settle(side)
     side.abandon(1, now=5.0)
     assert side.machine.deadline() == 35.0
     side.machine.tick(34.9)
@@ -346,7 +354,7 @@ def test_a_stream_that_the_peer_never_finishes_is_reset_after_lingering() -> Non
 def test_a_released_stream_delivers_until_it_is_reset_for_lingering() -> None:
     side = Side(True, Options(linger=30.0, ping_interval=1e9, ping_timeout=1e9))
     side.machine.open(0)
-    side.machine.tick(0.0)
+    settle(side)
     side.machine.finish(1, linger_from=0.0)
     assert side.take(frame(DATA, 0, 1, 5, b"reply")) == [Data(1, b"reply")]
     assert side.machine.tick(30.0) == [Reset(1, "the peer did not finish in time")]
@@ -455,7 +463,7 @@ def test_more_data_than_the_window_ends_the_connection() -> None:
     side = Side(False, PLAIN)
     side.take(frame(WINDOW_UPDATE, SYN, 1, 0))
     (event,) = side.take(frame(DATA, 0, 1, SPEC_WINDOW + 1))
-    assert event == Broken(f"stream 1: {SPEC_WINDOW + 1} bytes into a window of {SPEC_WINDOW}")
+    assert event == Broken(f"stream 1: {SPEC_WINDOW + 1} bytes, window {SPEC_WINDOW}")
     assert frames_of(side.machine.take_control())[-1] == (GO_AWAY, 0, 0, 1)
 
 
@@ -526,27 +534,33 @@ def test_round_trips_are_measured_and_smoothed() -> None:
     assert side.machine.rtt == pytest.approx(0.1 + 0.4 / 8)
 
 
+def test_pings_come_soon_at_first_and_then_at_their_interval() -> None:
+    side = Side(True, Options(ping_interval=10.0, ping_timeout=5.0))
+    settle(side)
+    assert side.machine.deadline() == 12.0
+
+
 def test_a_peer_silent_for_the_timeout_after_a_ping_is_dead() -> None:
     side = Side(True, Options(ping_interval=10.0, ping_timeout=5.0))
-    side.machine.tick(0.0)
-    side.take(frame(PING, ACK, 0, 1), now=0.1)
-    side.machine.tick(10.0)
-    assert side.machine.deadline() == 15.0
-    assert side.machine.tick(14.9) == []
-    assert side.machine.tick(15.0) == [Broken("no sign of life for 14.9 s")]
+    settle(side)
+    side.machine.tick(12.0)
+    assert side.machine.deadline() == 17.0
+    assert side.machine.tick(16.9) == []
+    assert side.machine.tick(17.0) == [Broken("no sign of life for 14.9 s")]
 
 
 @pytest.mark.parametrize("sign", ["bytes", "progress"])
 def test_a_slow_peer_is_not_a_dead_one(sign: str) -> None:
     side = Side(True, Options(ping_interval=10.0, ping_timeout=5.0))
-    side.machine.tick(0.0)
+    settle(side)
+    side.machine.tick(12.0)
     if sign == "bytes":
-        side.take(frame(PING, SYN, 0, 3), now=4.0)
+        side.take(frame(PING, SYN, 0, 3), now=16.0)
     else:
-        side.machine.alive(4.0)
-    assert side.machine.tick(5.0) == []
-    assert side.machine.tick(10.0) == []
-    assert side.machine.tick(15.0) == [Broken("no sign of life for 11.0 s")]
+        side.machine.alive(16.0)
+    assert side.machine.tick(17.0) == []
+    assert side.machine.tick(22.0) == []
+    assert side.machine.tick(27.0) == [Broken("no sign of life for 11.0 s")]
 
 
 @given(st.lists(st.floats(0.01, 20.0), min_size=1, max_size=30), st.booleans())

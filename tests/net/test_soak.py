@@ -57,12 +57,16 @@ class Soak:
             self.killed += 1
 
     async def echo(self, stream: Stream) -> None:
-        with suppress(trio.BrokenResourceError):
+        try:
             while data := await stream.receive_some():
                 if self.lots.random() < 0.01:
                     await trio.sleep(self.lots.uniform(0, 0.2))
                 await stream.send_all(data)
-            await stream.send_eof()
+            await stream.aclose()
+        except trio.BrokenResourceError:
+            return
+        finally:
+            stream.reset()  # also when this peer is killed: half an echo must not look like a whole one
 
     async def user(self) -> None:
         """Use random pairs of peers, cancelled at random."""
