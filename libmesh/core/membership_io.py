@@ -82,7 +82,7 @@ class MembershipConfig:
         A lost packet's second and third retransmission come after 0.6 s and 1.4 s; suspicion must outlast them both
         ways.
         """
-        return cls(suspicion=4.0, stall=6.0, hush=1.0, refute=2.0, reach=3.0, dial_first=1.0, coalesce=0.3)
+        return cls(suspicion=4.0, stall=4.5, hush=1.0, refute=2.0, reach=3.0, dial_first=1.0, coalesce=0.3)
 
 
 @dataclass(frozen=True, slots=True)

@@ -44,17 +44,7 @@ from libmesh.peers import PeerId, PeerState, Scope, Service
 
 MESH = Authority.of_mesh(bytes(range(32)))
 NOW = 1_000_000.0
-CONFIG = MembershipConfig(
-    refresh=300,
-    suspicion=2,
-    stall=2,
-    tombstone=60,
-    coalesce=0.1,
-    dial_first=0.5,
-    dial_min=1,
-    dial_max=4,
-    hush=0.2,
-)
+CONFIG = MembershipConfig(suspicion=2, stall=2, tombstone=60, dial_min=1, dial_max=4, hush=0.2)
 
 
 def key(number: int) -> SecretKey:

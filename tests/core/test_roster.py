@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from libmesh import wire
 from libmesh.core import membership_io as io
+from libmesh.core.dialling import MAX_DIALS
 from libmesh.core.membership import Membership
 from libmesh.core.roster import Digest
 from libmesh.peers import Path, PathKind, PeerId, PeerState
@@ -136,6 +137,24 @@ def test_records_are_shared_between_machines_not_copied() -> None:
         assert lacking is said
 
 
+def test_of_strangers_nothing_is_known() -> None:
+    made, stranger = machine(), members.peer(77)
+    assert made.credential_of(stranger) is None
+    assert made.addresses_of(stranger) == ()
+    assert made.state_of(stranger) is None
+    assert not made.believes(stranger)
+    assert not made.wanted(stranger)
+
+
+def test_of_members_their_own_words_are_known() -> None:
+    made, said = machine(), members.record(2)
+    made.handle(io.RecordHeard(said, gossiped=True), NOW)
+    assert made.credential_of(members.peer(2)) == said.announcement.credential
+    assert made.addresses_of(members.peer(2)) == said.announcement.addresses
+    assert made.believes(members.peer(2))
+    assert made.newer_than(made.digest()) == []
+
+
 # ── beyond the full mesh ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -253,3 +272,45 @@ def test_the_dead_are_dialled_a_few_at_a_time_however_many_they_are() -> None:
     assert {shown.state for shown in made.view(path_of).peers} == {PeerState.DEAD}
     count = sum(dials(io.Wake(), NOW + tenth / 10) for tenth in range(50, 250))
     assert 20 * 8 / CONFIG.dial_max / 2 <= count <= 20 * 8 / CONFIG.dial_max * 1.5
+
+
+def test_a_doubted_peer_without_addresses_gets_the_time_that_a_dial_would_have() -> None:
+    made = crowd()
+    peer = members.peer(999)
+    made.handle(io.RecordHeard(members.record(999, addresses=()), gossiped=True), NOW)
+    assert not made.wanted(peer)
+    made.handle(io.SuspicionHeard(io.Suspicion(peer, 1, 1)), NOW)
+    suspected = [
+        t for t, e in wake(made, NOW + 9) if isinstance(e, io.Changed) and e.state is PeerState.SUSPECT
+    ]
+    assert suspected == [NOW + CONFIG.refute + CONFIG.reach]
+
+
+def test_a_lost_connection_shortens_the_time_of_a_suspect() -> None:
+    made = crowd()
+    peer = sorted(made.watched[0])[0]
+    made.handle(io.PeerSilent(peer), NOW)
+    made.handle(io.Disconnected(peer), NOW + 0.5)
+    deaths = [t for t, e in wake(made, NOW + 9) if isinstance(e, io.Changed) and e.state is PeerState.DEAD]
+    assert deaths == [NOW + 0.5 + CONFIG.suspicion]
+
+
+def test_who_is_dead_is_disconnected() -> None:
+    made = crowd()
+    peer = sorted(made.watched[0])[0]
+    made.handle(io.PeerSilent(peer), NOW)
+    assert (NOW + CONFIG.stall, io.Drop(peer, "no answer")) in wake(made, NOW + 9)
+
+
+def test_not_more_are_dialled_at_once_than_there_may_be() -> None:
+    made = machine()
+    made.handle(io.Wake(), NOW)
+    made._dialling._active = MAX_DIALS
+    assert not [
+        e
+        for e in made.handle(io.RecordHeard(members.record(2), gossiped=True), NOW)
+        if isinstance(e, io.Dial)
+    ]
+    wake(made, NOW + 2)
+    made._dialling._active = 0
+    assert [e for _, e in wake(made, NOW + 3) if isinstance(e, io.Dial)] != []
