@@ -69,6 +69,7 @@ class Admission:
         self._lonely = trio.Event()
         self._answering: set[PeerId] = set()
         self._waiting: dict[PeerId, trio.CancelScope] = {}
+        self._connecting: dict[PeerId, trio.Lock] = {}
 
     def credential_of(self, peer: PeerId) -> Credential | None:
         """What an admitted, connected peer has shown; `None` for all others."""
@@ -107,10 +108,32 @@ class Admission:
         return hello.Greeting(self._agent, self._credential, self._membership, self._now())
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
-        """Connect to `peer` and be admitted. Raises `PeerUnreachable` or `AdmissionRefused`."""
-        await self._network.connect(peer, addresses)
-        if peer in self._admitted:
-            return
+        """Connect to `peer` and be admitted. Raises `PeerUnreachable` or `AdmissionRefused`.
+
+        Whoever asks while that is under way waits for its outcome: the other side takes one hello of a peer at a time, and
+        a second one would end the connection for the first. If cancelled within a hello, the connection is closed.
+        Once our own membership has ended, nobody is bothered any more.
+        """
+        self._check_not_ended(peer)
+        lock = self._connecting.setdefault(peer, trio.Lock())
+        try:
+            async with lock:
+                await self._network.connect(peer, addresses)
+                if peer not in self._admitted:
+                    await self._say_hello(peer)
+        finally:
+            waiting = lock.statistics()
+            if not waiting.locked and not waiting.tasks_waiting:
+                self._connecting.pop(peer, None)
+
+    def _check_not_ended(self, peer: PeerId) -> None:
+        end = self._credential.not_after_unix
+        if end is not None and self._now() > end:
+            raise AdmissionRefused(
+                "this node's membership has ended; ask for a new invite", reason="expired", peer=peer
+            )
+
+    async def _say_hello(self, peer: PeerId) -> None:
         try:
             with trio.fail_after(self._config.hello_limit):
                 async with await self._network.open_stream(peer, hello.PROTOCOL) as stream:
@@ -118,6 +141,10 @@ class Admission:
                     await self._admit(stream, credential, dialled=True)
         except AdmissionRefused:
             await self._network.disconnect(peer)
+            raise
+        except trio.Cancelled:
+            with trio.CancelScope(shield=True):
+                await self._network.disconnect(peer)
             raise
         except (ServiceRefused, WireError, trio.BrokenResourceError, trio.TooSlowError) as exc:
             await self._network.disconnect(peer)
@@ -163,6 +190,8 @@ class Admission:
         with trio.CancelScope() as scope:
             self._waiting[peer] = scope
             await trio.sleep(self._config.hello_limit)
+        if self._waiting.get(peer) is scope:
+            del self._waiting[peer]
         if scope.cancelled_caught:
             return
         if peer not in self._admitted and self._network.path(peer) is not None:

@@ -165,7 +165,7 @@ async def expose(
         try:
             with trio.fail_after(OPEN_LIMIT):
                 sock = await trio.open_tcp_stream(host, port)
-        except (OSError, trio.TooSlowError) as exc:
+        except (OSError, UnicodeError, trio.TooSlowError) as exc:  # Unicode: what cannot be a host's name
             raise ServiceRefused(f"{host}:{port} does not answer: {exc}", reason="unavailable") from exc
         async with sock:
             await accept()

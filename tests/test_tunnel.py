@@ -259,6 +259,14 @@ async def test_a_reset_crosses_and_is_no_end_of_file() -> None:
             await reset_is_seen(stream)
 
 
+async def test_what_cannot_be_a_hosts_name_is_unavailable_too() -> None:
+    async with two_meshes() as (near, far, nursery):
+        await nursery.start(expose, near, "tcp", "a..b", 80)
+        with pytest.raises(ServiceRefused) as caught:
+            await far.open_service(near.peer, "tcp")
+        assert caught.value.reason == "unavailable"
+
+
 async def test_nothing_behind_the_service_resets_the_connection_and_the_tunnel_lives() -> None:
     async with two_meshes() as (near, far, nursery):
         sock = socket.socket()

@@ -139,10 +139,14 @@ class Libp2pNetwork(Network):
         return tuple(dict.fromkeys((*self._config.announce, *own)))
 
     def _interface_hosts(self) -> list[str]:
-        """Asking the system takes milliseconds, and this is asked often."""
+        """Asking the system takes milliseconds, and this is asked often. If it cannot tell now, what it told last."""
         now = time.monotonic()
         if now >= self._interfaces_stale:
-            self._interfaces, self._interfaces_stale = tcp.interface_hosts(), now + _INTERFACES_HOLD
+            self._interfaces_stale = now + _INTERFACES_HOLD
+            try:
+                self._interfaces = tcp.interface_hosts()
+            except OSError as exc:  # out of file descriptors, say
+                log.debug("cannot look at the interfaces now: %s", exc.strerror)
         return self._interfaces
 
     def events(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[NetworkEvent]]:

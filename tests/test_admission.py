@@ -1,0 +1,92 @@
+"""Whom one gets to know at the same time, and what is left of whoever was interrupted. All in virtual time."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+import trio.testing
+
+from libmesh import AdmissionRefused, Mesh, Scope, Stream
+from tests.members import NOW
+from tests.town import Town, town
+
+
+async def _nothing(stream: Stream) -> None:
+    await stream.receive_some()
+
+
+async def _three(place: Town) -> tuple[Mesh, Mesh]:
+    _, two, three = await place.of(3)
+    await trio.sleep(1)
+    return two, three
+
+
+async def test_many_that_need_an_unconnected_peer_share_one_hello(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with town() as place:
+        two, three = await _three(place)
+        opened: list[Stream] = []
+
+        async def open_one() -> None:
+            opened.append(await two.open_service(three.peer, "a"))
+
+        with three.offer("a", _nothing):
+            for ticks in range(20):
+                await place.networks[2].disconnect(three.peer)
+                while two._driver.admission.credential_of(three.peer) is not None:
+                    await trio.lowlevel.checkpoint()
+                for _ in range(ticks):
+                    await trio.lowlevel.checkpoint()
+                with trio.fail_after(1):
+                    async with trio.open_nursery() as nursery:
+                        for _ in range(8):
+                            nursery.start_soon(open_one)
+                for stream in opened:
+                    await stream.aclose()
+                opened.clear()
+        assert not two._driver.admission._connecting
+
+
+async def test_cancelled_hello_leaves_nobody_half_admitted(autojump_clock: trio.testing.MockClock) -> None:
+    async with town() as place:
+        two, three = await _three(place)
+        admission, membership = two._driver.admission, two._driver.membership
+        addresses = membership.addresses_of(three.peer)
+        for ticks in range(60):
+            await place.networks[2].disconnect(three.peer)
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(admission.connect, three.peer, addresses)
+                    for _ in range(ticks):
+                        await trio.lowlevel.checkpoint()
+                    scope.cancel()
+            await trio.sleep(20)
+            assert admission.credential_of(three.peer) is not None, ticks
+            assert membership._peers[three.peer].connected, ticks
+
+
+async def test_peers_whose_greeting_is_awaited_are_forgotten_with_their_connection(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with town() as place:
+        founder = await place.found()
+        strangers = [await place.network(number) for number in range(2, 12)]
+        for stranger in strangers:
+            await stranger.connect(founder.peer, founder.addresses)
+            await stranger.disconnect(founder.peer)
+        await trio.sleep(30)
+        assert not founder._driver.admission._waiting
+
+
+async def test_node_whose_membership_has_ended_bothers_nobody(autojump_clock: trio.testing.MockClock) -> None:
+    async with town() as place:
+        founder = await place.found()
+        guest = await place.join(2, founder.invite(scope=Scope.CLIENT, not_after_unix=NOW + 10))
+        await trio.sleep(60)
+        dialled: list[object] = []
+        place.networks[2].connect = lambda *_: dialled.append(_)  # type: ignore[assignment,method-assign]
+        with pytest.raises(AdmissionRefused, match="has ended"):
+            await guest.open_service(founder.peer, "a")
+        await trio.sleep(60)
+        assert not dialled
