@@ -2,7 +2,10 @@
 
     identity.key         the node's Ed25519 key; makes its peer id                     0600
     mesh.key             the key of the mesh that this node founded                    0600
-    membership           credential and invite of the mesh that this node belongs to   0600
+    membership           the invite with which this node was let in, if it was         0600
+    invite               the invite that this node shows                               0600
+    mesh.json            of its mesh: invites made, revocations, peers to come back by 0600
+    p2p-port             where it accepted peers last time                             0600
     node.json            pid and ports of the running node; absent while none runs     0600
     node.lock            held (flock) by the running node; its text is that node's pid 0600
     logs/                node.log and one llama-<model>.log per model, rotated by their writers
@@ -78,8 +81,18 @@ class DataDir:
 
     @property
     def membership(self) -> Path:
-        """Credential and invite of the mesh that this node belongs to."""
+        """The invite with which this node was let into the mesh that it is in."""
         return self.path / "membership"
+
+    @property
+    def invite(self) -> Path:
+        """The invite that this node shows."""
+        return self.path / "invite"
+
+    @property
+    def kept(self) -> Path:
+        """What `kept.py` keeps of the mesh."""
+        return self.path / "mesh.json"
 
     @property
     def node_json(self) -> Path:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 
 from libmesh import InviteDenied, InviteError, Mesh, MeshError, PeerId, Scope, read_invite
 from libmesh_node.announced import decode_status
@@ -21,8 +22,6 @@ log = logging.getLogger(__name__)
 
 SHOWN_TTL = 30 * 86400.0
 """Seconds that the invite which a node shows at its start holds. It is the same one until half of that is over."""
-
-_TOKEN_FILE = "invite"
 
 
 class Inviting:
@@ -53,19 +52,19 @@ class Inviting:
         is wanted.
         """
         reason = (self._mesh.addresses, int(time.time() // 86400))
-        if reason == self._shown_for:
-            return
-        self._shown_for = reason
+        if reason != self._shown_for:
+            self._show_anew()
+            self._shown_for = reason
+
+    def _show_anew(self) -> None:
         token = self._last_shown()
         try:
             token = self._mesh.readdress(token) if token else self._make(Scope.WORKER, SHOWN_TTL)
         except InviteDenied:
             self.token = ""
             return
-        if token == self.token:
-            return
         self.token = token
-        self._folder.write_secret(self._folder.path / _TOKEN_FILE, token.encode() + b"\n")
+        self._folder.write_secret(self._folder.invite, token.encode() + b"\n")
         wanted = self._options.invite_file
         if wanted is not None:
             try:
@@ -75,7 +74,7 @@ class Inviting:
 
     def _last_shown(self) -> str:
         """The invite shown last time, if it is this mesh's, not revoked, and not near its end."""
-        data = self._folder.read_secret(self._folder.path / _TOKEN_FILE)
+        data = self._folder.read_secret(self._folder.invite)
         if data is None:
             return ""
         try:
@@ -137,10 +136,11 @@ class Inviting:
         return matches[0]
 
     def keep(self) -> None:
-        """Write down what changed: revocations, and who is there."""
+        """Write down what changed: revocations, and who is there. Raises `NodeError`; the next call tries again."""
         present = [(peer.peer, peer.addresses) for peer in self._mesh.view.peers if peer.path is not None]
         contacts = reachable(present) or self._kept.contacts
         revocations = self._mesh.revocations
         if (contacts, revocations) != (self._kept.contacts, self._kept.revocations):
-            self._kept.contacts, self._kept.revocations = contacts, revocations
-            save_kept(self._folder, self._kept)
+            changed = replace(self._kept, contacts=contacts, revocations=revocations)
+            save_kept(self._folder, changed)
+            self._kept = changed

@@ -64,7 +64,7 @@ class Kept:
 
 def load_kept(folder: DataDir, mesh_id: MeshId) -> Kept:
     """What is kept of `mesh_id`; nothing, if another mesh was the last one. Raises `NodeError` if it is damaged."""
-    data = folder.read_secret(folder.path / "mesh.json")
+    data = folder.read_secret(folder.kept)
     if data is None:
         return Kept(mesh_id)
     try:
@@ -93,7 +93,7 @@ def save_kept(folder: DataDir, kept: Kept) -> None:
         "revocations": [_text(one) for one in kept.revocations],
         "contacts": [[peer, list(addresses)] for peer, addresses in kept.contacts[:MAX_PEERS]],
     }
-    folder.write_secret(folder.path / "mesh.json", json.dumps(content, indent=1).encode() + b"\n")
+    folder.write_secret(folder.kept, json.dumps(content, indent=1).encode() + b"\n")
 
 
 def _text(data: bytes) -> str:

@@ -13,6 +13,7 @@ All four are tasks of one nursery, so that cancelling it ends them at the same t
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -156,6 +157,7 @@ class Node:
         self._session: Session | None = None
         self._inviting: Inviting | None = None
         self._invited = False
+        self._unwritten = ""
         self._introduced: set[MeshId] = set()
         self._stays = Stays(
             options, folder, self._key, opened=self._opened, entered=self._entered, closed=self._closed
@@ -246,10 +248,21 @@ class Node:
         while True:
             await trio.sleep(TICK)
             if self._inviting is not None:
-                self._inviting.keep()
-                if self._inviting.token:
-                    self._inviting.show()
+                self._keep(self._inviting)
             self._refresh()
+
+    def _keep(self, inviting: Inviting) -> None:
+        """Write down what changed. A full disk is told once and does not end a node that serves."""
+        try:
+            inviting.keep()
+            if inviting.token:
+                inviting.show()
+        except NodeError as exc:
+            if str(exc) != self._unwritten:
+                log.warning("%s What changed is lost if this node ends now.", exc)
+            self._unwritten = str(exc)
+        else:
+            self._unwritten = ""
 
     def _status(self) -> NodeStatus:
         return NodeStatus(
@@ -293,8 +306,11 @@ class Node:
         )
 
     def _notices(self, view: View | None) -> tuple[str, ...]:
-        if view is None:
+        if self._session is None or view is None:
             return ("This node is between two meshes.",)
+        end = self._session.mesh.expires_unix
+        if end is not None and time.time() > end:
+            return ("This node's membership has ended: join again with a new invite.",)
         if self._invited and not any(peer.path is not None for peer in view.peers):
             return ("Nobody in the mesh answers; this node keeps trying.",)
         return ()
@@ -308,11 +324,15 @@ class Node:
     # ── commands from the console ────────────────────────────────────────────────────────────────────────────────
 
     async def join(self, token: str) -> str:
-        """See `NodeCommands.join`: another mesh's invite makes this node leave its own for it, if it is let in."""
+        """See `NodeCommands.join`: another mesh's invite makes this node leave its own for it, if it is let in.
+
+        One to the mesh that it is in takes the place of the old one if it allows more or holds longer.
+        """
         try:
             to = Membership.invited(token)
-            if self._session is not None and to.mesh_id == self._session.mesh.mesh_id:
-                await self._session.mesh.join(token)
+            here = self._session.mesh if self._session is not None else None
+            if here is not None and to.mesh_id == here.mesh_id and not self._gains(here, token):
+                await here.join(token)
             else:
                 await self._stays.switch(to)
         except (InviteError, AdmissionRefused) as exc:
@@ -320,6 +340,16 @@ class Node:
         except MeshError as exc:
             raise CommandFailed("unreachable", _sentence(str(exc))) from exc
         return to.mesh_id
+
+    def _gains(self, here: Mesh, token: str) -> bool:
+        """Whether an invite to this mesh gives more than what this node was let in with. Its founder has all."""
+        if not self._invited:
+            return False
+        info, now = read_invite(token), time.time()
+        ours, theirs = (math.inf if end is None else end for end in (here.expires_unix, info.expires_unix))
+        return theirs > now and (
+            ours <= now or info.scope > here.scope or (info.scope == here.scope and theirs > ours)
+        )
 
     async def invite(self, scope: str, ttl: float) -> tuple[str, float]:
         """See `NodeCommands.invite`."""
@@ -329,6 +359,8 @@ class Node:
             token = self._inviting.make(Scope[scope.upper()], ttl)
         except InviteDenied as exc:
             raise CommandFailed("denied", _sentence(str(exc))) from exc
+        except NodeError as exc:
+            raise CommandFailed("internal", str(exc)) from exc
         return token, float(read_invite(token).expires_unix or 0)
 
     async def revoke(self, name: str) -> str:

@@ -14,7 +14,17 @@ from urllib.parse import urlsplit
 
 import trio
 
-from libmesh import Mesh, MeshError, PeerId, PeerState, PeerView, Scope, expose, serve_tunnel
+from libmesh import (
+    AddressUnavailable,
+    Mesh,
+    MeshError,
+    PeerId,
+    PeerState,
+    PeerView,
+    Scope,
+    expose,
+    serve_tunnel,
+)
 from libmesh_node.announced import SERVICE_PREFIX, AnnouncedModel, NodeStatus, decode_status, encode_status
 from libmesh_node.bridge import CommandFailed
 from libmesh_node.serving import LocalModels
@@ -23,6 +33,12 @@ from libmesh_node.snapshot import Server, Tunnel
 log = logging.getLogger(__name__)
 
 BELIEVED = (PeerState.ALIVE, PeerState.SUSPECT)
+
+MAX_EXPOSED = 128
+"""Services that people may expose: half of what a node may offer, so that its models always find room."""
+
+RETRY_AFTER = 5.0
+"""Seconds until a tunnel to a model is tried again for which this machine had no port."""
 
 MAX_TUNNELS = 1024
 """Tunnels to models, and as many that people asked for. Further models of peers are left out, with a line in the log."""
@@ -65,8 +81,11 @@ class Session:
                 nursery.cancel_scope.cancel()
 
     def announce(self, status: NodeStatus) -> None:
-        """Tell the others this node's status."""
-        self.mesh.announce(encode_status(status))
+        """Tell the others this node's status. If there is no room for it, they keep what they were told last."""
+        try:
+            self.mesh.announce(encode_status(status))
+        except ValueError as exc:
+            log.warning("the other nodes cannot be told of all that this one serves: %s", exc)
 
     # ── what we offer ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -84,7 +103,10 @@ class Session:
 
     async def _offer(self, name: str, port: int, scope: trio.CancelScope) -> None:
         with scope:
-            await expose(self.mesh, SERVICE_PREFIX + name, "127.0.0.1", port)
+            try:
+                await expose(self.mesh, SERVICE_PREFIX + name, "127.0.0.1", port)
+            except ValueError as exc:
+                log.warning("%s is served on this machine only: %s", name, exc)
 
     # ── what others offer ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -130,16 +152,25 @@ class Session:
         peer, name = key
         try:
             with scope:
-                async with trio.open_nursery() as nursery:
-                    port = await nursery.start(partial(serve_tunnel, self.mesh, peer, SERVICE_PREFIX + name))
-                    self._ports[key] = port
-                    log.info("%s is served by the peer %s", name, peer)
-                    self._on_change()
+                while True:
+                    try:
+                        await self._carry(key)
+                    except* AddressUnavailable as group:  # out of file descriptors, say
+                        log.warning("no way to %s of the peer %s: %s", name, peer, group.exceptions[0])
+                    await trio.sleep(RETRY_AFTER)
         finally:
             if self._tunnels.get(key) in (None, scope):
                 self._ports.pop(key, None)
             if scope.cancelled_caught:
                 log.info("%s is no longer served by the peer %s", name, peer)
+            self._on_change()
+
+    async def _carry(self, key: tuple[PeerId, str]) -> None:
+        peer, name = key
+        async with trio.open_nursery() as nursery:
+            port = await nursery.start(partial(serve_tunnel, self.mesh, peer, SERVICE_PREFIX + name))
+            self._ports[key] = port
+            log.info("%s is served by the peer %s", name, peer)
             self._on_change()
 
     # ── what people asked for ────────────────────────────────────────────────────────────────────────────────────
@@ -153,6 +184,8 @@ class Session:
             )
         if any(forward.name == name and forward.direction == "expose" for forward in self._forwards):
             raise CommandFailed("conflict", f"This node exposes {name} already.")
+        if sum(forward.direction == "expose" for forward in self._forwards) >= MAX_EXPOSED:
+            raise CommandFailed("busy", f"This node exposes {MAX_EXPOSED} services, which is all it takes.")
         try:
             await tasks.start(partial(self._run_expose, name, host, port, scope))
         except (ValueError, MeshError) as exc:

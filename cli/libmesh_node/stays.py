@@ -160,7 +160,10 @@ class Stays:
 
     def _settle(self, mesh: Mesh, membership: Membership) -> None:
         if membership.token is not None:
-            save_membership(self._folder, membership)
+            try:
+                save_membership(self._folder, membership)
+            except NodeError as exc:
+                log.warning("%s The next start will not know this mesh.", exc)
         self._entered(mesh, membership)
 
     async def _settle_later(self, mesh: Mesh, membership: Membership) -> None:

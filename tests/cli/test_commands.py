@@ -232,7 +232,7 @@ def test_rotate_key_removes_what_the_node_is_known_by(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = DataDir(tmp_path)
-    for file in (folder.identity_key, folder.mesh_key, folder.membership):
+    for file in (folder.identity_key, folder.mesh_key, folder.membership, folder.invite, folder.kept):
         folder.write_secret(file, b"x")
     (tmp_path / "models").mkdir()
     assert main(["rotate-key", "--data-dir", str(tmp_path)]) == 0

@@ -202,3 +202,30 @@ def test_failed_join_leaves_the_node_where_it_was(machine: Machine) -> None:
     node.until(lambda status: status["mesh_id"] == mesh_id and status["token"], what="back in its own mesh")
     assert "back in the mesh" in node.words
     assert not (node.folder / "membership").exists()
+
+
+def test_better_invite_to_the_same_mesh_replaces_the_old_one(machine: Machine, pair: Pair) -> None:
+    """Wider or longer: taken, remembered, and not given up again for a smaller one."""
+    small, large = (
+        pair.server.invite("--scope", "client", "--ttl", "1h"),
+        pair.server.invite("--scope", "worker"),
+    )
+    guest = machine.node("--client", "--join", small).sees("demo")
+    assert guest.status()["scope"] == "client"
+    assert guest.post("/api/join", {"token": large}).status_code == 200
+    guest.until(lambda status: status["scope"] == "worker", 5, "the wider scope")
+    guest.sees("demo")
+    assert large in (guest.folder / "membership").read_text()
+    assert guest.post("/api/join", {"token": small}).status_code == 200
+    assert guest.status()["scope"] == "worker"
+
+
+@pytest.mark.slow
+def test_ended_membership_is_told_and_renewed_by_a_new_invite(machine: Machine, pair: Pair) -> None:
+    token = pair.server.invite("--scope", "client", "--ttl", "4s")
+    guest = machine.node("--client", "--join", token).sees("demo", limit=4)
+    status = guest.until(lambda status: status["notices"], 20, "the end is told")
+    assert "has ended" in status["notices"][0]
+    assert guest.post("/api/join", {"token": pair.server.invite("--scope", "client")}).status_code == 200
+    guest.sees("demo")
+    assert guest.status()["notices"] == []

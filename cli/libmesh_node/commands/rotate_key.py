@@ -17,7 +17,8 @@ def add_parser(subparsers: Any) -> None:
         "rotate-key",
         help="give up this node's identity and mesh for new ones",
         description=(
-            "Removes the identity key, the mesh key and the membership from the data folder of a stopped node. At its "
+            "Removes the identity key, the mesh key, the membership and the invites from the data folder of a stopped "
+            "node. At its "
             "next start it is a new peer in a new mesh of its own: invites that it made stop working for newcomers, "
             "and to return to a mesh it needs a new invite. This cannot be undone."
         ),
@@ -33,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     with held_data_dir(path) as folder:
         # In this order, so that what is left after a crash half-way is a node that must be invited, never one that
         # shows a membership which is not its own.
-        secrets = (folder.membership, folder.mesh_key, folder.identity_key)
+        secrets = (folder.membership, folder.invite, folder.kept, folder.mesh_key, folder.identity_key)
         removed = [file.name for file in secrets if file.exists()]
         for file in secrets:
             file.unlink(missing_ok=True)
