@@ -1,4 +1,4 @@
-"""A peer of ours in a process of its own, and what is known to be wrong with it."""
+"""A peer of ours, in a process of its own."""
 
 from __future__ import annotations
 
@@ -9,9 +9,6 @@ from collections.abc import Iterator
 import pytest
 
 from libmesh.testing.conformance import Target, read_target
-
-KNOWN: dict[str, str] = {}
-"""Rules that our own peer is known to break. Whoever mends it is told by a failing test to take it out here."""
 
 
 @pytest.fixture(scope="session")
@@ -29,12 +26,3 @@ def conformance_peer() -> Iterator[tuple[str, str]]:
 @pytest.fixture(scope="session")
 def conformance_target(conformance_peer: tuple[str, str]) -> Target:
     return read_target(*conformance_peer)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if getattr(item, "originalname", None) != "test_rule":
-            continue
-        rule = item.callspec.params["rule"]  # type: ignore[attr-defined]
-        if rule.id in KNOWN:
-            item.add_marker(pytest.mark.xfail(reason=KNOWN[rule.id], strict=True))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
+import trio
+
 from libmesh._pb import mesh_pb2 as pb
 from libmesh.testing.conformance import chains
 from libmesh.testing.conformance.bench import HELLO, KIB, Bench
@@ -222,6 +226,8 @@ async def refusal_closes(bench: Bench) -> None:
         ending, more = await guest.ending(stream)
         require(not more, f"{len(more)} bytes follow its refusal")
         require(ending is not Ending.OPEN, "the stream was left open")
+        with suppress(trio.BrokenResourceError):
+            await stream.send_eof()
         require(await guest.is_dropped(), "the connection was left open")
 
 

@@ -112,8 +112,8 @@ def takes_everybody_for_somebody_else(patch: Patch) -> None:
     _verify_with(patch, lambda *_, **__: {"peer_key": bytes(32)})
 
 
-@mutant("hello.unknown_fields", "reset")
-def resets_on_unknown_fields(patch: Patch) -> None:
+@mutant("hello.unknown_fields", "malformed")
+def takes_unknown_fields_for_errors(patch: Patch) -> None:
     parse = wire.parse
 
     def strict(message: Any, data: bytes, limit: int) -> Any:
