@@ -35,6 +35,21 @@ and leaves it without messages; the full mesh of a few dozen members stays below
 Deliver = Callable[[str, ID, bytes], None]
 
 
+class _SturdyPubsub(Pubsub):
+    """One bad message is one message lost.
+
+    py-libp2p takes in each message in a task of the service; what its check of the key and the signature raises for
+    bytes that are none would end the service, and with it the host: one message of one guest, every peer.
+    """
+
+    async def push_msg(self, msg_forwarder: ID, msg: Any) -> None:
+        """As py-libp2p's own, but raises nothing because of what the message says."""
+        try:
+            await super().push_msg(msg_forwarder, msg)
+        except Exception as exc:  # noqa: BLE001 - the boundary named above
+            log.debug("ignored a message that the peer %s passed on: %r", msg_forwarder, exc)
+
+
 class Gossip:
     """Publish and subscribe among admitted peers. Made by `open_gossip`."""
 
@@ -48,7 +63,7 @@ class Gossip:
             do_px=False,
             spam_protection_enabled=False,
         )
-        self._pubsub = Pubsub(host, router, strict_signing=True)
+        self._pubsub = _SturdyPubsub(host, router, strict_signing=True)
         self._pubsub.counter = time.time_ns()
         self._router = router
         self._deliver = deliver
