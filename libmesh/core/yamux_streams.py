@@ -2,10 +2,9 @@
 
 Each stream may have 256 KiB under way from the start (specification); `initial_window` may add to that when the stream is
 opened. A window that holds back its sender is doubled, up to `max_window`: the sign is that the reader consumed half of
-it within four of the path's round trips of the last grant (the rule of go-yamux), or within 2 ms where the path is
-shorter than the schedulers at its ends. A larger window than that would add nothing to the throughput; it would only
-let bulk fill the buffers of the path, in which everybody else's small messages then wait (measured over loopback, eight
-bulk streams: 16 ms with windows that grew to 16 MiB). All grants beyond 256 KiB a stream come out of `window_budget`;
+it within four of the path's round trips of the last grant (the rule of go-yamux), or within 10 ms where the path is
+shorter than what busy schedulers add to it. A larger window would add nothing to the throughput, and only let a slow
+reader's data pile up here instead of where it comes from. All grants beyond 256 KiB a stream come out of `window_budget`;
 when it is spent, windows stop growing.
 """
 
@@ -18,7 +17,7 @@ from libmesh.core.yamux_frames import SPEC_WINDOW, Options
 MAX_SEND_WINDOW = 2**32 - 1
 """What a peer's grants may add up to; more is not believed."""
 
-_SHORTEST = 0.002  # seconds; what schedulers add to a round trip on one machine under load
+_SHORTEST = 0.01  # seconds; what the schedulers of two busy machines can add to a round trip
 
 
 class State(Enum):
