@@ -35,6 +35,28 @@ LOG_FILES_KEPT = 3
 """The log never takes more than `LOG_FILE_BYTES * (LOG_FILES_KEPT + 1)` bytes; when full, the oldest file goes."""
 
 
+FLOOD_PAUSE = 10.0
+"""Seconds for which a complaint of asyncio's is not repeated. Out of file descriptors it has thousands a second, which
+would drive everything else out of the log."""
+
+
+class _Seldom(logging.Filter):
+    """Passes each message once in `FLOOD_PAUSE`, by its first line. Remembers 64, then begins anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last: dict[str, float] = {}
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        what = record.getMessage().partition("\n")[0]
+        if record.created - self._last.get(what, float("-inf")) < FLOOD_PAUSE:
+            return False
+        if len(self._last) >= 64:
+            self._last.clear()
+        self._last[what] = record.created
+        return True
+
+
 @contextmanager
 def logging_to(
     *, stream: TextIO = sys.stderr, file: Path | None = None, json_logs: bool = False, verbose: bool = False
@@ -63,9 +85,12 @@ def logging_to(
         logger.setLevel(levels[name])
     for handler in handlers:
         root.addHandler(handler)
+    seldom = _Seldom()
+    logging.getLogger("asyncio").addFilter(seldom)
     try:
         yield
     finally:
+        logging.getLogger("asyncio").removeFilter(seldom)
         for handler in handlers:
             root.removeHandler(handler)
             handler.close()

@@ -163,3 +163,15 @@ def test_a_log_file_that_cannot_be_opened_is_an_error_and_changes_nothing(tmp_pa
     ):
         pass
     assert logging.getLogger().handlers == before
+
+
+def test_asyncio_does_not_flood_the_log_with_one_complaint() -> None:
+    stream = io.StringIO()
+    asyncios = logging.getLogger("asyncio")
+    with logging_to(stream=stream):
+        for number in range(1000):
+            asyncios.error("socket.accept() out of system resource\nsocket: %d", number)
+        asyncios.error("another")
+    assert stream.getvalue().count("out of system resource") == 1
+    assert "another" in stream.getvalue()
+    assert not asyncios.filters
