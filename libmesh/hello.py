@@ -60,10 +60,14 @@ class Greeting:
 
     def check(self, peer: PeerId, shown: Credential) -> Refusal | None:
         """Whether `peer` may be in our mesh with what it showed."""
+        try:
+            peer_key = keys.public_key_of(peer)
+        except ValueError as exc:
+            return Refusal("malformed", str(exc))
         return credentials.verify(
             shown,
             mesh_id=self.membership.mesh_id,
-            peer_key=keys.public_key_of(peer),
+            peer_key=peer_key,
             now_unix=self.now_unix,
             revoked=self.membership.revoked,
         )

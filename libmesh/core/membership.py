@@ -178,6 +178,9 @@ class Membership:
         self._roster.my_record_changed()
         return [Publish(said)]
 
+    def _good(self, record: Record, now: float) -> bool:
+        return self._authentic(record, mesh_id=self.mesh_id, now_unix=now, revoked=self.revoked)
+
     def _outbid(self, incarnation: int, now: float) -> list[Effect]:
         self._voice.outbid(incarnation, now)
         return self._speak(now)
@@ -185,17 +188,15 @@ class Membership:
     def _heard(self, record: Record, gossiped: bool, now: float) -> list[Effect]:
         new = record.announcement
         if new.peer == self._id:
-            mine = self.me.announcement
-            return self._outbid(new.incarnation, now) if new.age > mine.age else []
+            outdone = new.age > self.me.announcement.age and self._good(record, now)
+            return self._outbid(new.incarnation, now) if outdone else []
         entry = self._peers.get(new.peer)
         if entry is not None and not entry.superseded_by(new):
             if gossiped and new.age == entry.announcement.age and entry.state is not PeerState.SUSPECT:
                 entry.tell_at = INFINITY  # somebody else was quicker to pass it on
                 return self._settle(new.peer, entry, now)
             return []
-        if (entry is None and len(self._peers) >= MAX_PEERS) or not self._authentic(
-            record, mesh_id=self.mesh_id, now_unix=now, revoked=self.revoked
-        ):
+        if (entry is None and len(self._peers) >= MAX_PEERS) or not self._good(record, now):
             return []
         before = None if entry is None else entry.state
         state = PeerState.LEFT if new.leaving else PeerState.ALIVE
@@ -259,9 +260,8 @@ class Membership:
         entry = self._peers.get(suspicion.peer)
         if entry is None or not entry.believed or doubted < entry.announcement.age:
             return []
-        entry.told_at = now
-        if entry.state is PeerState.SUSPECT:
-            entry.tell_at = INFINITY
+        entry.told_at, suspect = now, entry.state is PeerState.SUSPECT
+        entry.tell_at = INFINITY if suspect else entry.tell_at
         return self._doubt(suspicion.peer, entry, now)
 
     def _doubt(self, peer: PeerId, entry: Entry, now: float) -> list[Effect]:
