@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import suppress
 
 import pytest
 import trio
@@ -12,54 +10,14 @@ import trio.testing
 
 from libmesh import keys
 from libmesh.errors import AddressUnavailable, PeerUnreachable
-from libmesh.net.base import Message, NetworkEvent, PeerConnected, PeerDisconnected, Stream, StreamReset
+from libmesh.net.base import NetworkEvent, PeerConnected, PeerDisconnected, Stream, StreamReset
 from libmesh.net.gossip import PROTOCOLS as GOSSIP_PROTOCOLS
-from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
+from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
 from libmesh.net.negotiate import encode_line
 from libmesh.net.tcp import multiaddr_of
 from libmesh.peers import PathKind, PeerId
 from tests.members import peer, seed
-
-PROTOCOL = "/test/1"
-HOSTS = ("127.0.0.1",)
-LOCAL = Libp2pConfig(hosts=HOSTS, admission_limit=0.3)
-
-
-@asynccontextmanager
-async def networks(count: int, config: Libp2pConfig = LOCAL) -> AsyncIterator[list[Libp2pNetwork]]:
-    async with AsyncExitStack() as stack:
-        yield [
-            await stack.enter_async_context(open_libp2p_network(seed(n + 1), config)) for n in range(count)
-        ]
-
-
-async def until(condition: Callable[[], object], limit: float = 5) -> None:
-    """Wait for what is bound to happen."""
-    with trio.fail_after(limit):
-        while not condition():  # noqa: ASYNC110 - what is looked at tells nobody when it changes
-            await trio.sleep(0.005)
-
-
-async def join(one: Libp2pNetwork, two: Libp2pNetwork, *, admit: bool = True) -> None:
-    await one.connect(two.peer, two.addresses())
-    await until(lambda: two.path(one.peer))
-    if admit:
-        one.admit(two.peer)
-        two.admit(one.peer)
-
-
-async def echo(stream: Stream) -> None:
-    async for data in stream:
-        await stream.send_all(data)
-
-
-async def answers(near: Libp2pNetwork, far: Libp2pNetwork, protocol: str = PROTOCOL) -> None:
-    """A stream to `far` works."""
-    with trio.fail_after(5):
-        async with await near.open_stream(far.peer, protocol) as stream:
-            await stream.send_all(b"x")
-            assert await stream.receive_some() == b"x"
-
+from tests.net.hosts import HOSTS, LOCAL, PROTOCOL, answers, collect, echo, join, networks, until
 
 # ── connecting ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -131,12 +89,6 @@ async def test_announced_addresses_come_first_and_none_is_unspecified() -> None:
     assert addresses[0] == "/dns/example.com/tcp/443"
     assert len(addresses) > 1
     assert not [address for address in addresses if "0.0.0.0" in address]
-
-
-async def collect(network: Libp2pNetwork, seen: list[NetworkEvent]) -> None:
-    async with network.events() as events:
-        async for event in events:
-            seen.append(event)
 
 
 async def test_both_sides_are_told_of_a_connection_once_and_of_its_end() -> None:
@@ -331,75 +283,3 @@ async def test_many_different_peers_that_come_and_go_leave_nothing() -> None:
                 await answers(guest, one)
         await until(lambda: one._peers == {})
         assert one._swarm.get_total_connections() == 0
-
-
-# ── gossip ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def heard(events: list[NetworkEvent]) -> list[bytes]:
-    return [event.data for event in events if isinstance(event, Message)]
-
-
-@asynccontextmanager
-async def gossiping(count: int) -> AsyncIterator[tuple[list[Libp2pNetwork], list[list[NetworkEvent]]]]:
-    """That many networks in a line, subscribed, with the events of each."""
-    async with networks(count) as opened, trio.open_nursery() as nursery:
-        events: list[list[NetworkEvent]] = [[] for _ in opened]
-        for network, seen in zip(opened, events, strict=True):
-            await network.subscribe("topic")
-            nursery.start_soon(collect, network, seen)
-        for one, two in itertools.pairwise(opened):
-            await join(one, two)
-        yield opened, events
-        nursery.cancel_scope.cancel()
-
-
-async def publish_until(network: Libp2pNetwork, text: bytes, done: Callable[[], bool]) -> None:
-    """Gossip is best effort: say it until it got through."""
-    with trio.fail_after(10):
-        number = 0
-        while not done():
-            await network.publish("topic", text + b" %d" % number)
-            number += 1
-            await trio.sleep(0.2)
-
-
-async def test_gossip_reaches_all_with_its_origin_and_not_its_sender() -> None:
-    async with gossiping(4) as (opened, events):
-        await publish_until(opened[0], b"news", lambda: all(map(heard, events[1:])))
-        assert heard(events[0]) == []
-        origins = {event.origin for seen in events for event in seen if isinstance(event, Message)}
-        assert origins == {opened[0].peer}
-        for seen in events[1:]:
-            assert len(set(heard(seen))) == len(heard(seen))
-
-
-async def test_a_stranger_hears_no_gossip_and_is_not_heard() -> None:
-    async with networks(2) as (one, two), trio.open_nursery() as nursery:
-        events: list[list[NetworkEvent]] = [[], []]
-        for network, seen in zip((one, two), events, strict=True):
-            await network.subscribe("topic")
-            nursery.start_soon(collect, network, seen)
-        await join(one, two, admit=False)
-        two.admit(one.peer)  # the stranger trusts us; we do not trust it
-        for _ in range(5):
-            await one.publish("topic", b"secret")
-            await two.publish("topic", b"forged")
-            await trio.sleep(0.2)
-        assert heard(events[0]) == heard(events[1]) == []
-        nursery.cancel_scope.cancel()
-
-
-async def test_messages_after_a_restart_are_not_taken_for_old_ones() -> None:
-    async with networks(1) as (one,), trio.open_nursery() as nursery:
-        events: list[NetworkEvent] = []
-        await one.subscribe("topic")
-        nursery.start_soon(collect, one, events)
-        for run in (b"first", b"second", b"third"):
-            async with open_libp2p_network(seed(2), LOCAL) as two:
-                await two.subscribe("topic")
-                await join(two, one)
-                await publish_until(
-                    two, run, lambda run=run: any(text.startswith(run) for text in heard(events))
-                )
-        nursery.cancel_scope.cancel()
