@@ -23,7 +23,9 @@ from libmesh.net.pipes import TAKE_BYTES, BufferPool, tune_socket
 TURN_BYTES = 1024 * 1024
 """Bytes that a pump moves before it lets other tasks run, when it never has to wait."""
 
-_POOL = BufferPool(TAKE_BYTES)
+_POOL = BufferPool(
+    TAKE_BYTES
+)  # for all tunnels of the process: a buffer is in use only between two awaits, or while blocked
 
 
 @dataclass(frozen=True, slots=True)
