@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import select
 import socket
 import zlib
 from collections.abc import Iterator
@@ -67,6 +68,22 @@ def test_one_connection_too_many_takes_the_place_of_the_oldest_without_a_request
         busy.settimeout(0)
         with pytest.raises(BlockingIOError):
             busy.recv(1)
+
+
+def test_burst_of_connections_is_bounded_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are accepted in one go are told to the server before the first that it closes is gone."""
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", LIMIT)
+    with running_node() as node, ExitStack() as stack:
+        opened = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", node.api_port), timeout=10))
+            for _ in range(300)
+        ]
+
+        def still_open() -> int:
+            return len(opened) - len(select.select(opened, [], [], 0)[0])
+
+        wait_until(lambda: still_open() <= LIMIT)
+        assert call(node.api_port, "GET", "/v1/models")[0] == 200
 
 
 def test_when_all_connections_have_a_request_the_next_is_told_to_come_back(

@@ -191,6 +191,8 @@ class _Front(web.Server):
             transport.write(_FULL)
             idle = handler
         idle.force_close()
+        # It ends later. Of a burst that was accepted at once, each must find another one to close.
+        self._connections.pop(idle, None)
 
     async def _handle(self, request: web.BaseRequest) -> web.StreamResponse:
         connection: Any = request.protocol
