@@ -2,7 +2,6 @@
 
 Three tasks a connection: one reads, one sends what could not be sent at once, one keeps time. Nothing else ever waits
 for the socket, so cancelling the user of a stream cannot leave a record half sent, and no stream can hold up another.
-
 """
 
 from __future__ import annotations
