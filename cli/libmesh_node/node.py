@@ -307,7 +307,7 @@ class Node:
 
     def _notices(self, view: View | None) -> tuple[str, ...]:
         if self._session is None or view is None:
-            return ("This node is between two meshes.",)
+            return ("This node is between two meshes.",) if self._introduced else ()  # else it is starting
         end = self._session.mesh.expires_unix
         if end is not None and time.time() > end:
             return ("This node's membership has ended: join again with a new invite.",)
