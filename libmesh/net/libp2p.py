@@ -307,8 +307,7 @@ class Libp2pNetwork(Network):
             if not await self._may_proceed(peer, stream.protocol):
                 stream.reset()
             elif (entry := self._handlers.get(stream.protocol)) is not None:
-                async with stream:
-                    await self._run_handler(entry[0], stream)
+                await self._run_handler(entry[0], stream)
             else:
                 net_stream.set_protocol(TProtocol(stream.protocol))
                 await self._host_handler(stream.protocol)(net_stream)
@@ -320,9 +319,16 @@ class Libp2pNetwork(Network):
     async def _run_handler(handler: StreamHandler, stream: Stream) -> None:
         try:
             await handler(stream)
+            await stream.aclose()
+        except trio.BrokenResourceError as exc:
+            log.debug("a stream of %s broke: %s", stream.protocol, exc)
+            stream.reset()
         except Exception:
             log.exception("the handler of %s failed", stream.protocol)
             stream.reset()
+        except BaseException:  # cancelled: what was sent is not all, and must not look as if it were
+            stream.reset()
+            raise
 
     async def _may_proceed(self, peer: PeerId, protocol: str) -> bool:
         """Hold a stream that needs admission until that is decided: the hello may still be under way."""
