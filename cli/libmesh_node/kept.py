@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from libmesh import InviteInfo, MeshId, PeerId
 from libmesh_node.datadir import DataDir
@@ -18,6 +19,9 @@ from libmesh_node.snapshot import Invite
 
 MAX_INVITES = 1000
 """Invites remembered; then the oldest is forgotten, and can only be revoked by the mesh's founder by its id no more."""
+
+MAX_MESHES = 16
+"""Meshes remembered; then the one that was left longest ago is forgotten."""
 
 MAX_PEERS = 64
 """Ways back into the mesh. One suffices."""
@@ -63,14 +67,11 @@ class Kept:
 
 
 def load_kept(folder: DataDir, mesh_id: MeshId) -> Kept:
-    """What is kept of `mesh_id`; nothing, if another mesh was the last one. Raises `NodeError` if it is damaged."""
-    data = folder.read_secret(folder.kept)
-    if data is None:
+    """What is kept of `mesh_id`. Raises `NodeError` if the file is damaged."""
+    found = _read(folder).get(mesh_id)
+    if found is None:
         return Kept(mesh_id)
     try:
-        found = json.loads(data)
-        if found["mesh_id"] != mesh_id:
-            return Kept(mesh_id)
         return Kept(
             mesh_id,
             invites=[Invite(**one) for one in found["invites"]],
@@ -79,21 +80,48 @@ def load_kept(folder: DataDir, mesh_id: MeshId) -> Kept:
             contacts=tuple((PeerId(peer), tuple(addresses)) for peer, addresses in found["contacts"]),
         )
     except (ValueError, KeyError, TypeError, AttributeError) as exc:
-        raise NodeError(
-            f"{folder.path / 'mesh.json'} is damaged ({exc}). Remove it: the list of invites made here is lost with it."
-        ) from exc
+        raise _damaged(folder, exc) from exc
 
 
 def save_kept(folder: DataDir, kept: Kept) -> None:
-    """Write it down. Raises `NodeError`."""
-    content = {
-        "mesh_id": kept.mesh_id,
+    """Write it down, beside what is kept of other meshes: a founder who visits one loses nothing of its own.
+
+    Raises `NodeError`.
+    """
+    try:
+        content = _read(folder)
+    except NodeError as exc:
+        raise NodeError(f"Cannot write to {folder.kept}: what is there is not ours. {exc}") from exc
+    content.pop(kept.mesh_id, None)
+    while len(content) >= MAX_MESHES:
+        del content[next(iter(content))]
+    content[kept.mesh_id] = {
         "invites": [asdict(one) for one in kept.invites],
         "chains": {id: _text(chain) for id, chain in kept.chains.items()},
         "revocations": [_text(one) for one in kept.revocations],
         "contacts": [[peer, list(addresses)] for peer, addresses in kept.contacts[:MAX_PEERS]],
     }
     folder.write_secret(folder.kept, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def _read(folder: DataDir) -> dict[str, Any]:
+    """All that is kept, by mesh; the one in use last stands last."""
+    data = folder.read_secret(folder.kept)
+    if data is None:
+        return {}
+    try:
+        content = json.loads(data)
+    except ValueError as exc:
+        raise _damaged(folder, exc) from exc
+    if not isinstance(content, dict):
+        raise _damaged(folder, TypeError("no object"))
+    return content
+
+
+def _damaged(folder: DataDir, why: Exception) -> NodeError:
+    return NodeError(
+        f"{folder.kept} is damaged ({why}). Remove it: the list of invites made here, and what was revoked, is lost with it."
+    )
 
 
 def _text(data: bytes) -> str:
