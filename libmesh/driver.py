@@ -218,8 +218,6 @@ class Driver:
                         self._tasks.start_soon(self.admission.expect_hello, peer)
                 case net.PeerDisconnected(peer):
                     self.admission.disconnected(peer)
-                case net.PathChanged():
-                    self._tell_watchers()
                 case net.Message(topic, _, data) if topic == self._topic:
                     self._hear(data)
                 case net.Message(topic, author, data) if topic == self.posts.gossip_topic:

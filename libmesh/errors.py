@@ -8,10 +8,9 @@
     ├── AdmissionRefused       the other side will not have us (or we will not have it); `.reason` says why
     ├── PeerUnreachable        no path worked; `.attempts` says why for each
     ├── ServiceRefused         the peer answered, but not with that service; `.reason` says why
-    ├── NetworkError           the transport beneath failed
-    │   ├── AddressUnavailable a port is taken or an address is not ours
-    │   └── StreamReset        a stream ended abruptly (in `net/base.py`, as it is trio's error too)
-    └── MeshClosed             this mesh was closed by its owner
+    └── NetworkError           the transport beneath failed
+        ├── AddressUnavailable a port is taken or an address is not ours
+        └── StreamReset        a stream ended abruptly (in `net/base.py`, as it is trio's error too)
 
 Streams also raise trio's own `BrokenResourceError`, `ClosedResourceError` and `BusyResourceError`, as
 `trio.abc.HalfCloseableStream` prescribes; `StreamReset` is a `BrokenResourceError`.
@@ -75,7 +74,3 @@ class NetworkError(MeshError):
 
 class AddressUnavailable(NetworkError):
     """An address cannot be listened on."""
-
-
-class MeshClosed(MeshError):
-    """The mesh was closed while the call was under way."""

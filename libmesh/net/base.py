@@ -89,14 +89,6 @@ class PeerDisconnected:
 
 
 @dataclass(frozen=True, slots=True)
-class PathChanged:
-    """Traffic for `peer` now takes another way, or the addresses at which we can be reached changed."""
-
-    peer: PeerId
-    path: Path
-
-
-@dataclass(frozen=True, slots=True)
 class Message:
     """A message published on `topic`. `origin` signed it; who passed it on is not told."""
 
@@ -105,7 +97,7 @@ class Message:
     data: bytes
 
 
-NetworkEvent = PeerConnected | PeerDisconnected | PathChanged | Message
+NetworkEvent = PeerConnected | PeerDisconnected | Message
 
 
 class Network(ABC):
