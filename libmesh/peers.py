@@ -46,18 +46,36 @@ class PeerState(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """A way to a peer that was tried and failed.
+
+    Attributes:
+        way: the multiaddr that was dialled, or `punch` for a hole punch.
+        reason: what went wrong, in a few words.
+    """
+
+    way: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Path:
     """The way in use to a peer.
 
     Attributes:
         kind: direct, punched or relayed.
-        address: the remote multiaddr as text, without the peer id; empty if unknown.
+        address: the remote multiaddr as text, without the peer id; of a circuit up to and including `/p2p-circuit`.
+            Empty if unknown.
         rtt: smoothed round-trip time in seconds; `None` until measured.
+        since_unix: when this way came into use, in seconds since the epoch by this node's clock; 0 if unknown.
+        attempts: why each better way that was tried last failed, best first; empty for the best kind.
     """
 
     kind: PathKind
     address: str
     rtt: float | None = None
+    since_unix: float = 0.0
+    attempts: tuple[Attempt, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -82,6 +82,18 @@ class PeerConnected:
 
 
 @dataclass(frozen=True, slots=True)
+class PathChanged:
+    """Another connection is now the best one to a peer that stays connected: new streams go by it.
+
+    Streams that are open live on over the connection that they began on. Comes between `PeerConnected` and
+    `PeerDisconnected` of the peer, whether the change was for the better (a dial, a punch) or for the worse (a loss).
+    """
+
+    peer: PeerId
+    path: Path
+
+
+@dataclass(frozen=True, slots=True)
 class PeerDisconnected:
     """The last connection to `peer` is gone, and all streams over it have failed."""
 
@@ -97,7 +109,7 @@ class Message:
     data: bytes
 
 
-NetworkEvent = PeerConnected | PeerDisconnected | Message
+NetworkEvent = PeerConnected | PathChanged | PeerDisconnected | Message
 
 
 class Network(ABC):
@@ -135,7 +147,39 @@ class Network(ABC):
 
     @abstractmethod
     def path(self, peer: PeerId) -> Path | None:
-        """The path in use, with the current round-trip estimate; `None` if not connected."""
+        """The path in use, with the current round-trip estimate; `None` if not connected.
+
+        The best of the connections that stand: direct and punched before relayed, and among equals one on which both
+        ends agree. New streams go by it. A worse one is closed when nothing has been open on it for a while, never
+        with a live stream.
+        """
+
+    async def dial(self, peer: PeerId, address: str) -> Path:
+        """Make a new connection by exactly this address, beside those there are, and return its path.
+
+        `address` is direct, or a circuit (`…/p2p/RELAY/p2p-circuit`): then a connection to the relay is made first if
+        there is none. Which one is used is told by `path`, and by `PathChanged` if that is another one now. If cancelled
+        there is no new connection. Raises `NetworkError`, saying in a few words what went wrong.
+        """
+        raise NetworkError("this transport cannot dial by address")
+
+    async def punch(self, peer: PeerId) -> Path:
+        """Make a direct connection to a peer that there is only a relayed one to, through both sides' NATs (DCUtR).
+
+        Either side may call it, or both. Raises `NetworkError` with the reason; the relayed connection is as before.
+        """
+        raise NetworkError("this transport cannot punch holes")
+
+    def set_relays(self, relays: Sequence[str]) -> None:
+        """Let others reach us through some of these relays from now on, and through no other; none to stop.
+
+        Args:
+            relays: their multiaddrs with `/p2p/…`, best first. Several of one relay are ways to the same one.
+
+        The network keeps reservations on a few of them at once, renews them, and replaces a relay that is gone. What is
+        held at a time is in `addresses()`, as circuits. Does nothing on a transport without relays.
+        """
+        return
 
     @abstractmethod
     def admit(self, peer: PeerId) -> None:
