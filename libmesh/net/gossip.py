@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import trio
@@ -79,6 +79,22 @@ class Gossip:
     async def admitted(self, connection: Any) -> None:
         """Let gossip with the peer of `connection` begin."""
         await self._notifee.connected(self._host.get_network(), connection)
+
+    async def moved(self, peer: ID, best: Any) -> None:
+        """Go on with `peer` over the connection `best`, which replaced the one that was used so far.
+
+        What the peer has subscribed to stays known; `_handle_dead_peer` would forget it.
+        """
+        pubsub = self._pubsub
+        stream: Any = pubsub.peers.get(peer)
+        if stream is None or stream.muxed_conn is best.muxed_conn:
+            return
+        del pubsub.peers[peer]
+        if (queue := pubsub.peer_queues.pop(peer, None)) is not None:
+            queue.close()
+        await self.admitted(best)
+        with suppress(Exception):  # its connection may be gone, whatever py-libp2p says of that
+            await stream.close()
 
     async def gone(self, connection: Any) -> None:
         """Tell that `connection` ended."""

@@ -11,37 +11,32 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import trio
 from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
-from libp2p.io.trio import TrioTCPStream
-from libp2p.network.connection.raw_connection import RawConnection
 from libp2p.peer.id import ID
-from libp2p.rcmgr import Direction
 from multiaddr import Multiaddr
 
-from libmesh.errors import PeerUnreachable
+from libmesh.errors import NetworkError, PeerUnreachable
 from libmesh.net import tcp
 from libmesh.net.base import (
     Message,
     Network,
     NetworkEvent,
-    PeerConnected,
-    PeerDisconnected,
     Stream,
     StreamHandler,
 )
+from libmesh.net.connections import Connections
 from libmesh.net.gossip import PROTOCOLS as GOSSIP_PROTOCOLS
 from libmesh.net.gossip import Gossip
 from libmesh.net.negotiate import accept_stream, open_lazy_stream
-from libmesh.net.swarm import ConnectionNotifee, is_open, libp2p_id, new_mesh_swarm, path_of
-from libmesh.peers import Path, PeerId
+from libmesh.net.swarm import ConnectionNotifee, libp2p_id, new_mesh_swarm
+from libmesh.peers import Path, PathKind, PeerId
 
 log = logging.getLogger(__name__)
 
@@ -76,15 +71,6 @@ class Libp2pConfig:
     max_events: int = 1024
 
 
-@dataclass(slots=True)
-class _Peer:
-    """A peer with at least one connection. Its first stream may come before py-libp2p tells of the connection."""
-
-    admitted: trio.Event = field(default_factory=trio.Event)
-    connections: list[Any] = field(default_factory=list)
-    waiting: int = 0
-
-
 class Libp2pNetwork(Network):
     """See `Network`. Obtained from `open_libp2p_network`."""
 
@@ -102,13 +88,17 @@ class Libp2pNetwork(Network):
             disable_identify_address_discovery=True,
         )
         self._swarm.set_stream_handler(self._serve_stream)
-        self._swarm.register_notifee(ConnectionNotifee(self._connected, self._disconnected))
         self._gossip = Gossip(self._host, self._deliver)
         self._me = PeerId(str(self._host.get_id()))
+        self._connections = Connections(
+            self._swarm, self._gossip, self._me, self._emit, max_handshakes=config.max_handshakes
+        )
+        self._swarm.register_notifee(
+            ConnectionNotifee(self._connections.connected, self._connections.disconnected)
+        )
+        self._swarm._select_connection = self._connections.select
         self._handlers: dict[str, tuple[StreamHandler, bool]] = {}
-        self._peers: dict[PeerId, _Peer] = {}
         self._dialling: dict[PeerId, trio.Lock] = {}
-        self._handshakes: OrderedDict[trio.CancelScope, None] = OrderedDict()
         self._events, self._event_reader = trio.open_memory_channel[NetworkEvent](float("inf"))
         self._tasks: trio.Nursery | None = None
 
@@ -165,30 +155,17 @@ class Libp2pNetwork(Network):
 
     # ── connections ──────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _connections(self, peer: PeerId) -> list[Any]:
-        peer_id = libp2p_id(peer)
-        connections = [] if peer_id is None else self._swarm.connections.get(peer_id, [])
-        return [connection for connection in connections if is_open(connection)]
-
     def path(self, peer: PeerId) -> Path | None:
         """See `Network.path`."""
-        connections = self._connections(peer)
-        return path_of(connections[0]) if connections else None
+        return self._connections.path(peer)
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> Path:
         """See `Network.connect`."""
-        peer_id = libp2p_id(peer)
-        if peer_id is None:
+        if libp2p_id(peer) is None:
             raise PeerUnreachable(f"{peer!r} is no peer id")
 
         async def attempt(address: str) -> None:
-            stream = await tcp.dial(address)
-            try:
-                raw = RawConnection(TrioTCPStream(stream), True)
-                await self._swarm.upgrade_outbound_raw_conn(raw, peer_id)
-            except BaseException:
-                stream.socket.close()
-                raise
+            await self.dial(peer, address)
 
         lock = self._dialling.setdefault(peer, trio.Lock())
         try:
@@ -205,11 +182,40 @@ class Libp2pNetwork(Network):
         tried = "; ".join(f"{address}: {why}" for address, why in failures.items()) or "no address is known"
         raise PeerUnreachable(f"cannot reach the peer {peer} ({tried})", failures)
 
+    async def dial(self, peer: PeerId, address: str) -> Path:
+        """See `Network.dial`."""
+        if "/p2p-circuit" in address:
+            raise NetworkError("this node cannot dial through relays")
+        try:
+            with trio.fail_after(tcp.DIAL_LIMIT):
+                stream = await tcp.dial(address)
+                return await self.adopt(
+                    stream, peer=peer, initiator=True, address=address, kind=PathKind.DIRECT
+                )
+        except trio.TooSlowError as exc:
+            raise NetworkError(f"no answer within {tcp.DIAL_LIMIT:.0f} s") from exc
+        except (OSError, ValueError) as exc:
+            raise NetworkError(tcp.reason(exc)) from exc
+
+    async def adopt(
+        self,
+        stream: trio.SocketStream | Stream,
+        *,
+        peer: PeerId | None,
+        initiator: bool,
+        address: str,
+        kind: PathKind,
+    ) -> Path:
+        """See `Underlay.adopt`."""
+        return await self._connections.adopt(
+            stream, peer=peer, initiator=initiator, address=address, kind=kind
+        )
+
     async def disconnect(self, peer: PeerId) -> None:
         """See `Network.disconnect`."""
         # Shielded: a half-closed SwarmConn would stay in the swarm's books. It takes 0.1 s by py-libp2p's own sleep.
         with trio.CancelScope(shield=True), trio.move_on_after(2):
-            for connection in self._connections(peer):
+            for connection in self._connections.of(peer):
                 await connection.close()
 
     def _take(self, stream: trio.SocketStream) -> None:
@@ -219,71 +225,27 @@ class Libp2pNetwork(Network):
             self._tasks.start_soon(self._accept, stream)
 
     async def _accept(self, stream: trio.SocketStream) -> None:
-        with trio.CancelScope() as scope:
-            if len(self._handshakes) >= self._config.max_handshakes:
-                oldest, _ = self._handshakes.popitem(last=False)
-                oldest.cancel()
-            self._handshakes[scope] = None
-            try:
-                tcp.set_options(stream)
-                raw = RawConnection(TrioTCPStream(stream), False)
-                await self._swarm.upgrade_inbound_raw_conn(raw, Multiaddr("/ip4/0.0.0.0/tcp/0"))
-            except Exception as exc:  # noqa: BLE001 - a stranger's bytes must not end the listener
-                log.debug("inbound connection failed: %r", exc)
-                stream.socket.close()
-            except BaseException:
-                stream.socket.close()
-                raise
-            finally:
-                self._handshakes.pop(scope, None)
-
-    def _entry(self, peer: PeerId) -> _Peer:
-        """The peer's entry. One whose connections have all ended is over, though py-libp2p may tell of that later."""
-        entry = self._peers.get(peer)
-        if entry is not None and entry.connections and not any(map(is_open, entry.connections)):
-            self._forget(peer)
-            entry = None
-        return self._peers.setdefault(peer, _Peer()) if entry is None else entry
-
-    def _forget(self, peer: PeerId) -> None:
-        if self._peers.pop(peer).connections:
-            self._emit(PeerDisconnected(peer))
-
-    async def _connected(self, connection: Any) -> None:
-        peer = PeerId(str(connection.muxed_conn.peer_id))
-        entry = self._entry(peer)
-        entry.connections.append(connection)
-        if len(entry.connections) == 1:
-            self._emit(PeerConnected(peer, path_of(connection), connection.direction is Direction.INBOUND))
-        if entry.admitted.is_set():
-            await self._gossip.admitted(connection)
-
-    async def _disconnected(self, connection: Any) -> None:
-        peer = PeerId(str(connection.muxed_conn.peer_id))
-        await self._gossip.gone(connection)
-        entry = self._peers.get(peer)
-        if entry is None:
-            return
-        others = [other for other in entry.connections if other is not connection]
-        if not others and not self._connections(peer):
-            self._forget(peer)
-        elif others:
-            entry.connections = others
+        try:
+            tcp.set_options(stream)
+            address = tcp.remote_address(stream)
+            await self.adopt(stream, peer=None, initiator=False, address=address, kind=PathKind.DIRECT)
+        except (NetworkError, OSError) as exc:  # whatever a stranger sends must not end the listener
+            log.debug("inbound connection failed: %r", exc)
+            stream.socket.close()
 
     def admit(self, peer: PeerId) -> None:
         """See `Network.admit`."""
-        connections = self._connections(peer)
-        if not connections or self._tasks is None:
-            return
-        self._entry(peer).admitted.set()
-        for connection in connections:
-            self._tasks.start_soon(self._gossip.admitted, connection)
+        self._connections.admit(peer)
+
+    def admitted(self, peer: PeerId) -> bool:
+        """See `Underlay.admitted`."""
+        return self._connections.admitted(peer)
 
     # ── streams ──────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def open_stream(self, peer: PeerId, protocol: str) -> Stream:
-        """See `Network.open_stream`."""
-        connections = self._connections(peer)
+    async def open_stream(self, peer: PeerId, protocol: str, *, kind: PathKind | None = None) -> Stream:
+        """See `Network.open_stream` and `Underlay.open_stream`."""
+        connections = self._connections.of(peer, kind)
         if not connections:
             raise PeerUnreachable(f"there is no connection to the peer {peer}")
         return await open_lazy_stream(connections[0].muxed_conn, peer, protocol)
@@ -336,7 +298,7 @@ class Libp2pNetwork(Network):
         needs_admission = handler[1] if handler is not None else protocol in GOSSIP_PROTOCOLS
         if not needs_admission:
             return True
-        entry = self._entry(peer)
+        entry = self._connections.entry(peer)
         if entry.admitted.is_set():
             return True
         if entry.waiting >= self._config.max_waiting:
@@ -366,13 +328,13 @@ class Libp2pNetwork(Network):
         self._port = listeners[0].socket.getsockname()[1]
         try:
             async with self._host.run([]), self._gossip.running(), trio.open_nursery() as nursery:
-                self._tasks = nursery
+                self._tasks = self._connections.tasks = nursery
                 for listener in listeners:
                     nursery.start_soon(tcp.accept_all, listener, self._take)
                 try:
                     yield
                 finally:
-                    self._tasks = None
+                    self._tasks = self._connections.tasks = None
                     nursery.cancel_scope.cancel()
                     with trio.CancelScope(shield=True), trio.move_on_after(2):
                         await self._host.close()

@@ -110,6 +110,7 @@ class NoiseSession(BaseSession):
     channel must not be used at the same time.
 
     Attributes:
+        raw: the connection beneath.
         channel: the records.
         early_muxer: the muxer that both sides agreed on within the handshake, `None` if it must be negotiated.
     """
@@ -118,7 +119,7 @@ class NoiseSession(BaseSession):
         self, raw: IRawConnection, channel: RecordChannel, early_muxer: str | None, **identity: Any
     ) -> None:
         super().__init__(**identity)
-        self._raw = raw
+        self.raw = raw
         self._unread = b""
         self.channel = channel
         self.early_muxer = early_muxer
@@ -156,15 +157,15 @@ class NoiseSession(BaseSession):
 
     def get_remote_address(self) -> tuple[str, int] | None:
         """See `libp2p.abc.ISecureConn.get_remote_address`."""
-        return self._raw.get_remote_address()
+        return self.raw.get_remote_address()
 
     def get_transport_addresses(self) -> list[Multiaddr]:
         """See `libp2p.abc.ISecureConn.get_transport_addresses`."""
-        return self._raw.get_transport_addresses()
+        return self.raw.get_transport_addresses()
 
     def get_connection_type(self) -> ConnectionType:
         """See `libp2p.abc.ISecureConn.get_connection_type`."""
-        return self._raw.get_connection_type()
+        return self.raw.get_connection_type()
 
 
 class Noise(ISecureTransport):

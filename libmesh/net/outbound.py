@@ -195,9 +195,10 @@ class Outbound:
                 if self.pump():
                     await self._flusher.wait()
                 elif self._blocked:
-                    await self._channel.flush()
+                    lives = await self._channel.flush()
                     self._blocked = False
-                    self._machine.alive(trio.current_time())
+                    if lives:
+                        self._machine.alive(trio.current_time())
                 else:
                     await trio.lowlevel.checkpoint()
         except StreamReset as exc:

@@ -11,7 +11,7 @@ import os
 import socket
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import trio
 from libp2p.io.exceptions import IOException
@@ -196,7 +196,10 @@ async def guarded(call: Awaitable[T]) -> T:
 
 def pipe_of(raw: Any) -> Pipe:
     """The fastest pipe for a py-libp2p raw connection. Its own `read` and `write` must not be used any more."""
-    inner = getattr(getattr(raw, "stream", None), "stream", None)
+    face = getattr(raw, "stream", None)
+    if (own := getattr(face, "pipe", None)) is not None:
+        return cast(Pipe, own())
+    inner = getattr(face, "stream", None)
     return SocketPipe(inner) if isinstance(inner, trio.SocketStream) else RawPipe(raw)
 
 

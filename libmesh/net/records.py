@@ -60,8 +60,11 @@ class Channel(ABC):
         """Send what can be sent at once. True when nothing is left."""
 
     @abstractmethod
-    async def flush(self) -> None:
-        """Send some of what is queued, waiting if need be. Returns after progress, or when nothing is left."""
+    async def flush(self) -> bool:
+        """Send some of what is queued, waiting if need be. Returns after progress, or when nothing is left.
+
+        True if the progress is a sign of life: a kernel that had been full takes more because the peer's has taken some.
+        """
 
     def shorten(self) -> None:
         """The path is short: keep no more in the kernel than it needs. Nothing by default."""
@@ -197,17 +200,17 @@ class RecordChannel(Channel):
         self._release()
         return True
 
-    async def flush(self) -> None:
+    async def flush(self) -> bool:
         """See `Channel.flush`."""
         out = self._out
         if out is None:
             await trio.lowlevel.checkpoint()
-            return
+            return False
         pipe = self._pipe
         if isinstance(pipe, SocketPipe):
             await pipe.wait_writable()
             self.flush_nowait()  # from where others may have got to in the meantime
-            return
+            return True
         # Only this call sends here: `send_nowait` of such a pipe sends nothing. `put` may replace the buffer, but
         # then what waits is first in the new one, so the count stays right.
         with memoryview(out) as whole, whole[self._out_start : self._out_end] as view:
@@ -215,6 +218,7 @@ class RecordChannel(Channel):
         self._out_start += sent
         if self._out_start == self._out_end:
             self._release()
+        return False
 
     def _release(self) -> None:
         if self._out is not None:
@@ -260,14 +264,15 @@ class PlainChannel(Channel):
         """See `Channel.flush_nowait`."""
         return not self._waiting
 
-    async def flush(self) -> None:
+    async def flush(self) -> bool:
         """See `Channel.flush`. Cannot be interrupted: a cancelled call leaves the connection unusable."""
         if not self._waiting:
             await trio.lowlevel.checkpoint()
-            return
+            return False
         batch = bytes(self._waiting)
         self._waiting.clear()
         await guarded(self._conn.write(batch))
+        return False
 
     async def aclose(self) -> None:
         """See `Channel.aclose`."""

@@ -44,6 +44,7 @@ def new_mesh_swarm(seed: bytes, *, max_connections: int, handshake_limit: float)
                 low_watermark=0,
                 high_watermark=max_connections,
                 max_connections=max_connections,
+                max_connections_per_peer=max_connections,  # it would cut live streams; `connections.py` bounds them
                 inbound_upgrade_timeout=handshake_limit,
             ),
         ),
@@ -113,7 +114,10 @@ def is_open(connection: Any) -> bool:
 
 def path_of(connection: Any) -> Path:
     """The way that a swarm's connection takes."""
+    muxed = connection.muxed_conn
     addresses = connection.get_transport_addresses()
     address = str(addresses[0]) if addresses else ""
-    kind = PathKind.RELAYED if "/p2p-circuit" in address else PathKind.DIRECT
-    return Path(kind=kind, address=address, rtt=getattr(connection.muxed_conn, "rtt", None))
+    kind = getattr(getattr(muxed.secured_conn, "raw", None), "libmesh_kind", None)
+    if kind is None:
+        kind = PathKind.RELAYED if "/p2p-circuit" in address else PathKind.DIRECT
+    return Path(kind=kind, address=address, rtt=getattr(muxed, "rtt", None))

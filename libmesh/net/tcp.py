@@ -149,6 +149,15 @@ async def dial(address: str) -> trio.SocketStream:
     return stream
 
 
+def remote_address(stream: trio.SocketStream) -> str:
+    """The multiaddr of the other end; empty if it is gone already."""
+    try:
+        host, port = stream.socket.getpeername()[:2]
+    except OSError:
+        return ""
+    return multiaddr_of(host, port)
+
+
 def set_options(stream: trio.SocketStream) -> None:
     """NODELAY is trio's default already; keepalive lets the kernel notice a dead peer that the muxer could not ask."""
     stream.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -177,7 +186,7 @@ async def first_success(addresses: Sequence[str], attempt: Attempt) -> tuple[str
         except trio.TooSlowError:
             failures[address] = f"no answer within {DIAL_LIMIT:.0f} s"
         except Exception as exc:  # noqa: BLE001 - whatever one address does, the others are tried
-            failures[address] = _reason(exc)
+            failures[address] = reason(exc)
         else:
             winner = winner or address
             scope.cancel()
@@ -191,7 +200,7 @@ async def first_success(addresses: Sequence[str], attempt: Attempt) -> tuple[str
     return winner, failures
 
 
-def _reason(exc: BaseException) -> str:
+def reason(exc: BaseException) -> str:
     """The innermost cause in words; trio and py-libp2p wrap it in layers that say less."""
     while True:
         if isinstance(exc, BaseExceptionGroup):

@@ -1,0 +1,279 @@
+"""The connections of the adapter: how they come, which one is the best to each peer, and when one is of no more use.
+
+A peer may have several at once: both sides dialled, or a relayed one is followed by a direct one. New streams go by the
+best; those that are open stay where they began. A connection that is not the best any more is closed once nothing has
+been open on it for a while.
+
+Both ends must not close each other's choice. Kinds are plain to both; of two connections of one kind the one that the
+peer with the lower id dialled counts as better, and of two by the same side only that side closes one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import trio
+from libp2p.connection_types import ConnectionType
+from libp2p.io.trio import TrioTCPStream
+from libp2p.network.connection.raw_connection import RawConnection
+from libp2p.rcmgr import Direction
+from multiaddr import Multiaddr
+
+from libmesh.errors import NetworkError
+from libmesh.net import tcp
+from libmesh.net.base import NetworkEvent, PathChanged, PeerConnected, PeerDisconnected, Stream
+from libmesh.net.gossip import Gossip
+from libmesh.net.raw import StreamFace
+from libmesh.net.swarm import is_open, libp2p_id, path_of
+from libmesh.peers import Path, PathKind, PeerId
+
+log = logging.getLogger(__name__)
+
+MAX_PER_PEER = 8
+"""Connections to one peer. Further ones are refused: one way each of several relays and addresses is plenty."""
+
+RETIRE_AFTER = 2.0
+"""Seconds between two looks at a connection that is not the best; it is closed when both found no stream on it. More
+than a round trip, so that streams that the peer opened before it saw the better one are not cut."""
+
+
+@dataclass(slots=True)
+class Peer:
+    """A peer with at least one connection. Its first stream may come before py-libp2p tells of the connection."""
+
+    admitted: trio.Event = field(default_factory=trio.Event)
+    connections: list[Any] = field(default_factory=list)
+    best: Any = None
+    waiting: int = 0
+
+
+class Connections:
+    """Books the swarm's connections, and tells of peers that come, go, and are reached by another way.
+
+    Args:
+        swarm: py-libp2p's.
+        gossip: told of admitted connections; made after the swarm.
+        me: this node's id.
+        emit: takes the events.
+        max_handshakes: inbound connections that have not proved a key yet. When full, the oldest one is dropped.
+    """
+
+    def __init__(
+        self,
+        swarm: Any,
+        gossip: Gossip,
+        me: PeerId,
+        emit: Callable[[NetworkEvent], None],
+        *,
+        max_handshakes: int,
+    ) -> None:
+        self._swarm, self._gossip, self._me, self._emit = swarm, gossip, me, emit
+        self._max_handshakes = max_handshakes
+        self.peers: dict[PeerId, Peer] = {}
+        self.handshakes: OrderedDict[trio.CancelScope, None] = OrderedDict()
+        self.tasks: trio.Nursery | None = None
+        self._retiring: set[Any] = set()
+
+    # ── which there are ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def of(self, peer: PeerId, kind: PathKind | None = None) -> list[Any]:
+        """The open connections to `peer` (of one kind), best first."""
+        peer_id = libp2p_id(peer)
+        found = [] if peer_id is None else self._swarm.connections.get(peer_id, [])
+        usable = [connection for connection in found if is_open(connection)]
+        if len(usable) > 1:
+            usable.sort(key=lambda connection: self._rank(peer, connection))
+        return [c for c in usable if kind is None or path_of(c).kind is kind]
+
+    def _rank(self, peer: PeerId, connection: Any) -> tuple[bool, bool]:
+        ours = connection.direction is Direction.OUTBOUND
+        return path_of(connection).kind is PathKind.RELAYED, ours != (self._me < peer)
+
+    def select(self, connections: list[Any], peer_id: Any) -> Any:
+        """In place of the swarm's own choice, for the streams that py-libp2p opens."""
+        peer = PeerId(str(peer_id))
+        return min(connections, key=lambda connection: self._rank(peer, connection))
+
+    def path(self, peer: PeerId) -> Path | None:
+        """The path of the best connection."""
+        connections = self.of(peer)
+        return path_of(connections[0]) if connections else None
+
+    def entry(self, peer: PeerId) -> Peer:
+        """The peer's entry. One whose connections have all ended is over, though py-libp2p may tell of that later."""
+        entry = self.peers.get(peer)
+        if entry is not None and entry.connections and not any(map(is_open, entry.connections)):
+            self._forget(peer)
+            entry = None
+        return self.peers.setdefault(peer, Peer()) if entry is None else entry
+
+    def admitted(self, peer: PeerId) -> bool:
+        """Whether `peer` is connected and was admitted."""
+        entry = self.peers.get(peer)
+        return entry is not None and entry.admitted.is_set() and bool(self.of(peer))
+
+    def admit(self, peer: PeerId) -> None:
+        """See `Network.admit`."""
+        connections = self.of(peer)
+        if not connections or self.tasks is None:
+            return
+        self.entry(peer).admitted.set()
+        self.tasks.start_soon(self._gossip.admitted, connections[0])
+
+    # ── how they come ────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def adopt(
+        self,
+        stream: trio.SocketStream | Stream,
+        *,
+        peer: PeerId | None,
+        initiator: bool,
+        address: str,
+        kind: PathKind,
+    ) -> Path:
+        """See `Underlay.adopt`."""
+        raw = _raw_of(stream, initiator=initiator, address=address, kind=kind)
+        with _Owned(stream) as owned:
+            peer_id = None if peer is None else libp2p_id(peer)
+            if initiator and peer_id is None:
+                raise NetworkError(f"{peer!r} is no peer id")
+            if peer is not None and len(self.of(peer)) >= MAX_PER_PEER:
+                raise NetworkError(f"there are {MAX_PER_PEER} connections to the peer {peer} already")
+            try:
+                if initiator:
+                    made = (await self._swarm.upgrade_outbound_raw_conn(raw, peer_id)).muxed_conn
+                else:
+                    made = await self._handshake(raw)
+            except Exception as exc:
+                raise NetworkError(tcp.reason(exc)) from exc
+            found = PeerId(str(made.peer_id))
+            if (peer is not None and found != peer) or len(self.of(found)) > MAX_PER_PEER:
+                await made.close()
+                raise NetworkError(f"{found} answered" if found != peer else "too many connections")
+            owned.keep()
+        return Path(kind=kind, address=address, rtt=getattr(made, "rtt", None))
+
+    async def _handshake(self, raw: RawConnection) -> Any:
+        """An inbound handshake, dropped when it is the oldest of too many."""
+        with trio.CancelScope() as scope:
+            if len(self.handshakes) >= self._max_handshakes:
+                oldest, _ = self.handshakes.popitem(last=False)
+                oldest.cancel()
+            self.handshakes[scope] = None
+            try:
+                return await self._swarm.upgrade_inbound_raw_conn(raw, Multiaddr("/ip4/0.0.0.0/tcp/0"))
+            finally:
+                self.handshakes.pop(scope, None)
+        raise NetworkError("dropped for newer ones")
+
+    # ── told by py-libp2p ────────────────────────────────────────────────────────────────────────────────────────
+
+    async def connected(self, connection: Any) -> None:
+        """A connection stands."""
+        peer = PeerId(str(connection.muxed_conn.peer_id))
+        entry = self.entry(peer)
+        entry.connections.append(connection)
+        if len(entry.connections) == 1:
+            entry.best = connection
+            inbound = connection.direction is Direction.INBOUND
+            self._emit(PeerConnected(peer, path_of(connection), inbound))
+            if entry.admitted.is_set():
+                await self._gossip.admitted(connection)
+        else:
+            self._choose(peer, entry)
+
+    async def disconnected(self, connection: Any) -> None:
+        """A connection is gone."""
+        peer = PeerId(str(connection.muxed_conn.peer_id))
+        entry = self.peers.get(peer)
+        if entry is None or not self.of(peer):
+            await self._gossip.gone(connection)
+        if entry is None:
+            return
+        others = [other for other in entry.connections if other is not connection]
+        if not others and not self.of(peer):
+            self._forget(peer)
+        elif others:
+            entry.connections = others
+            self._choose(peer, entry)
+
+    def _forget(self, peer: PeerId) -> None:
+        if self.peers.pop(peer).connections:
+            self._emit(PeerDisconnected(peer))
+
+    def _choose(self, peer: PeerId, entry: Peer) -> None:
+        """Find out which connection is the best now; tell of it, and retire the others when they are idle."""
+        connections = self.of(peer)
+        if not connections:
+            return
+        best = connections[0]
+        if best is not entry.best:
+            entry.best = best
+            self._emit(PathChanged(peer, path_of(best)))
+            if entry.admitted.is_set() and self.tasks is not None:
+                self.tasks.start_soon(self._gossip.moved, best.muxed_conn.peer_id, best)
+        for surplus in connections[1:]:
+            if (
+                self.tasks is not None
+                and surplus not in self._retiring
+                and self._is_ours_to_close(surplus, best)
+            ):
+                self._retiring.add(surplus)
+                self.tasks.start_soon(self._retire, peer, surplus)
+
+    @staticmethod
+    def _is_ours_to_close(surplus: Any, best: Any) -> bool:
+        relayed = path_of(surplus).kind is PathKind.RELAYED, path_of(best).kind is PathKind.RELAYED
+        if relayed == (True, False) or surplus.direction is not best.direction:
+            return True
+        return surplus.direction is Direction.OUTBOUND
+
+    async def _retire(self, peer: PeerId, surplus: Any) -> None:
+        """Close `surplus` when nothing has been open on it for two looks, unless it has become the best again."""
+        idle = 0
+        try:
+            while idle < 2:
+                await trio.sleep(RETIRE_AFTER)
+                connections = self.of(peer)
+                if surplus not in connections or surplus is connections[0]:
+                    return
+                idle = 0 if surplus.muxed_conn.stream_count else idle + 1
+            log.debug(
+                "closing a connection to %s that a better one replaced: %s", peer, path_of(surplus).address
+            )
+            await surplus.close()
+        finally:
+            self._retiring.discard(surplus)
+
+
+class _Owned:
+    """Closes a stream's bytes at once unless `keep` was called."""
+
+    def __init__(self, stream: trio.SocketStream | Stream) -> None:
+        self._stream: trio.SocketStream | Stream | None = stream
+
+    def keep(self) -> None:
+        self._stream = None
+
+    def __enter__(self) -> _Owned:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if isinstance(self._stream, trio.SocketStream):
+            self._stream.socket.close()
+        elif self._stream is not None:
+            self._stream.reset()
+
+
+def _raw_of(
+    stream: trio.SocketStream | Stream, *, initiator: bool, address: str, kind: PathKind
+) -> RawConnection:
+    face = TrioTCPStream(stream) if isinstance(stream, trio.SocketStream) else StreamFace(stream)
+    how = ConnectionType.RELAYED if kind is PathKind.RELAYED else ConnectionType.DIRECT
+    raw: Any = RawConnection(face, initiator, how, [Multiaddr(address)] if address else [])
+    raw.libmesh_kind = kind
+    return raw  # type: ignore[no-any-return]
