@@ -53,7 +53,7 @@ class Keepalive:
 
     def silence(self, now: float) -> float | None:
         """For how long the peer has been silent, if that is too long. To be asked before `tick`."""
-        if self._sent is None or now < self._sent + self._timeout or self._heard >= self._sent:
+        if self._sent is None or now < self._sent + self._timeout or self._heard > self._sent:
             return None
         return now - self._heard
 
