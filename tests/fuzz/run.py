@@ -1,0 +1,113 @@
+"""Fuzz one target with atheris (`make fuzz`, or `pip install atheris`): libFuzzer, guided by coverage.
+
+    python tests/fuzz/run.py TARGET --seconds 600      what it finds stays in .fuzz/TARGET; a crash in .fuzz/crash-*
+    python tests/fuzz/run.py TARGET --keep             distil .fuzz/TARGET into tests/fuzz/corpus/TARGET
+    python tests/fuzz/run.py TARGET --replay FILE …    run inputs once, without a fuzzer
+    python tests/fuzz/run.py --list
+
+The tests replay the corpus on every run (`test_corpus.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+FOUND = ROOT / ".fuzz"
+CORPUS = HERE / "corpus"
+KEPT_BYTES = 9000
+"""Of each target's distilled corpus; the smallest inputs first."""
+
+sys.path[0] = str(ROOT)  # instead of this folder
+
+
+def main() -> None:
+    """Do what the command line says."""
+    parser = argparse.ArgumentParser(description="Fuzz one target.")
+    parser.add_argument("target", nargs="?")
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--keep", action="store_true", help="distil what was found into the repository")
+    parser.add_argument("--replay", nargs="+", type=Path, help="run these inputs once")
+    parser.add_argument("--list", action="store_true", help="name the targets")
+    parser.add_argument("--merge-into", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    logging.disable(logging.CRITICAL)
+    if options.list or options.target is None:
+        from tests.fuzz.targets import TARGETS
+
+        for target in TARGETS.values():
+            print(f"{target.name:16}{target.rule}")  # noqa: T201
+    elif options.replay:
+        _replay(options.target, options.replay)
+    elif options.keep:
+        _keep(options.target)
+    else:
+        _fuzz(options.target, options.seconds, options.merge_into)
+
+
+def _replay(name: str, paths: list[Path]) -> None:
+    from tests.fuzz.targets import TARGETS
+
+    for path in paths:
+        TARGETS[name].check(path.read_bytes())
+        print(f"{path}: holds")  # noqa: T201
+
+
+def _fuzz(name: str, seconds: int, merge_into: Path | None) -> None:
+    try:
+        import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore]
+    except ImportError:
+        sys.exit("atheris is not installed: run `make fuzz`, or `pip install atheris`")
+    with atheris.instrument_imports(include=["libmesh", "libmesh_node"]):
+        from tests.fuzz.targets import TARGETS
+    target = TARGETS[name]
+    work = FOUND / name
+    work.mkdir(parents=True, exist_ok=True)
+    for number, data in enumerate(target.seeds()):
+        (work / f"seed-{number}").write_bytes(data)
+    flags = [
+        f"-max_len={target.longest}",
+        f"-artifact_prefix={FOUND}/crash-{name}-",
+        "-timeout=60",
+        "-rss_limit_mb=2048",
+    ]
+    if merge_into is not None:
+        flags += ["-merge=1", str(merge_into), str(work)]
+    else:
+        flags += [f"-max_total_time={seconds}", "-print_final_stats=1", "-len_control=20", str(work)]
+    if (CORPUS / name).is_dir():
+        flags.append(str(CORPUS / name))
+
+    def check(data: bytes) -> None:
+        target.check(data)
+
+    atheris.Setup([sys.argv[0], *flags], check)
+    atheris.Fuzz()
+
+
+def _keep(name: str) -> None:
+    with tempfile.TemporaryDirectory() as distilled:
+        command = [sys.executable, __file__, name, "--merge-into", distilled]
+        subprocess.run(command, check=True, capture_output=True, timeout=1800)
+        found = sorted(Path(distilled).iterdir(), key=lambda path: (path.stat().st_size, path.name))
+        shutil.rmtree(CORPUS / name, ignore_errors=True)
+        (CORPUS / name).mkdir(parents=True)
+        size = kept = 0
+        for path in found:
+            size += path.stat().st_size
+            if size > KEPT_BYTES:
+                break
+            kept += 1
+            shutil.copy(path, CORPUS / name / path.name[:12])
+    print(f"{name}: kept {kept} of {len(found)} inputs")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()
