@@ -7,9 +7,10 @@ PYTHON := $(VENV)/bin/python
 NODE := $(VENV)/bin/libmesh-node
 INSTALLED := $(VENV)/.installed
 PYTEST_FLAGS ?=
+FUZZ_SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help install engine demo test test-slow lint format proto check-proto bench clean
+.PHONY: help install engine demo test test-slow lint format proto check-proto bench fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -53,6 +54,11 @@ check-proto: $(INSTALLED) ## fail if the generated protobuf code is stale
 
 bench: $(INSTALLED) engine ## measure, each against a peer program in the same run
 	@set -e; for file in bench/*.py; do echo "$$file"; $(PYTHON) "$$file"; done
+
+fuzz: $(INSTALLED) ## give every decoder and machine random bytes, guided by coverage; FUZZ_SECONDS=60 for each
+	@$(PYTHON) -m pip install --disable-pip-version-check -qq --editable '.[fuzz]'
+	@set -e; for target in $$($(PYTHON) tests/fuzz/run.py --list | cut -d' ' -f1); do \
+		echo "$$target"; $(PYTHON) tests/fuzz/run.py "$$target" --seconds $(FUZZ_SECONDS); done
 
 clean: ## remove .venv and what tools left; the cache with llama.cpp stays
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis dist
