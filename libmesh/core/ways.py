@@ -1,0 +1,102 @@
+"""The ways to a peer in the order in which they are tried: near before far, and circuits apart.
+
+A peer announces what it has, and most of it may be of no use from here: private addresses of another network, loopback
+ones of another machine. Nothing is left out for that, as a guess may be wrong; it only comes later.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import chain, zip_longest
+
+from libmesh.peers import PeerId
+
+PUNCH = "punch"
+"""The way that is no address: a hole punch over the relayed connection that there is."""
+
+MAX_WAYS = 32
+"""Ways to one peer that are tried in a round, the circuits included; those beyond are left out."""
+
+CIRCUIT = "/p2p-circuit"
+
+
+@dataclass(frozen=True, slots=True)
+class Ways:
+    """What can be dialled, best first: `direct` addresses, and `circuits` through relays."""
+
+    direct: tuple[str, ...]
+    circuits: tuple[str, ...]
+
+
+def is_circuit(address: str) -> bool:
+    """Whether an address leads through a relay."""
+    return CIRCUIT in address
+
+
+def relay_of(address: str) -> tuple[PeerId, str] | None:
+    """The relay of a circuit and its own address, which ends in `/p2p/…`; `None` if the circuit names none."""
+    before, _, _ = address.partition(CIRCUIT)
+    head, _, relay = before.rpartition("/p2p/")
+    return (PeerId(relay), head) if relay and "/" not in relay else None
+
+
+def ways_to(peer: PeerId, addresses: Iterable[str], *, me: PeerId, mine: Sequence[str]) -> Ways:
+    """Sort the addresses of `peer`, as seen from a node `me` whose own addresses are `mine`.
+
+    Addresses on a network that we seem to share come first, then public ones and names, then private ones of other
+    networks, then loopback ones. IPv6 and IPv4 alternate within each (RFC 8305, section 4). Circuits through us, or
+    through the peer itself, are none.
+    """
+    unique = list(dict.fromkeys(addresses))[:MAX_WAYS]
+    circuits = [address for address in unique if is_circuit(address)]
+    direct = [address for address in unique if not is_circuit(address)]
+    theirs = [_ip(address) for address in direct]
+    ours = [_ip(address) for address in mine if not is_circuit(address)]
+    classes: tuple[list[str], ...] = ([], [], [], [])
+    shared = {ip for ip in theirs if ip is not None and not ip.is_loopback and ip in ours}
+    one_network = any(ip.is_global for ip in shared)  # one router's outer address
+    one_machine = bool(shared)
+    for address, ip in zip(direct, theirs, strict=True):
+        if ip is None or ip.is_global:
+            classes[1].append(address)
+        elif ip.is_loopback:
+            classes[0 if one_machine else 3].append(address)
+        else:
+            near = one_network or any(_neighbours(ip, own) for own in ours)
+            classes[0 if near else 2].append(address)
+    through = [
+        address
+        for address in circuits
+        if (relay := relay_of(address)) is not None and relay[0] not in (me, peer)
+    ]
+    return Ways(tuple(chain.from_iterable(map(_interleaved, classes))), tuple(through))
+
+
+_Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
+
+
+def _ip(address: str) -> _Ip | None:
+    """The IP address in a multiaddr; `None` for a name or anything else."""
+    parts = address.split("/")
+    if len(parts) < 3 or parts[1] not in ("ip4", "ip6"):
+        return None
+    try:
+        return ipaddress.ip_address(parts[2])
+    except ValueError:
+        return None
+
+
+def _neighbours(one: _Ip, other: _Ip | None) -> bool:
+    """Whether two private addresses look like those of one network: the sizes that home routers use."""
+    if other is None or one.version != other.version or other.is_loopback or other.is_global:
+        return False
+    prefix = 24 if one.version == 4 else 64
+    return other in ipaddress.ip_network((one, prefix), strict=False)
+
+
+def _interleaved(addresses: list[str]) -> list[str]:
+    six = [address for address in addresses if address.startswith(("/ip6/", "/dns6/"))]
+    four = [address for address in addresses if address not in six]
+    return [address for pair in zip_longest(six, four) for address in pair if address is not None]
