@@ -13,7 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from typing import Any
+from typing import Any, cast
 
 import trio
 from libp2p.custom_types import TProtocol
@@ -23,6 +23,8 @@ from libp2p.pubsub.gossipsub import GossipSub
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.pubsub_notifee import PubsubNotifee
 from libp2p.tools.anyio_service import background_trio_service
+
+from libmesh.net.seen import SeenMessages
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +67,8 @@ class Gossip:
         )
         self._pubsub = _SturdyPubsub(host, router, strict_signing=True)
         self._pubsub.counter = time.time_ns()
+        self._pubsub.seen_messages.stop()
+        self._pubsub.seen_messages = cast(Any, SeenMessages())
         self._router = router
         self._deliver = deliver
         self._host = host
