@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 import trio
 from libp2p.abc import IMuxedConn, IMuxedStream
+from libp2p.connection_types import ConnectionType
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
 
 from libmesh.errors import PeerUnreachable, ServiceRefused
@@ -111,6 +112,13 @@ class Libp2pStream(Stream):
         self._answers: _LineReader | None = None if agreed else _LineReader(inner)
         self._header_seen = False
         self._refused = False
+
+    @property
+    def relayed(self) -> bool:
+        """Whether the connection goes through a relay. Not told of a stock muxer's."""
+        if not isinstance(self._inner, YamuxStream):
+            return False
+        return self._inner.muxed_conn.get_connection_type() is ConnectionType.RELAYED
 
     # ---- receiving --------------------------------------------------------------------------------------------
 

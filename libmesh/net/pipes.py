@@ -64,6 +64,10 @@ class Pipe(ABC):
     Errors of all kinds are raised as `StreamReset`; the pipe is then good for nothing but `aclose`.
     """
 
+    async def wait_readable(self) -> None:
+        """Return when `receive_into` would not block, or at once where that cannot be told."""
+        return
+
     @abstractmethod
     async def receive_into(self, view: memoryview) -> int:
         """Wait for bytes and put them at the start of `view`; 0 at the end. If cancelled, nothing was taken."""
@@ -121,7 +125,7 @@ class SocketPipe(Pipe):
             raise StreamReset(f"connection lost: {exc}") from exc
 
     async def wait_readable(self) -> None:
-        """Return when `receive_into` would not block."""
+        """See `Pipe.wait_readable`."""
         try:
             await trio.lowlevel.wait_readable(self._number())
         except (OSError, trio.ClosedResourceError) as exc:

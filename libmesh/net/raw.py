@@ -8,6 +8,7 @@ from libp2p.io.exceptions import IOException
 
 from libmesh.errors import MeshError
 from libmesh.net.base import Stream, StreamReset
+from libmesh.net.negotiate import Libp2pStream
 from libmesh.net.pipes import Pipe
 
 PIECE_BYTES = 65536
@@ -21,15 +22,29 @@ class StreamPipe(Pipe):
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
+        self._arrived: bytes | bytearray | None = None  # taken off the stream and not yet received
+
+    async def wait_readable(self) -> None:
+        """See `Pipe.wait_readable`."""
+        stream = self._stream
+        try:
+            while self._arrived is None:
+                self._arrived = stream.receive_nowait(PIECE_BYTES)
+                if self._arrived is None and isinstance(stream, Libp2pStream):
+                    await stream.wait_receivable()
+                elif self._arrived is None:
+                    self._arrived = await stream.receive_some(PIECE_BYTES)
+        except _LOST as exc:
+            raise StreamReset(f"connection lost: {exc}") from exc
 
     async def receive_into(self, view: memoryview) -> int:
         """See `Pipe.receive_into`."""
-        try:
-            data = self._stream.receive_nowait(len(view)) or await self._stream.receive_some(len(view))
-        except _LOST as exc:
-            raise StreamReset(f"connection lost: {exc}") from exc
-        view[: len(data)] = data
-        return len(data)
+        await self.wait_readable()
+        arrived = self._arrived or b""
+        count = min(len(arrived), len(view))
+        view[:count] = arrived[:count]
+        self._arrived = arrived[count:] or None
+        return count
 
     def send_nowait(self, view: memoryview) -> int:
         """See `Pipe.send_nowait`."""
@@ -40,7 +55,9 @@ class StreamPipe(Pipe):
 
     async def send_some(self, view: memoryview) -> int:
         """See `Pipe.send_some`."""
-        piece = view[:PIECE_BYTES]
+        piece = bytes(
+            view[:PIECE_BYTES]
+        )  # a copy: while this waits, the buffer may be given to somebody else
         try:
             await self._stream.send_all(piece)
         except _LOST as exc:

@@ -96,8 +96,7 @@ class RecordChannel(Channel):
         """See `Channel.receive`."""
         pipe, pool = self._pipe, self._pool
         while True:
-            if isinstance(pipe, SocketPipe):
-                await pipe.wait_readable()  # so that no connection holds a buffer while it waits
+            await pipe.wait_readable()  # so that no connection holds a buffer while it waits
             buffer = pool.take()
             view = memoryview(buffer)
             try:
