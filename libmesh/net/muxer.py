@@ -35,9 +35,10 @@ from libmesh.core.yamux_frames import (
 )
 from libmesh.net.base import StreamReset
 from libmesh.net.muxed_stream import YamuxStream
-from libmesh.net.noise import YAMUX_ID, NoiseSession
+from libmesh.net.noise import YAMUX_ID
 from libmesh.net.outbound import Outbound
 from libmesh.net.records import Channel, PlainChannel
+from libmesh.net.session import Session
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,7 @@ class YamuxConnection(IMuxedConn):
         self.event_started = trio.Event()
         self.event_closed = trio.Event()
         self._machine = Yamux(initiator=conn.is_initiator, now=trio.current_time(), options=options)
-        self._channel: Channel = conn.channel if isinstance(conn, NoiseSession) else PlainChannel(conn)
+        self._channel: Channel = conn.channel if isinstance(conn, Session) else PlainChannel(conn)
         self._streams: dict[int, YamuxStream] = {}
         self._inbound: deque[YamuxStream] = deque()
         self._acceptable = trio.lowlevel.ParkingLot()
@@ -192,7 +193,7 @@ class YamuxConnection(IMuxedConn):
         machine, receive = self._machine, self._channel.receive
         taken, shortened = 0, False
         reason = "the peer closed the connection"
-        if isinstance(self.secured_conn, NoiseSession):  # what came behind the muxer's negotiation
+        if isinstance(self.secured_conn, Session):  # what came behind the muxer's negotiation
             self._handle(machine.receive(self.secured_conn.take_unread(), trio.current_time()))
         try:
             while records := await receive():
@@ -306,14 +307,14 @@ class YamuxConnection(IMuxedConn):
 
 
 class _MuxerSelector(MuxerMultistream):
-    """Chooses the muxer of a connection: ours, without a negotiation where Noise has agreed on it already."""
+    """Chooses the muxer of a connection: ours, without a negotiation where the handshake has agreed on it already."""
 
     def __init__(self, stock: MuxerMultistream, options: Options | None) -> None:
         super().__init__(stock.transports, stock.negotiate_timeout)
         self._options = options
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
-        early = conn.early_muxer if isinstance(conn, NoiseSession) else None
+        early = conn.early_muxer if isinstance(conn, Session) else None
         if early is not None and TProtocol(early) in self.transports:
             protocol = TProtocol(early)
         else:
