@@ -1,0 +1,245 @@
+"""A worker as a host sees it: a port on this machine that llama-server takes for an rpc-server.
+
+The first session is opened before llama-server starts: whether the worker has the same file, speaks the same protocol and
+has the memory is known before a byte is loaded. It waits there for the first connection that needs it. Each further such
+connection, one after the other, gets a session of its own, and with it a fresh rpc-server.
+"""
+
+from __future__ import annotations
+
+import logging
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import partial
+
+import trio
+
+from libmesh import Stream
+from libmesh_node.llama.rpc.frames import Frame, FrameParser, Link, ProtocolError, Reply, frame
+from libmesh_node.llama.rpc.host import Effect, FromFile, HostEnd, ToClient, ToWorker, WorkerFacts
+from libmesh_node.llama.rpc.opening import (
+    MAX_MESSAGE,
+    Refusal,
+    SessionRequest,
+    decode_answer,
+    encode_request,
+)
+from libmesh_node.llama.rpc.outbox import Outbox, SocketSink
+from libmesh_node.llama.rpc.weights import LearnedHashes, Place, Weights
+
+log = logging.getLogger(__name__)
+
+OPEN_LIMIT = 45.0
+"""Seconds within which a worker must answer the request for a session; its rpc-server starts within that."""
+
+READ_BYTES = 256 * 1024
+_FILE_STEP = 1 << 20
+
+OpenStream = Callable[[], Awaitable[Stream]]
+"""Opens a stream to the worker's service. Raises `MeshError`."""
+
+
+class SessionRefused(Exception):
+    """The worker will not, in its own words. `later`: it may, some other time."""
+
+    def __init__(self, refusal: Refusal) -> None:
+        super().__init__(refusal.reason)
+        self.later = refusal.later
+
+
+class Borrowed:
+    """One worker, for one llama-server. Obtained from `borrow`.
+
+    Attributes:
+        port: at 127.0.0.1, for llama-server's `--rpc`.
+        facts: what the worker said of itself.
+        weights: of the model.
+        lost: set with `why` when the session in use has ended before llama-server ended its connection.
+        spared: bytes of uploads that needed not travel; `sent` and `received`: what did, both ways.
+    """
+
+    def __init__(
+        self, open_stream: OpenStream, request: SessionRequest, weights: Weights, hashes: LearnedHashes
+    ) -> None:
+        self._open_stream, self._request = open_stream, request
+        self.weights, self._hashes = weights, hashes
+        self._spare: Stream | None = None
+        self._turn = trio.Lock()
+        self.facts = WorkerFacts((0, 0, 0), ())
+        self.port = 0
+        self.lost = trio.Event()
+        self.why = ""
+        self.spared = 0
+        self.sent = 0
+        self.received = 0
+
+    async def open(self) -> None:
+        """Open the first session. Raises `SessionRefused`, `ProtocolError`, `MeshError` or the stream's errors."""
+        self._spare = await self._session()
+
+    async def _session(self) -> Stream:
+        stream = await self._open_stream()
+        try:
+            await stream.send_all(frame(Link.OPEN, encode_request(self._request)))
+            with trio.move_on_after(OPEN_LIMIT):
+                outcome = await _receive_answer(stream)
+                if isinstance(outcome, Refusal):
+                    raise SessionRefused(outcome)
+                self.facts = outcome
+                return stream
+            raise ProtocolError(f"the worker did not answer within {OPEN_LIMIT:g} s")
+        except BaseException:
+            stream.reset()
+            raise
+
+    async def serve(self, sock: trio.SocketStream) -> None:
+        """One connection of llama-server's, from its beginning to its end."""
+        end = HostEnd(self.facts, self.weights, self._hashes)
+        async with sock:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                while (data := await sock.receive_some(READ_BYTES)) and not end.engaged:
+                    effects = end.from_client(data)
+                    if end.engaged:
+                        async with self._turn:
+                            await self._engage(sock, end, effects)
+                        return
+                    for effect in effects:
+                        assert isinstance(effect, ToClient)
+                        await sock.send_all(effect.data)
+            except (ProtocolError, trio.BrokenResourceError) as exc:
+                log.info("a connection of llama-server's ended: %s", exc)
+                _abort(sock)
+
+    async def _engage(self, sock: trio.SocketStream, end: HostEnd, effects: list[Effect]) -> None:
+        stream, self._spare = self._spare, None
+        if stream is None:
+            try:
+                stream = await self._session()
+            except Exception as exc:  # noqa: BLE001 - whatever the worker or the way to it did, this session is over
+                self._lose(str(exc))
+                _abort(sock)
+                return
+        conversation = _Conversation(self, sock, stream, end)
+        try:
+            why = await conversation.run(effects)
+        finally:
+            stream.reset()
+            self.spared += end.spared
+            await trio.to_thread.run_sync(self._hashes.save)
+        if why is not None:
+            self._lose(why)
+            _abort(sock)
+
+    def _lose(self, why: str) -> None:
+        if not self.lost.is_set():
+            self.why = why
+            self.lost.set()
+
+    def close(self) -> None:
+        """End a session that nobody came to use."""
+        if self._spare is not None:
+            self._spare.reset()
+
+
+@asynccontextmanager
+async def borrow(
+    open_stream: OpenStream, request: SessionRequest, weights: Weights, hashes: LearnedHashes
+) -> AsyncIterator[Borrowed]:
+    """Have a worker for as long as the context lasts. Raises as `Borrowed.open`; leaving ends all of its sessions."""
+    borrowed = Borrowed(open_stream, request, weights, hashes)
+    await borrowed.open()
+    try:
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        borrowed.port = listeners[0].socket.getsockname()[1]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(trio.serve_listeners, borrowed.serve, listeners)
+            yield borrowed
+            nursery.cancel_scope.cancel()
+    finally:
+        borrowed.close()
+
+
+class _Conversation:
+    """The four tasks of an engaged connection: two read, two send."""
+
+    def __init__(self, worker: Borrowed, sock: trio.SocketStream, stream: Stream, end: HostEnd) -> None:
+        self._worker, self._sock, self._stream, self._end = worker, sock, stream, end
+        self._to_client, self._to_worker = Outbox(SocketSink(sock)), Outbox(stream)
+        self._why: str | None = None
+
+    async def run(self, effects: list[Effect]) -> str | None:
+        """Run until either side ends. Returns `None` if llama-server did, else what was wrong."""
+        async with trio.open_nursery() as nursery:
+            self._apply(effects)
+            for task in (self._to_client.run, self._to_worker.run, self._from_worker, self._from_client):
+                nursery.start_soon(self._guarded, task, nursery.cancel_scope)
+        return self._why
+
+    async def _guarded(self, task: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+        """Run a task whose end, however it comes, is the end of the conversation."""
+        try:
+            await task()
+        except (ProtocolError, OSError) as exc:
+            self._why = self._why or str(exc)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            if task != self._from_client:  # llama-server may vanish as it likes
+                self._why = self._why or "the connection to the worker broke"
+        scope.cancel()
+
+    async def _from_client(self) -> None:
+        while data := await self._sock.receive_some(READ_BYTES):
+            self._apply(self._end.from_client(data))
+            await self._to_worker.room()
+
+    async def _from_worker(self) -> None:
+        while True:
+            data = self._stream.receive_nowait(READ_BYTES)
+            if data is None:
+                data = bytes(await self._stream.receive_some(READ_BYTES))
+            if not data:
+                raise ProtocolError("the worker ended the session")
+            self._worker.received += len(data)
+            self._apply(self._end.from_worker(data))
+            await self._to_client.room()
+
+    def _apply(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case ToWorker(data):
+                    self._worker.sent += len(data)
+                    self._to_worker.put(data)
+                case FromFile(place, size):
+                    self._worker.sent += size
+                    self._to_worker.put(partial(self._send_file, place, size))
+                case ToClient(data):
+                    self._to_client.put(data)
+
+    async def _send_file(self, place: Place, size: int) -> None:
+        for start in range(0, size, _FILE_STEP):
+            await self._stream.send_all(
+                self._worker.weights.read(place, start, min(_FILE_STEP, size - start))
+            )
+
+
+async def _receive_answer(stream: Stream) -> WorkerFacts | Refusal:
+    """The first frame. The worker sends nothing behind it before it is asked."""
+
+    def check(kind: int, size: int) -> None:
+        if kind != Reply.OPENED or size > MAX_MESSAGE:
+            raise ProtocolError("the worker's first frame is no answer to a request for a session")
+
+    parser = FrameParser(check, {})
+    while received := await stream.receive_some(MAX_MESSAGE):
+        for event in parser.feed(bytes(received)):
+            assert isinstance(event, Frame)
+            return decode_answer(event.payload)
+    raise ProtocolError("the worker ended the stream without an answer")
+
+
+def _abort(sock: trio.SocketStream) -> None:
+    """Make the coming close a reset."""
+    with suppress(OSError):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

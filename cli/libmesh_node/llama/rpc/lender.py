@@ -1,0 +1,376 @@
+"""Lends this machine's rpc-server: one fresh process per session, checked by `WorkerEnd`, gone when the session is.
+
+Why a process per session: rpc-server serves one client at a time, never clears memory that it hands out, and is as good
+as a shell for whoever reaches it. So nobody gets what another one used.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import struct
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from libmesh import Stream
+from libmesh_node.errors import NodeError
+from libmesh_node.llama.engine import Binary
+from libmesh_node.llama.process import GuardedProcess, Lines, open_guarded
+from libmesh_node.llama.rpc.frames import (
+    HELLO_ANSWER,
+    Command,
+    Frame,
+    FrameParser,
+    Link,
+    ProtocolError,
+    Reply,
+    frame,
+)
+from libmesh_node.llama.rpc.host import Device, WorkerFacts
+from libmesh_node.llama.rpc.opening import (
+    MAX_DEVICES,
+    MAX_MESSAGE,
+    Protocol,
+    Refusal,
+    SessionRequest,
+    decode_request,
+    encode_answer,
+    protocol_mismatch,
+)
+from libmesh_node.llama.rpc.outbox import Outbox, SocketSink
+from libmesh_node.llama.rpc.weights import Place, Weights, open_weights
+from libmesh_node.llama.rpc.worker import Effect, FileToServer, ToHost, ToServer, WorkerEnd
+from libmesh_node.llama.server import child_environment
+from libmesh_node.llama.supervisor import free_port
+from libmesh_node.snapshot import Process
+
+log = logging.getLogger(__name__)
+
+SERVICE = "rpc"
+"""The service that a lender offers, scope WORKER."""
+
+ASK_LIMIT = 10.0
+"""Seconds that a host has for its first frame, and for each further one once it has begun."""
+
+START_LIMIT = 30.0
+"""Seconds until rpc-server has started and told of its devices. Builds for GPUs initialise those first."""
+
+MAX_SESSIONS = 16
+
+READ_BYTES = 256 * 1024
+_FILE_STEP = 4 << 20
+_POLL_MS = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LentModel:
+    """A model that a host may use here: its files and its digest."""
+
+    name: str
+    digest: str
+    parts: tuple[Path, ...]
+
+
+class Lender:
+    """Answers hosts. `serve` handles one stream; the models are set from outside as they are identified.
+
+    Args:
+        binary: the rpc-server.
+        memory: bytes that may be lent at this moment, asked anew for each session; those lent already are subtracted here.
+        environment: the node's own.
+        device: for rpc-server's `--device`; `None` for its choice.
+        cpu: rpc-server computes on the processor.
+        on_change: called when a session began or ended.
+
+    Attributes:
+        models: by digest.
+    """
+
+    def __init__(
+        self,
+        binary: Binary,
+        *,
+        memory: Callable[[], int],
+        environment: Mapping[str, str],
+        device: str | None = None,
+        cpu: bool = True,
+        on_change: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.models: dict[str, LentModel] = {}
+        self._binary, self._memory, self._device, self._cpu = binary, memory, device, cpu
+        self._environment = child_environment(environment)
+        self._on_change = on_change
+        self._sessions: dict[object, tuple[int, Process]] = {}
+
+    @property
+    def lent_bytes(self) -> int:
+        """What running sessions were granted, all together."""
+        return sum(granted for granted, _ in self._sessions.values())
+
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        """The rpc-servers that run."""
+        return tuple(process for _, process in self._sessions.values() if process.pid is not None)
+
+    async def serve(self, stream: Stream) -> None:
+        """One session, from its first frame to its end. Never raises for what the host does."""
+        try:
+            request, rest = await _receive_request(stream)
+        except (ProtocolError, trio.BrokenResourceError) as exc:
+            log.info("the peer %s asked for a session and made no sense: %s", stream.peer, exc)
+            stream.reset()
+            return
+        refusal = self._refusal(request)
+        if refusal is not None:
+            log.info("refused a session to the peer %s: %s", stream.peer, refusal.reason)
+            await _say(stream, frame(Reply.OPENED, encode_answer(refusal)))
+            return
+        token, model = object(), self.models[request.digest]
+        process = Process(name="rpc-server", pid=None, port=0, model=model.name, status="starting")
+        self._sessions[token] = request.memory_bytes, process
+        try:
+            await self._run(stream, request, rest, model, token)
+        except (NodeError, OSError) as exc:
+            log.warning("no session for the peer %s: %s", stream.peer, exc)
+            await _say(
+                stream, frame(Reply.OPENED, encode_answer(Refusal(f"its rpc-server does not run: {exc}")))
+            )
+        finally:
+            del self._sessions[token]
+            self._on_change()
+
+    def _refusal(self, request: SessionRequest) -> Refusal | None:
+        protocol = _numbers(self._binary.rpc_protocol)
+        mismatch = protocol_mismatch(request.protocol, protocol)
+        if mismatch is not None:
+            return Refusal(mismatch)
+        if request.digest not in self.models:
+            return Refusal(
+                f"it has not the same {request.model or 'model'}: no file here has the digest {request.digest[:16]}…"
+            )
+        if len(self._sessions) >= MAX_SESSIONS:
+            return Refusal(f"it has {MAX_SESSIONS} sessions already", later=True)
+        left = self._memory() - self.lent_bytes
+        if request.memory_bytes > left:
+            needed = (
+                f"{request.memory_bytes / 1e9:.2f} GB are asked for, {max(0, left) / 1e9:.2f} GB are left"
+            )
+            return Refusal(f"its memory is taken: {needed}", later=True)
+        return None
+
+    async def _run(
+        self, stream: Stream, request: SessionRequest, rest: bytes, model: LentModel, token: object
+    ) -> None:
+        with open_weights(model.parts) as weights:
+            async with self._rpc_server() as (child, sock, port):
+                with trio.fail_after(START_LIMIT):
+                    facts = await _ask(sock, request.memory_bytes, cpu=self._cpu)
+                granted, process = self._sessions[token]
+                running = replace(process, pid=child.pid, port=port, status="ready")
+                self._sessions[token] = granted, running
+                self._on_change()
+                log.info(
+                    "working for the peer %s on %s, with %.2f GB", stream.peer, model.name, granted / 1e9
+                )
+                if not await _say(stream, frame(Reply.OPENED, encode_answer(facts)), last=False):
+                    return
+                end = WorkerEnd(granted, len(facts.devices), weights.holds)
+                reason = await _Session(stream, sock, end, weights).run(rest)
+                log.info("no longer working for the peer %s on %s: %s", stream.peer, model.name, reason)
+
+    @asynccontextmanager
+    async def _rpc_server(self) -> AsyncIterator[tuple[GuardedProcess, trio.SocketStream, int]]:
+        """A fresh rpc-server and the one connection to it."""
+        port = free_port()
+        argv = [str(self._binary.path), "-H", "127.0.0.1", "-p", str(port)]
+        if self._device is not None:
+            argv += ["-d", "CPU" if self._device.lower() == "cpu" else self._device]
+        async with open_guarded(argv, environment=self._environment) as child, trio.open_nursery() as nursery:
+            nursery.start_soon(_drain, child)
+            with trio.fail_after(START_LIMIT):
+                sock = await _connect(child, port)
+            async with sock:
+                yield child, sock, port
+            nursery.cancel_scope.cancel()
+
+
+class _Session:
+    """The four tasks of a session: two read, two send."""
+
+    def __init__(self, stream: Stream, sock: trio.SocketStream, end: WorkerEnd, weights: Weights) -> None:
+        self._stream, self._sock, self._end, self._weights = stream, sock, end, weights
+        self._to_host, self._to_server = Outbox(stream), Outbox(SocketSink(sock))
+        self._reason = "the host has ended it"
+
+    async def run(self, first: bytes) -> str:
+        """Run until either side ends. Returns why it ended; the host has been told if the fault was on this side."""
+        tasks = (self._to_host.run, self._to_server.run, self._from_server, partial(self._from_host, first))
+        async with trio.open_nursery() as nursery:
+            for task in tasks:
+                nursery.start_soon(self._guarded, task, nursery.cancel_scope)
+        return self._reason
+
+    async def _guarded(self, task: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
+        """Run a task whose end, however it comes, is the end of the session."""
+        try:
+            await task()
+        except ProtocolError as exc:
+            self._reason = str(exc)
+            await _say(self._stream, frame(Reply.LOST, self._reason.encode()[:MAX_MESSAGE]))
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._reason = "the connection broke"
+        scope.cancel()
+
+    async def _from_host(self, data: bytes | bytearray) -> None:
+        while True:
+            self._apply(self._end.from_host(bytes(data)))
+            await self._to_server.room()
+            received: bytes | bytearray | None = self._stream.receive_nowait(READ_BYTES)
+            if received is None:
+                with trio.move_on_after(ASK_LIMIT if self._end.midway else float("inf")) as patience:
+                    received = await self._stream.receive_some(READ_BYTES)
+                if patience.cancelled_caught:
+                    raise ProtocolError(f"a request was not finished within {ASK_LIMIT:g} s")
+            if not received:
+                return
+            data = received
+
+    async def _from_server(self) -> None:
+        while data := await self._sock.receive_some(READ_BYTES):
+            self._apply(self._end.from_server(data))
+            await self._to_host.room()
+        raise ProtocolError("the worker's rpc-server has ended")
+
+    def _apply(self, effects: list[Effect]) -> None:
+        for effect in effects:
+            match effect:
+                case ToServer(data):
+                    self._to_server.put(data)
+                case FileToServer(place):
+                    self._to_server.put(partial(self._send_file, place))
+                case ToHost(data):
+                    self._to_host.put(data)
+
+    async def _send_file(self, place: Place) -> None:
+        """Send from the file in a thread: the disk may take its time."""
+        file, sock = self._weights.file(place.part), self._sock.socket.fileno()
+        await trio.to_thread.run_sync(
+            _send_file, sock, file, place.offset, place.size, abandon_on_cancel=False
+        )
+
+
+def _send_file(sock: int, file: int, offset: int, size: int) -> None:
+    poller = select.poll()
+    poller.register(sock, select.POLLOUT)
+    end = offset + size
+    while offset < end:
+        trio.from_thread.check_cancelled()
+        try:
+            sent = os.sendfile(sock, file, offset, min(_FILE_STEP, end - offset))
+        except BlockingIOError:
+            poller.poll(_POLL_MS)
+            continue
+        except OSError as exc:
+            raise trio.BrokenResourceError(str(exc)) from exc
+        if not sent:
+            raise ProtocolError("the worker's file has become shorter")
+        offset += sent
+
+
+async def _receive_request(stream: Stream) -> tuple[SessionRequest, bytes]:
+    """The first frame, and what came behind it. Raises `ProtocolError`, or as the stream does."""
+
+    def check(kind: int, size: int) -> None:
+        if kind != Link.OPEN or size > MAX_MESSAGE:
+            raise ProtocolError("its first frame is no request for a session")
+
+    parser, data = FrameParser(check, {}), b""
+    with trio.move_on_after(ASK_LIMIT):
+        while True:
+            received = await stream.receive_some(MAX_MESSAGE)
+            if not received:
+                raise ProtocolError("it ended before it asked")
+            data += received
+            size = 9 + int.from_bytes(data[1:9], "little") if len(data) >= 9 else None
+            events = parser.feed(data[:size]) if size is not None and len(data) >= size else ()
+            if events:
+                assert isinstance(events[0], Frame)
+                return decode_request(events[0].payload), data[size:]
+            if len(data) > MAX_MESSAGE + 9:
+                raise ProtocolError("its first frame is no request for a session")
+    raise ProtocolError(f"it did not ask within {ASK_LIMIT:g} s")
+
+
+async def _say(stream: Stream, data: bytes, *, last: bool = True) -> bool:
+    """Send a few bytes, whatever becomes of them; `last` ends the stream. Whether they were sent."""
+    with (
+        trio.move_on_after(ASK_LIMIT),
+        suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError),
+    ):
+        await stream.send_all(data)
+        if last:
+            await stream.aclose()
+        return True
+    stream.reset()
+    return False
+
+
+async def _drain(child: GuardedProcess) -> None:
+    lines = Lines(child.output)
+    while (line := await lines.receive()) is not None:
+        log.debug("rpc-server: %s", line)
+
+
+async def _connect(child: GuardedProcess, port: int) -> trio.SocketStream:
+    while True:
+        try:
+            sock = await trio.open_tcp_stream("127.0.0.1", port)
+        except OSError:
+            with trio.move_on_after(0.01):
+                status = await child.wait()
+                raise ProtocolError(f"the worker's rpc-server ended with {status} at once") from None
+        else:
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return sock
+
+
+async def _ask(sock: trio.SocketStream, granted: int, *, cpu: bool) -> WorkerFacts:
+    """Say HELLO and learn of the devices. Their free memory is what was granted, shared in their proportion."""
+    hello = await _exchange(sock, Command.HELLO, bytes(24))
+    major, minor, patch, _ = HELLO_ANSWER.unpack(hello)
+    (count,) = struct.unpack("<I", await _exchange(sock, Command.DEVICE_COUNT))
+    if not 1 <= count <= MAX_DEVICES:
+        raise ProtocolError(f"rpc-server has {count} devices")
+    devices = []
+    for number in range(count):
+        which = struct.pack("<I", number)
+        (alignment,) = struct.unpack("<Q", await _exchange(sock, Command.GET_ALIGNMENT, which))
+        (max_size,) = struct.unpack("<Q", await _exchange(sock, Command.GET_MAX_SIZE, which))
+        free, total = struct.unpack("<QQ", await _exchange(sock, Command.GET_DEVICE_MEMORY, which))
+        devices.append(Device(alignment, max_size, free, total, cpu))
+    whole = sum(device.free for device in devices) or 1
+    shared = (replace(device, free=min(device.free, granted * device.free // whole)) for device in devices)
+    return WorkerFacts((major, minor, patch), tuple(shared))
+
+
+async def _exchange(sock: trio.SocketStream, command: Command, payload: bytes = b"") -> bytes:
+    await sock.send_all(frame(command, payload))
+    data = b""
+    while len(data) < 8 or len(data) < 8 + int.from_bytes(data[:8], "little"):
+        received = await sock.receive_some(4096)
+        if not received or len(data) > MAX_MESSAGE:
+            raise ProtocolError(f"rpc-server does not answer command {int(command)} as it should")
+        data += received
+    return data[8:]
+
+
+def _numbers(protocol: str | None) -> Protocol:
+    numbers = [int(part) for part in (protocol or "0.0.0").split(".")]
+    return numbers[0], numbers[1], numbers[2]

@@ -1,0 +1,64 @@
+"""Both ends around the real llama-server and rpc-server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import trio
+from libmesh_node.llama.engine import Engine, find_engine
+from libmesh_node.llama.rpc.borrower import SessionRefused, borrow
+from libmesh_node.llama.rpc.weights import LearnedHashes, open_weights
+from libmesh_node.models.demo import SMALL, write_model
+
+from tests.llama.rpc import ends
+
+pytestmark = pytest.mark.llama
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    found = find_engine()
+    if not found.complete:
+        pytest.skip("llama.cpp's programs are not here")
+    return found
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "small.gguf"
+    write_model(path, SMALL, 7)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
+async def test_a_split_answers_as_one_machine_does(engine: Engine, model: Path, count: int) -> None:
+    async with ends.llama_server(engine, model) as (port, _):
+        alone = await ends.complete(port)
+    hashes = LearnedHashes(None)
+    with open_weights((model,)) as weights:
+        for _ in range(2):  # the second time, hashes are known
+            async with ends.workers(engine, model, weights, hashes, count) as borrowed:
+                ports = [worker.port for worker in borrowed]
+                async with ends.llama_server(engine, model, ports) as (port, _):
+                    loading = sum(worker.sent for worker in borrowed)
+                    assert await ends.complete(port) == alone
+            assert not any(worker.lost.is_set() for worker in borrowed)
+            assert (
+                sum(worker.spared for worker in borrowed) > 37_000_000
+            )  # all but the embeddings, which stay at home
+            assert loading < 500_000  # graphs and inputs, whatever the size of the weights
+
+
+async def test_another_file_is_refused_before_anything_is_loaded(engine: Engine, model: Path) -> None:
+    with open_weights((model,)) as weights:
+        async with ends.lent(ends.lender(engine, model)) as port:
+
+            async def open_stream() -> ends.SocketStream:
+                return ends.SocketStream(await trio.open_tcp_stream("127.0.0.1", port))
+
+            other = ends.request(engine, digest="cd" * 32)
+            with pytest.raises(SessionRefused, match="not the same model"):
+                async with borrow(open_stream, other, weights, LearnedHashes(None)):
+                    pass
