@@ -6,9 +6,7 @@ without a registry, these tests are skipped.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import AsyncIterator
@@ -24,6 +22,7 @@ from libmesh.errors import ServiceRefused
 from libmesh.net.base import Message, Stream
 from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
 from libmesh.peers import PeerId
+from tests.interop.npm import installed
 
 HERE = Path(__file__).parent
 ECHO = "/echo/1.0.0"
@@ -35,20 +34,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="session")
 def packages() -> Path:
     """A folder with js-libp2p in its `node_modules`."""
-    text = (HERE / "package.json").read_bytes()
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / "libmesh-tests" / f"js-{hashlib.sha256(text).hexdigest()[:16]}"
-    if not (folder / "ready").exists():
-        if shutil.which("npm") is None:
-            pytest.skip("npm is not installed")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "package.json").write_bytes(text)
-        command = ["npm", "install", "--no-audit", "--no-fund", "--loglevel=error"]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=600, check=False)
-        if done.returncode:
-            pytest.skip(f"npm could not install js-libp2p: {done.stderr[-300:]}")
-        (folder / "ready").touch()
-    return folder
+    return installed(HERE / "package.json")
 
 
 class JsPeer:
@@ -100,7 +86,7 @@ async def js_peer(packages: Path, security: str = "noise") -> AsyncIterator[JsPe
         assert process.stderr is not None
         nursery.start_soon(_discard, process.stderr)
         peer = JsPeer(process)
-        with trio.fail_after(30):
+        with trio.fail_after(60):
             hello = await peer.line()
         peer.id, peer.address = PeerId(hello["id"]), hello["address"]
         try:
