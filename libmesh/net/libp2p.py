@@ -22,12 +22,14 @@ from libp2p.host.basic_host import BasicHost
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
+from libmesh.core.relay_desk import RelayLimits
 from libmesh.errors import NetworkError, PeerUnreachable
 from libmesh.net import tcp
 from libmesh.net.base import (
     Message,
     Network,
     NetworkEvent,
+    PeerDisconnected,
     Stream,
     StreamHandler,
 )
@@ -35,6 +37,7 @@ from libmesh.net.connections import Connections
 from libmesh.net.gossip import PROTOCOLS as GOSSIP_PROTOCOLS
 from libmesh.net.gossip import Gossip
 from libmesh.net.negotiate import accept_stream, open_lazy_stream
+from libmesh.net.relaying import Relaying
 from libmesh.net.swarm import ConnectionNotifee, libp2p_id, new_mesh_swarm
 from libmesh.peers import Path, PathKind, PeerId
 
@@ -58,6 +61,8 @@ class Libp2pConfig:
         admission_limit: seconds that a stream of a peer which is not yet admitted is held.
         max_waiting: streams of one such peer that are held; more are reset.
         max_events: events not yet read, beyond which gossip messages are dropped. Never other events.
+        relay: what this node gives as a relay for others; `None` to be none.
+        relay_open: be a relay for whoever comes, not for admitted peers only.
     """
 
     hosts: tuple[str, ...] = ("0.0.0.0", "::")
@@ -69,6 +74,8 @@ class Libp2pConfig:
     admission_limit: float = 5.0
     max_waiting: int = 32
     max_events: int = 1024
+    relay: RelayLimits | None = None
+    relay_open: bool = False
 
 
 class Libp2pNetwork(Network):
@@ -76,6 +83,8 @@ class Libp2pNetwork(Network):
 
     def __init__(self, seed: bytes, config: Libp2pConfig) -> None:
         self._config = config
+        self._handlers: dict[str, tuple[StreamHandler, bool]] = {}
+        self.relaying = Relaying(self, seed, config.relay, open_to_all=config.relay_open)
         self._port = 0  # known once we listen
         self._interfaces: list[str] = []
         self._interfaces_stale = float("-inf")
@@ -97,7 +106,6 @@ class Libp2pNetwork(Network):
             ConnectionNotifee(self._connections.connected, self._connections.disconnected)
         )
         self._swarm._select_connection = self._connections.select
-        self._handlers: dict[str, tuple[StreamHandler, bool]] = {}
         self._dialling: dict[PeerId, trio.Lock] = {}
         self._events, self._event_reader = trio.open_memory_channel[NetworkEvent](float("inf"))
         self._tasks: trio.Nursery | None = None
@@ -126,7 +134,7 @@ class Libp2pNetwork(Network):
         order = {host: rank for rank, host in enumerate(interfaces)}
         hosts.sort(key=lambda host: order.get(host, -1))
         own = [tcp.multiaddr_of(host, self._port) for host in hosts]
-        return tuple(dict.fromkeys((*self._config.announce, *own)))
+        return tuple(dict.fromkeys((*self._config.announce, *own, *self.relaying.circuits())))
 
     def _interface_hosts(self) -> list[str]:
         """Asking the system takes milliseconds, and this is asked often. If it cannot tell now, what it told last."""
@@ -144,6 +152,8 @@ class Libp2pNetwork(Network):
         return self._event_reader
 
     def _emit(self, event: NetworkEvent) -> None:
+        if isinstance(event, PeerDisconnected):
+            self.relaying.disconnected(event.peer)
         full = self._events.statistics().current_buffer_used >= self._config.max_events
         if full and isinstance(event, Message):
             return
@@ -185,7 +195,7 @@ class Libp2pNetwork(Network):
     async def dial(self, peer: PeerId, address: str) -> Path:
         """See `Network.dial`."""
         if "/p2p-circuit" in address:
-            raise NetworkError("this node cannot dial through relays")
+            return await self.relaying.dial(peer, address)
         try:
             with trio.fail_after(tcp.DIAL_LIMIT):
                 stream = await tcp.dial(address)
@@ -210,6 +220,10 @@ class Libp2pNetwork(Network):
         return await self._connections.adopt(
             stream, peer=peer, initiator=initiator, address=address, kind=kind
         )
+
+    def set_relays(self, relays: Sequence[str]) -> None:
+        """See `Network.set_relays`."""
+        self.relaying.set_relays(relays)
 
     async def disconnect(self, peer: PeerId) -> None:
         """See `Network.disconnect`."""
@@ -329,6 +343,7 @@ class Libp2pNetwork(Network):
         try:
             async with self._host.run([]), self._gossip.running(), trio.open_nursery() as nursery:
                 self._tasks = self._connections.tasks = nursery
+                nursery.start_soon(self.relaying.run)
                 for listener in listeners:
                     nursery.start_soon(tcp.accept_all, listener, self._take)
                 try:

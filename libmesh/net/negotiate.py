@@ -112,6 +112,7 @@ class Libp2pStream(Stream):
         self._answers: _LineReader | None = None if agreed else _LineReader(inner)
         self._header_seen = False
         self._refused = False
+        self._closed: trio.Event | None = None  # for whoever waits for it
 
     @property
     def relayed(self) -> bool:
@@ -232,11 +233,20 @@ class Libp2pStream(Stream):
 
     async def aclose(self) -> None:
         """See `Stream`."""
+        if self._closed is not None:
+            self._closed.set()
         await self._inner.aclose()
 
     def reset(self) -> None:
         """See `Stream`."""
+        if self._closed is not None:
+            self._closed.set()
         self._inner.reset_nowait()
+
+    async def wait_closed(self) -> None:
+        """Wait until whoever the stream was given to closes or resets it. For one waiter, from before that happens."""
+        self._closed = trio.Event()
+        await self._closed.wait()
 
 
 async def open_lazy_stream(muxed_conn: IMuxedConn, peer: PeerId, protocol: str) -> Stream:

@@ -1,0 +1,81 @@
+"""All that one node does with relays: uses some to reach others, is reached through some, and may be one itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import trio
+
+from libmesh.core.relay_desk import RelayLimits
+from libmesh.errors import NetworkError
+from libmesh.net import tcp
+from libmesh.net.relay_client import CIRCUIT, RelayClient
+from libmesh.net.relay_server import RelayServer
+from libmesh.net.underlay import Underlay
+from libmesh.peers import Path, PathKind, PeerId
+
+
+class Relaying:
+    """The relay parts of one adapter.
+
+    Args:
+        underlay: the adapter.
+        seed: this node's Ed25519 seed.
+        limits: what this node gives as a relay; `None` to be none.
+        open_to_all: as a relay, serve whoever comes, not members only.
+
+    Attributes:
+        client: uses relays.
+        server: is one; `None` if this node is not to be.
+    """
+
+    def __init__(
+        self, underlay: Underlay, seed: bytes, limits: RelayLimits | None, *, open_to_all: bool = False
+    ) -> None:
+        self._underlay = underlay
+        self._open_to_all, self._seed = open_to_all, seed
+        self.client = RelayClient(underlay)
+        self.server: RelayServer | None = None
+        if limits is not None:
+            self.server = RelayServer(
+                underlay, seed, limits, addresses=self._own_addresses, open_to_all=open_to_all
+            )
+
+    def _own_addresses(self) -> tuple[str, ...]:
+        """For clients to build circuits from: without those of circuits to us."""
+        return tuple(address for address in self._underlay.addresses() if CIRCUIT not in address)
+
+    def circuits(self) -> tuple[str, ...]:
+        """See `RelayClient.circuits`."""
+        return self.client.circuits()
+
+    def set_relays(self, relays: Sequence[str]) -> None:
+        """See `Network.set_relays`."""
+        self.client.set_relays(relays)
+
+    def disconnected(self, peer: PeerId) -> None:
+        """The last connection to `peer` is gone."""
+        self.client.disconnected(peer)
+        if self.server is not None:
+            self.server.disconnected(peer)
+
+    async def dial(self, peer: PeerId, address: str) -> Path:
+        """See `Network.dial`, for a circuit address."""
+        try:
+            with trio.fail_after(tcp.DIAL_LIMIT):
+                stream = await self.client.open_circuit(peer, address)
+                where = address.partition(CIRCUIT)[0] + CIRCUIT
+                return await self._underlay.adopt(
+                    stream, peer=peer, initiator=True, address=where, kind=PathKind.RELAYED
+                )
+        except trio.TooSlowError as exc:
+            raise NetworkError(f"no answer within {tcp.DIAL_LIMIT:.0f} s") from exc
+        except ValueError as exc:
+            raise NetworkError(str(exc)) from exc
+
+    async def run(self) -> None:
+        """Keep places at relays, and serve as one, until cancelled."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self.client.run)
+            if self.server is not None:
+                nursery.start_soon(self.server.run)
