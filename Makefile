@@ -10,7 +10,7 @@ PYTEST_FLAGS ?=
 FUZZ_SECONDS ?= 60
 
 .DEFAULT_GOAL := help
-.PHONY: help install engine demo test test-slow lint format proto check-proto bench fuzz clean
+.PHONY: help install engine demo lab test test-slow lint format proto check-proto bench fuzz clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
@@ -30,6 +30,9 @@ engine: $(INSTALLED) ## find llama.cpp's programs, or build them (about 7 minute
 
 demo: $(INSTALLED) ## two real nodes on this machine, and an answer through the mesh; Ctrl-C ends them
 	@$(NODE) demo
+
+lab: $(INSTALLED) ## real nodes behind real routers on this machine, to play with (root); Ctrl-C ends them
+	@$(PYTHON) -m tests.netlab
 
 test: $(INSTALLED) engine ## the tests, those with the real llama.cpp included
 	@$(PYTHON) -m pytest -m "not slow" $(PYTEST_FLAGS)

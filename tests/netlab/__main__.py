@@ -1,0 +1,84 @@
+"""`make lab`, or `python -m tests.netlab [SITE ...] [--delay MS]`: real nodes behind real routers, to play with.
+
+Each SITE is a kind of `Kind`, with `x2` behind it for two hosts on one LAN; the first must be public and founds the mesh.
+Ctrl-C takes everything down.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from tests.netlab.lab import PORT, Host, Kind, Lab, Site, open_lab
+
+_DEFAULT = ("public", "upnp", "conex2", "cone", "symmetric")
+_PATIENCE = 60.0
+
+
+def main() -> int:
+    """Build it, say how to enter, and wait for Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m tests.netlab", description=__doc__)
+    kinds = ", ".join(kind.value for kind in Kind)
+    parser.add_argument("sites", nargs="*", default=_DEFAULT, metavar="SITE", help=f"any of {kinds}")
+    parser.add_argument(
+        "--delay", type=float, default=10.0, metavar="MS", help="of each site's cable, one way"
+    )
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with open_lab() as lab:
+            _populate(lab, args.sites, args.delay / 1000)
+            _say("\nCtrl-C ends all of it.")
+            threading.Event().wait()
+    except KeyboardInterrupt:
+        return 0
+    return 0
+
+
+def _populate(lab: Lab, sites: list[str], delay: float) -> None:
+    invite = lab.folder / "invite"
+    for text in sites:
+        kind, _, count = text.partition("x")
+        site = lab.site(Kind(kind), hosts=int(count or 1), delay=delay)
+        for host in site.hosts:
+            start_node(host, lab.folder, invite)
+            _tell(site, host, lab.folder)
+
+
+def start_node(host: Host, folder: Path, invite: Path) -> subprocess.Popen[bytes]:
+    """A node on the host: the founder if there is no invite yet, else a member. It ends with the lab."""
+    founds = not invite.exists()
+    with (folder / f"{host.name}.log").open("wb") as said:
+        process: subprocess.Popen[bytes] = host.popen(
+            sys.executable, "-m", "libmesh_node", "--data-dir", str(folder / host.name), "--bind-port", str(PORT),
+            *(("--invite-file", str(invite)) if founds else ("--join", f"@{invite}")),
+            stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
+        )  # fmt: skip
+    deadline = time.monotonic() + _PATIENCE
+    while founds and not invite.exists():
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise OSError(f"the founder did not start: {(folder / f'{host.name}.log').read_text()}")
+        time.sleep(0.05)
+    return process
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(f"{text}\n")
+    sys.stdout.flush()
+
+
+def _tell(site: Site, host: Host, folder: Path) -> None:
+    where = f"seen as {site.public}" if site.router else "public"
+    _say(f"{host.name:<12} {host.address:<14} {where}")
+    _say(
+        f"             nsenter --net={host.namespace.file} libmesh-node status --data-dir {folder / host.name}"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
