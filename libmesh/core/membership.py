@@ -268,6 +268,7 @@ class Membership:
         """Find out whether `peer` is there: by a probe, or, later, by a dial."""
         alive = entry.state is PeerState.ALIVE
         if alive and self._roster.watches(peer):
+            entry.doubted_at = min(entry.doubted_at, now)
             return [io.Question(peer)]
         if alive and entry.doubted_at == INFINITY:
             entry.doubted_at = now
@@ -284,7 +285,7 @@ class Membership:
             return []
         self._roster.set_state(peer, entry, PeerState.SUSPECT, now)
         lasts = self.config.respite(connected=entry.connected, alone=self._roster.alone)
-        entry.state_ends = max(min(entry.doubted_at, now), now - lasts / 2) + lasts
+        entry.state_ends = max(min(entry.doubted_at, now), now - 0.75 * lasts) + lasts
         told = now - entry.told_at <= self.config.suspicion
         entry.tell_at = INFINITY if told else now + self.config.hush * lot(self._id, peer)
         return [Changed(peer, PeerState.ALIVE, PeerState.SUSPECT, reason), *self._settle(peer, entry, now)]

@@ -21,8 +21,10 @@ class MembershipConfig:
             network for a moment. Longer forgives longer moments; it is most of what the news of a death takes.
         stall: the same for a suspect that answers no probe on a connection which is still open: a process stopped, a
             machine gone, or TCP waiting ever longer to send again what was lost. Longer forgives longer stalls; with
-            a probe's turn and two timeouts it is what the news takes of a machine that lost its power. Three times as
-            long in a mesh of two, where nobody can be asked: the muxer's pings end the connection before that.
+            a probe's turn and two timeouts it is what the news takes of a machine that lost its power. It counts from
+            when we first wondered, but goes on for a quarter of itself after our own attempts have failed.
+        alone: the same in a mesh of two, where nobody can be asked: five losses in a row on one connection take TCP 6 s,
+            and happen. The muxer's pings end the connection of a machine that is gone before that.
         tombstone: how long the dead are remembered, and dialled now and then.
         coalesce: changes of one's own announcement within this time go out as one.
         refute_every: between two refutations of others' suspicions of us. Bounds what a liar can make us say.
@@ -45,13 +47,14 @@ class MembershipConfig:
 
     refresh: float = 300.0
     suspicion: float = 2.5
-    stall: float = 5.0
+    stall: float = 2.5
+    alone: float = 15.0
     tombstone: float = 600.0
     coalesce: float = 0.1
     refute_every: float = 0.5
     hush: float = 0.3
-    refute: float = 1.0
-    reach: float = 1.5
+    refute: float = 0.6
+    reach: float = 1.2
     dial_first: float = 0.5
     dial_min: float = 0.5
     dial_max: float = 5.0
@@ -68,11 +71,11 @@ class MembershipConfig:
 
     def respite(self, *, connected: bool, alone: bool) -> float:
         """How long a suspect has, with or without a connection, and with nobody else who could be asked about it."""
-        return (3 * self.stall if alone else self.stall) if connected else self.suspicion
+        return (self.alone if alone else self.stall) if connected else self.suspicion
 
     @classmethod
     def lan(cls) -> MembershipConfig:
-        """For round trips of some milliseconds: a killed peer is known to be dead everywhere within 5 s."""
+        """For round trips of some milliseconds: a peer that was killed, or whose machine vanished, is known within 5 s."""
         return cls()
 
     @classmethod
@@ -82,7 +85,16 @@ class MembershipConfig:
         A lost packet's second and third retransmission come after 0.6 s and 1.4 s; suspicion must outlast them both
         ways.
         """
-        return cls(suspicion=4.0, stall=4.5, hush=1.0, refute=2.0, reach=3.0, dial_first=1.0, coalesce=0.3)
+        return cls(
+            suspicion=4.0,
+            stall=4.5,
+            alone=11.0,
+            hush=1.0,
+            refute=2.0,
+            reach=3.0,
+            dial_first=1.0,
+            coalesce=0.3,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -80,6 +80,11 @@ class Plan:
         after, before = ([peer for _, peer in side] for side in self._next[:2])
         return tuple(dict.fromkeys([*reversed(before), self._me, *after]))
 
+    @property
+    def beside(self) -> tuple[PeerId, ...]:
+        """Who comes next after us on the near ring, and who before: each peer is the first of exactly one other."""
+        return tuple(dict.fromkeys(side[0][1] for side in self._next[:2] if side))
+
     def add(self, peer: PeerId) -> list[PeerId]:
         """Somebody came. Those who became or ceased to be neighbours by it."""
         theirs = places(peer)

@@ -80,7 +80,11 @@ class Digest:
 
 
 Watched = tuple[
-    frozenset[PeerId], frozenset[PeerId], frozenset[PeerId], Mapping[PeerId, tuple[PeerId, ...]] | None
+    frozenset[PeerId],
+    frozenset[PeerId],
+    frozenset[PeerId],
+    Mapping[PeerId, tuple[PeerId, ...]] | None,
+    tuple[PeerId, ...],
 ]
 """The arguments of `liveness.Watch`."""
 
@@ -185,7 +189,7 @@ class Roster:
 
     @property
     def watched(self) -> Watched:
-        """Whom to probe, the suspects among them, who can be asked, and whom to ask about whom (`None`: anybody)."""
+        """Whom to probe, the suspects among them, who can be asked, whom about whom (`None`: anybody), and our wards."""
         if self._watched is None:
             self._watched = self._watch()
         return self._watched
@@ -205,7 +209,7 @@ class Roster:
                 if peer in asked
             }
         doubted = frozenset(p for p in peers if self.entries[p].state is PeerState.SUSPECT)
-        return peers, doubted, asked, nearby
+        return peers, doubted, asked, nearby, self._plan.beside
 
     def digest(self, me: Record) -> Digest:
         """What is known of each peer and of `me`."""

@@ -152,6 +152,27 @@ def test_without_anybody_to_take_turns_time_still_goes_on() -> None:
     assert wake(made, 5.0) == []
 
 
+def test_the_first_ward_has_every_other_turn_the_second_one_a_fourth_and_the_rest_what_remains() -> None:
+    made = Liveness(CONFIG, rng=random.Random(7))
+    made.handle(Watch(frozenset(PEERS), wards=(PEERS[4], PEERS[2], PEERS[0])), 0.0)
+    pinged: list[PeerId] = []
+    while len(pinged) < 24:
+        for _, effect in wake(made, made.deadline() or 0):
+            assert isinstance(effect, Ping)
+            pinged.append(effect.peer)
+            made.handle(Answered(effect.peer), 0.0)
+    start = pinged.index(PEERS[2])
+    turns = pinged[start : start + 20]
+    assert [turns[place::4] for place in (0, 1, 3)] == [[PEERS[2]] * 5, [PEERS[4]] * 5, [PEERS[4]] * 5]
+    assert set(pinged) == set(PEERS)
+
+
+def test_who_is_not_watched_is_nobodys_ward() -> None:
+    made = Liveness(CONFIG, rng=random.Random(7))
+    made.handle(Watch(frozenset(PEERS[:2]), wards=(PEERS[4],)), 0.0)
+    assert {e.peer for _, e in wake(made, 8.0) if isinstance(e, Ping)} == set(PEERS[:2])
+
+
 @pytest.mark.parametrize("field", ["interval", "timeout", "indirect_timeout", "helpers"])
 def test_times_must_be_positive(field: str) -> None:
     with pytest.raises(ValueError, match=f"{field} must be greater than 0"):

@@ -47,6 +47,14 @@ def test_coming_and_going_leads_to_the_plan_that_those_present_would_make_anew(
         assert (made.neighbours, made.near) == (fresh.neighbours, fresh.near)
 
 
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_everybody_is_the_first_of_exactly_one_other(count: int) -> None:
+    peers = PEERS[:count]
+    beside = [plan(me, [p for p in peers if p != me]).beside for me in peers]
+    assert sorted(two[0] for two in beside) == sorted(two[-1] for two in beside) == sorted(peers)
+    assert plan(peers[0], []).beside == ()
+
+
 @pytest.mark.parametrize(("count", "connections"), [(2, 24), (33, 24), (200, 24), (200, 4), (100, 9)])
 def test_both_ends_want_a_connection_nobody_has_too_many_and_all_hang_together(
     count: int, connections: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -184,11 +185,12 @@ def wake(made: Membership, until: float) -> list[tuple[float, io.Effect]]:
 
 def test_few_are_connected_and_watched_of_many() -> None:
     made = crowd()
-    peers, doubted, asked, nearby = made.watched
+    peers, doubted, asked, nearby, wards = made.watched
     assert len(peers) == 4
     assert (doubted, asked) == (frozenset(), peers)
     assert nearby is not None
-    assert len(nearby) == 2
+    assert set(nearby) == set(wards)
+    assert len(wards) == 2
     assert [e for _, e in wake(made, NOW + 100) if isinstance(e, io.Dial)] == []
 
 
@@ -202,21 +204,30 @@ def test_a_suspect_that_refutes_is_not_dialled_by_those_who_are_not_connected_to
     assert made.state_of(peer) is PeerState.ALIVE
 
 
-def test_a_suspect_that_stays_silent_is_dialled_and_dies_only_when_that_fails() -> None:
+@pytest.mark.parametrize(
+    ("failed_after", "dies_after"),
+    [
+        (1.2, CONFIG.suspicion),
+        (2.0, 2.0 + CONFIG.suspicion / 4),
+    ],  # counted from the first doubt, but not all of it
+)
+def test_a_suspect_that_stays_silent_is_dialled_and_dies_only_when_that_fails(
+    failed_after: float, dies_after: float
+) -> None:
     made = crowd()
     peer = far(made)
     made.handle(io.SuspicionHeard(io.Suspicion(peer, 1, 1)), NOW)
     ((dialled_at, _),) = [(t, e) for t, e in wake(made, NOW + 1.2) if isinstance(e, io.Dial)]
     assert dialled_at == NOW + CONFIG.refute
     assert made.state_of(peer) is PeerState.ALIVE
-    made.handle(io.DialFailed(peer), NOW + 1.2)
+    made.handle(io.DialFailed(peer), NOW + failed_after)
     assert made.state_of(peer) is PeerState.SUSPECT
     deaths = [
         t
         for t, e in wake(made, NOW + 9)
         if e == io.Changed(peer, PeerState.SUSPECT, PeerState.DEAD, "no answer")
     ]
-    assert deaths == [NOW + 1.2 + CONFIG.suspicion / 2]  # half of it, at least, after our own failure
+    assert deaths == [NOW + dies_after]
 
 
 def test_a_dial_that_hangs_counts_as_silence_after_a_while() -> None:
