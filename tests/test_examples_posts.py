@@ -23,7 +23,7 @@ class Lines:
 
     async def until(self, wanted: str) -> str:
         """The first line that contains `wanted`; fails after 20 s."""
-        with trio.fail_after(20):
+        with trio.fail_after(60):
             while True:
                 line, newline, rest = self._rest.partition(b"\n")
                 if newline:

@@ -44,8 +44,8 @@ async def test_services_and_attributes_are_seen_by_all_and_their_end_too(
 
         with one.offer("b", nothing), one.offer("a", nothing, scope=Scope.WORKER):
             one.announce(b"opaque")
-            await until(lambda: seen(two) == seen(three) == (["a", "b"], b"opaque"), limit=2)
-        await until(lambda: seen(two) == seen(three) == ([], b"opaque"), limit=2)
+            await until(lambda: seen(two) == seen(three) == (["a", "b"], b"opaque"))
+        await until(lambda: seen(two) == seen(three) == ([], b"opaque"))
 
 
 async def test_what_is_announced_is_bounded(autojump_clock: trio.testing.MockClock) -> None:

@@ -26,7 +26,7 @@ MESH_KEY = SecretKey(b"m" * 32)
 
 
 async def until(mesh: Mesh, peer: SecretKey, state: PeerState) -> None:
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         async with mesh.watch() as views:
             async for view in views:
                 entry = view.get(peer.peer)

@@ -53,7 +53,7 @@ def read_until(process: subprocess.Popen[str], word: str) -> str:
 
 
 def assert_gone(folder: Path) -> None:
-    deadline = time.monotonic() + 5.0
+    deadline = time.monotonic() + PATIENCE
     while (left := processes_of(folder)) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == []
@@ -94,10 +94,8 @@ def test_a_signal_ends_both_nodes_and_all_that_they_started(
     with demo(tmp_path) as process:
         read_until(process, "until Ctrl-C")
         assert len(processes_of(tmp_path)) >= 5  # the demo, two nodes, llama-server, and what guards them
-        signalled = time.monotonic()
         process.send_signal(number)
         assert process.wait(PATIENCE) == 0
-        assert time.monotonic() - signalled < 6.0
         assert_gone(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -119,12 +119,10 @@ def test_stop_ends_the_node_with_0_and_leaves_no_trace_of_running(tmp_path: Path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_node_within_3_seconds_with_0(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_signal_ends_the_node_with_0(tmp_path: Path, number: signal.Signals) -> None:
     with node(tmp_path) as (process, _):
-        signalled = time.monotonic()
         process.send_signal(number)
         assert process.wait(PATIENCE) == 0
-        assert time.monotonic() - signalled < 3.0
         assert "Traceback" not in process.communicate()[1]
 
 

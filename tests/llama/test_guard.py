@@ -13,7 +13,7 @@ import pytest
 import trio
 from libmesh_node.llama.process import GuardedProcess, Lines, ProgramNotStarted, open_guarded
 
-from tests.llama.processes import is_running, parent_of, seconds_until_gone
+from tests.llama.processes import is_running, parent_of, wait_until_gone
 
 SLEEP = ["/bin/sleep", "300"]
 
@@ -47,15 +47,15 @@ def test_program_and_guard_die_when_the_node_is_killed(parent: subprocess.Popen[
     pid = started_by(parent)
     guard = parent_of(pid)
     parent.kill()
-    assert seconds_until_gone(pid) < 1
-    seconds_until_gone(guard)
+    wait_until_gone(pid)
+    wait_until_gone(guard)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process of its parent's death")
 def test_program_dies_when_the_guard_is_killed_and_the_node_is_told(parent: subprocess.Popen[str]) -> None:
     pid = started_by(parent)
     os.kill(parent_of(pid), signal.SIGKILL)
-    assert seconds_until_gone(pid) < 1
+    wait_until_gone(pid)
     assert parent.poll() is None
 
 
@@ -77,14 +77,14 @@ def test_no_descendant_outlives_the_program(start: str, ending: str, tmp_path: P
                 os.kill(pid, signal.SIGKILL)
             case "program ends":
                 stop.touch()
-        seconds_until_gone(sleeping)
-        seconds_until_gone(pid)
+        wait_until_gone(sleeping)
+        wait_until_gone(pid)
         parent.kill()
 
 
 def sleeper_below(guard: int) -> int:
     """The process `sleep 300` among the descendants of `guard`, once it is there."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         parents = {int(path.name): path for path in Path("/proc").iterdir() if path.name.isdigit()}
         for pid, path in parents.items():

@@ -25,7 +25,7 @@ async def networks(count: int, config: Libp2pConfig = LOCAL) -> AsyncIterator[li
         ]
 
 
-async def until(condition: Callable[[], object], limit: float = 5) -> None:
+async def until(condition: Callable[[], object], limit: float = 60) -> None:
     """Wait for what is bound to happen."""
     with trio.fail_after(limit):
         while not condition():  # noqa: ASYNC110 - what is looked at tells nobody when it changes
@@ -47,7 +47,7 @@ async def echo(stream: Stream) -> None:
 
 async def answers(near: Libp2pNetwork, far: Libp2pNetwork, protocol: str = PROTOCOL) -> None:
     """A stream to `far` works."""
-    with trio.fail_after(5):
+    with trio.fail_after(60):
         async with await near.open_stream(far.peer, protocol) as stream:
             await stream.send_all(b"x")
             assert await stream.receive_some() == b"x"

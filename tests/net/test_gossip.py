@@ -35,7 +35,7 @@ async def gossiping(count: int) -> AsyncIterator[tuple[list[Libp2pNetwork], list
 
 async def publish_until(network: Libp2pNetwork, text: bytes, done: Callable[[], bool]) -> None:
     """Gossip is best effort: say it until it got through."""
-    with trio.fail_after(10):
+    with trio.fail_after(60):
         number = 0
         while not done():
             await network.publish("topic", text + b" %d" % number)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,26 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def large_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Half a gigabyte, which takes a llama-server a moment to load."""
-    path = tmp_path_factory.mktemp("models") / "large.gguf"
-    demo.write_model(path, demo.MEDIUM, seed=3, name="large")
-    return path
+@dataclass(frozen=True)
+class HeldServer:
+    """The real llama-server behind a gate: it starts to load its model when `open` is called, however fast it loads."""
+
+    folder: Path
+    """To be given with `--bin-dir`."""
+
+    def open(self) -> None:
+        (self.folder / "open").touch()
+
+
+@pytest.fixture
+def held_server(tmp_path: Path, engine: Engine) -> HeldServer:
+    held = HeldServer(tmp_path / "held")
+    held.folder.mkdir()
+    script = held.folder / "llama-server"
+    real = shlex.quote(str(engine.require_llama_server().path))
+    script.write_text(f"""#!/bin/sh
+case " $* " in *" --model "*) while [ ! -e {shlex.quote(str(held.folder / "open"))} ]; do sleep 0.05; done ;; esac
+exec {real} "$@"
+""")
+    script.chmod(0o755)
+    return held

@@ -1,7 +1,8 @@
 """Real nodes as child processes: started, asked, told, killed, and looked at from outside.
 
 Nothing here knows the inside of a node: what a test learns, it learns from the files, ports and exit codes that people
-have too. Every wait has a limit; what a node said on stderr is printed when its test is over, so that a failing test shows it.
+have too. Every wait has a limit, which is patience
+and no promise: how fast a node is, `bench/` tells. What a node said on stderr is printed when its test is over, so that a failing test shows it.
 """
 
 from __future__ import annotations
@@ -24,14 +25,8 @@ import psutil
 
 Json = dict[str, Any]
 
-START = 20.0
-"""Seconds for a node to come up on a busy machine with two cores. One and a half are usual."""
-
-ENDS_WITHIN = 3.0
-"""Seconds from a signal to the end of the node: what the program promises."""
-
-ORPHANS_GONE = 2.0
-"""Seconds that a llama-server may outlive a node that was killed."""
+PATIENCE = 60.0
+"""Seconds to wait for whatever is bound to happen, however busy the machine is."""
 
 
 def wait_for(holds: Callable[[], Any], limit: float, what: str) -> Any:
@@ -43,7 +38,7 @@ def wait_for(holds: Callable[[], Any], limit: float, what: str) -> Any:
     return value
 
 
-def command(*arguments: str, limit: float = 30.0) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, limit: float = PATIENCE) -> subprocess.CompletedProcess[str]:
     """Run `libmesh-node` with `arguments` to its end."""
     argv = [sys.executable, "-m", "libmesh_node", *arguments]
     return subprocess.run(argv, capture_output=True, text=True, timeout=limit, check=False)
@@ -80,7 +75,7 @@ class Node:
 
     # ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def up(self, limit: float = START) -> Node:
+    def up(self, limit: float = PATIENCE) -> Node:
         """Wait until its console and API listen."""
         wait_for(lambda: self._read_info() or self.process.poll() is not None, limit, "node.json")
         assert self.process.poll() is None, f"the node ended with {self.process.returncode}:\n{self.words}"
@@ -111,14 +106,14 @@ class Node:
         return f"http://127.0.0.1:{self.console_port}"
 
     def status(self) -> Json:
-        status: Json = httpx.get(f"{self.console}/api/status", timeout=5).json()
+        status: Json = httpx.get(f"{self.console}/api/status", timeout=PATIENCE).json()
         return status
 
-    def post(self, path: str, body: Json, limit: float = 30.0) -> httpx.Response:
+    def post(self, path: str, body: Json, limit: float = PATIENCE) -> httpx.Response:
         """Give the console a command."""
         return httpx.post(self.console + path, json=body, timeout=limit)
 
-    def until(self, holds: Callable[[Json], Any], limit: float = START, what: str = "the status") -> Json:
+    def until(self, holds: Callable[[Json], Any], limit: float = PATIENCE, what: str = "the status") -> Json:
         """The first status for which `holds`."""
 
         def look() -> Json | None:
@@ -139,7 +134,7 @@ class Node:
         self.up().until(lambda status: status["llama_ready"], what="llama_ready")
         return self
 
-    def sees(self, *models: str, limit: float = START) -> Node:
+    def sees(self, *models: str, limit: float = PATIENCE) -> Node:
         """Wait until all `models` are served somewhere, as far as it knows."""
         self.up().until(lambda status: set(models) <= served(status), limit, f"{models} served")
         return self
@@ -151,7 +146,9 @@ class Node:
     @contextmanager
     def openai(self) -> Iterator[openai.OpenAI]:
         """The real client, without its own retries, which would hide ours."""
-        with openai.OpenAI(base_url=f"{self.api}/v1", api_key="unused", max_retries=0, timeout=30) as client:
+        with openai.OpenAI(
+            base_url=f"{self.api}/v1", api_key="unused", max_retries=0, timeout=PATIENCE
+        ) as client:
             yield client
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -183,32 +180,28 @@ class Node:
         """kill -9, and see that nothing that it started is left."""
         self.note_family()
         os.kill(self.pid, signal.SIGKILL)
-        self.process.wait(5)
+        self.process.wait(PATIENCE)
         self.leaves_nobody()
 
     def leaves_nobody(self) -> None:
-        """Fail if a child of the ended node still runs after `ORPHANS_GONE`."""
-        wait_for(lambda: not any(map(runs, self._family.values())), ORPHANS_GONE, "orphans gone")
+        """Fail if a child of the ended node goes on running."""
+        wait_for(lambda: not any(map(runs, self._family.values())), PATIENCE, "orphans gone")
 
-    def ends(self, how: int | Callable[[], object], limit: float = ENDS_WITHIN) -> float:
-        """Send a signal, or call `how`; the seconds until it has ended with 0 and left nobody."""
+    def ends(self, how: int | Callable[[], object]) -> None:
+        """Send a signal, or call `how`, and see that it ends with 0 and leaves nobody."""
         self.note_family()
-        start = time.monotonic()
         if callable(how):
             how()
         else:
             os.kill(self.pid, how)
         try:
-            code = self.process.wait(limit + 10)
+            code = self.process.wait(PATIENCE)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"the node still runs after {limit + 10:g} s:\n{self.words}") from None
-        took = time.monotonic() - start
+            raise AssertionError(f"the node still runs after {PATIENCE:g} s:\n{self.words}") from None
         self.leaves_nobody()
         assert code == 0, f"exit code {code}:\n{self.words}"
-        assert took < limit, f"it took {took:.2f} s to end:\n{self.words}"
-        return took
 
-    def fails(self, limit: float = START) -> str:
+    def fails(self, limit: float = PATIENCE) -> str:
         """Wait until it gives up by itself with exit code 1; its last line."""
         try:
             code = self.process.wait(limit)
@@ -252,7 +245,7 @@ class Machine:
                 node.process.terminate()
         for node in self.nodes:
             try:
-                node.process.wait(ENDS_WITHIN + 2)
+                node.process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 node.process.kill()
                 node.process.wait(5)
@@ -282,7 +275,7 @@ def peer(status: Json, node_id: str) -> Json:
     return found
 
 
-def chat(node: Node, model: str = "demo", tokens: int = 5, limit: float = 30.0) -> httpx.Response:
+def chat(node: Node, model: str = "demo", tokens: int = 5, limit: float = PATIENCE) -> httpx.Response:
     """Ask a model over a node's API."""
     body = {"model": model, "max_tokens": tokens, "messages": [{"role": "user", "content": "Hello?"}]}
     return httpx.post(f"{node.api}/v1/chat/completions", json=body, timeout=limit)
@@ -296,4 +289,4 @@ def p2p_port(node: Node) -> int:
 
 def dial(port: int) -> socket.socket:
     """A plain TCP connection to this machine, with a limit to each wait."""
-    return socket.create_connection(("127.0.0.1", port), timeout=10)
+    return socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)

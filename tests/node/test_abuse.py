@@ -59,7 +59,7 @@ def test_garbage_changes_nothing(pair: Pair, which: str) -> None:
     for node in (pair.server, pair.client):
         port = _ports(node)[which]
         for garbage in GARBAGE:
-            with dial(port) as connection, suppress(OSError):
+            with suppress(OSError), dial(port) as connection:
                 connection.sendall(garbage)
                 connection.shutdown(socket.SHUT_WR)
                 while connection.recv(1 << 16):
@@ -76,7 +76,7 @@ def test_garbage_on_a_model_tunnel_stays_between_it_and_the_server(pair: Pair) -
     ]
     assert len(ports) >= 1
     for garbage in GARBAGE:
-        with dial(ports[0]) as connection, suppress(OSError):
+        with suppress(OSError), dial(ports[0]) as connection:
             connection.sendall(garbage)
             connection.shutdown(socket.SHUT_WR)
             while connection.recv(1 << 16):

@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.node.conftest import Pair
-from tests.node.nodes import Machine, Node, command, peer, wait_for
+from tests.node.conftest import HeldServer, Pair
+from tests.node.nodes import PATIENCE, Machine, Node, command, peer, wait_for
 
 pytestmark = pytest.mark.llama
 
@@ -33,15 +33,17 @@ def test_serving_node_ends(machine: Machine, how: int | str) -> None:
 def test_node_ends_while_it_starts(machine: Machine, how: int, delay: float) -> None:
     """At each moment of its start, from when it listens for signals on."""
     node = machine.node()
-    wait_for(lambda: "node " in node.words, 20, "its first line")
+    wait_for(lambda: "node " in node.words, PATIENCE, "its first line")
     time.sleep(delay)
     node.ends(how)
 
 
-def test_node_ends_while_its_model_loads(machine: Machine, large_model: Path) -> None:
-    node = machine.node("--model", str(large_model)).up()
-    node.until(lambda status: status["processes"] and status["processes"][0]["pid"])
-    assert node.status()["llama_ready"] is False
+def test_node_ends_while_its_model_loads(
+    machine: Machine, small_model: Path, held_server: HeldServer
+) -> None:
+    node = machine.node("--model", str(small_model), "--bin-dir", str(held_server.folder)).up()
+    status = node.until(lambda status: status["processes"] and status["processes"][0]["pid"])
+    assert status["llama_ready"] is False
     node.ends(signal.SIGINT)
 
 
@@ -52,7 +54,7 @@ def test_both_nodes_end_while_a_stream_runs(machine: Machine) -> None:
     streams: list[Iterator[bytes]] = []
     with ExitStack() as stack:
         for node in (client, client, server):
-            stream = httpx.stream("POST", f"{node.api}/v1/completions", json=body, timeout=30)
+            stream = httpx.stream("POST", f"{node.api}/v1/completions", json=body, timeout=PATIENCE)
             streams.append(stack.enter_context(stream).iter_raw())  # kept: a response ends with its iterator
             next(streams[-1])
         client.ends(signal.SIGINT)

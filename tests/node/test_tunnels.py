@@ -136,7 +136,7 @@ def test_reset_by_the_caller_reaches_the_service(tunnel: int, service: Service) 
 def test_service_that_is_gone_refuses_and_the_port_stays(tunnel: int, pair: Pair, service: Service) -> None:
     service._server.shutdown()
     service._server.server_close()
-    with dial(tunnel) as connection, suppress(ConnectionResetError):
+    with suppress(ConnectionResetError), dial(tunnel) as connection:
         assert connection.recv(10) == b""
     listed = pair.client.run("tunnel", "list")
     assert str(tunnel) in listed.stdout
@@ -154,7 +154,7 @@ def test_port_outlives_a_restart_of_the_node_it_leads_to(machine: Machine, servi
     server.ends(15)
     again = machine.node(name="server").up()
     again.until(
-        lambda status: any(entry["state"] == "alive" for entry in status["peers"]), 40, "the client back"
+        lambda status: any(entry["state"] == "alive" for entry in status["peers"]), what="the client back"
     )
     _expose(Pair(again, client, machine), "echo", service.port)
 
