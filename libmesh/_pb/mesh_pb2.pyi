@@ -113,7 +113,9 @@ class Link(_message.Message):
     scope: Global___Scope.ValueType
     """never wider than the previous link's"""
     not_after: _builtins.int
-    """end of validity; absent: none. Never later than the previous link's"""
+    """End of validity; absent: none. Never later than the previous link's. Readers take a link for 30 s more, for clocks
+    that disagree.
+    """
     signature: _builtins.bytes
     """exactly 64 bytes"""
     def __init__(
@@ -268,8 +270,9 @@ class HelloReply(_message.Message):
     CREDENTIAL_FIELD_NUMBER: _builtins.int
     agent: _builtins.str
     refusal: _builtins.str
-    """Absent: admitted. Otherwise one of "wrong_mesh", "malformed", "not_yours", "forged", "widened", "expired",
-    "revoked", "busy"; an unknown word is treated as "malformed". The stream ends after a refusal, and the refusing
+    """Absent: admitted. Otherwise the first fault of: "malformed" (a field is missing or out of range), "wrong_mesh",
+    "malformed" (not INVITE links and one PEER link), "not_yours", "widened", "expired", "revoked", "forged"; or "busy".
+    An unknown word is treated as "malformed". The stream ends after a refusal, and the refusing
     side closes the connection. A refusal tells nothing of the mesh: not its id, its members or their number.
     """
     @_builtins.property
@@ -309,7 +312,10 @@ class Digest(_message.Message):
         incarnation: _builtins.int
         sequence: _builtins.int
         dead: _builtins.bool
-        """the sender takes this peer for dead; if it is the reader, it raises its incarnation above this one"""
+        """The sender takes this peer for dead. If it is the reader, it announces itself with an incarnation above this one,
+        unless this one is so high that it must be a lie (more than a year's milliseconds ahead of the clock). Other
+        readers that take it for alive, and hold no newer announcement, look for it themselves: by a probe, or a connection.
+        """
         def __init__(
             self,
             *,
@@ -342,7 +348,9 @@ Global___Digest: _TypeAlias = Digest  # noqa: Y015
 
 @_typing.final
 class Records(_message.Message):
-    """The records that the other side's digest lacks or has older. At most 8 MiB; what would not fit is left to gossip."""
+    """The records that the other side's digest lacks or has older, but those of the dead; goodbyes are told. At most 8 MiB;
+    what would not fit is left to gossip. A revocation that is learned here is passed on by gossip.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -403,7 +411,8 @@ Global___Gossip: _TypeAlias = Gossip  # noqa: Y015
 @_typing.final
 class Suspicion(_message.Message):
     """"I hear nothing of this peer." A hint, never a verdict: whoever hears it probes that peer for itself, and the peer
-    itself, if it hears it and holds no newer announcement, announces itself anew.
+    itself, if it hears it and holds no newer announcement, announces itself anew, with an incarnation above this one (and
+    the exception of Digest.Entry.dead).
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -548,7 +557,10 @@ Global___Record: _TypeAlias = Record  # noqa: Y015
 
 @_typing.final
 class Announcement(_message.Message):
-    """What a peer says of itself. Of two announcements of one peer the one with the higher (incarnation, sequence) holds."""
+    """What a peer says of itself. Of two announcements of one peer the one with the higher (incarnation, sequence) holds. A
+    peer that is taken for dead, or has left, comes back only with a higher incarnation; both are remembered for at least
+    ten minutes.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
