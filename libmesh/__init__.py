@@ -15,6 +15,7 @@ What is exported here is the public API; everything else may change without noti
 from libmesh.admission import AdmissionConfig
 from libmesh.core.liveness import LivenessConfig
 from libmesh.core.membership_io import MembershipConfig
+from libmesh.core.paths_io import PathsConfig
 from libmesh.driver import MeshConfig
 from libmesh.errors import (
     AddressUnavailable,
@@ -33,7 +34,7 @@ from libmesh.invites import InviteInfo, read_invite
 from libmesh.mesh import Mesh, ServiceHandler, open_mesh
 from libmesh.net.base import Network, Stream, StreamReset
 from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
-from libmesh.peers import MeshId, Path, PathKind, PeerId, PeerState, PeerView, Scope, Service, View
+from libmesh.peers import Attempt, MeshId, Path, PathKind, PeerId, PeerState, PeerView, Scope, Service, View
 from libmesh.posts import Post
 from libmesh.tunnel import expose, serve_tunnel
 
@@ -43,6 +44,7 @@ __all__ = [
     "AddressUnavailable",
     "AdmissionConfig",
     "AdmissionRefused",
+    "Attempt",
     "InviteDenied",
     "InviteError",
     "InviteExpired",
@@ -59,6 +61,7 @@ __all__ = [
     "NetworkError",
     "Path",
     "PathKind",
+    "PathsConfig",
     "PeerId",
     "PeerState",
     "PeerUnreachable",

@@ -7,7 +7,7 @@ is connected, tries the contacts that our invite named.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import trio
@@ -49,6 +49,7 @@ class Admission:
         config: the times.
         now: seconds since the epoch.
         tell: passes an event to the membership machine.
+        connect: finds a path to a peer.
     """
 
     def __init__(
@@ -61,8 +62,10 @@ class Admission:
         config: AdmissionConfig,
         now: Callable[[], float],
         tell: Callable[[io.Event], None],
+        connect: Callable[[PeerId, Sequence[str]], Awaitable[object]],
     ) -> None:
         self._network, self._membership, self._credential = network, membership, credential
+        self._find_path = connect
         self._agent, self._config, self._now, self._tell = agent, config, now, tell
         self._contacts: dict[PeerId, tuple[str, ...]] = {}
         self._admitted: dict[PeerId, Credential] = {}
@@ -118,7 +121,7 @@ class Admission:
         lock = self._connecting.setdefault(peer, trio.Lock())
         try:
             async with lock:
-                await self._network.connect(peer, addresses)
+                await self._find_path(peer, addresses)
                 if peer not in self._admitted:
                     await self._say_hello(peer)
         finally:

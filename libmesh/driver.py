@@ -22,10 +22,13 @@ from libmesh.core import membership_io as io
 from libmesh.core.announcement import Announcement, Record
 from libmesh.core.credentials import Authority, Revocation
 from libmesh.core.liveness import LivenessConfig
+from libmesh.core.paths_io import PathsConfig
+from libmesh.core.ways import is_circuit
 from libmesh.errors import MeshError
 from libmesh.identity import SecretKey
 from libmesh.net import base as net
 from libmesh.net.base import Network, Stream
+from libmesh.pathing import Pathing
 from libmesh.peers import PeerId, PeerState, Service, View
 from libmesh.posts import Posts
 from libmesh.probing import Prober
@@ -45,6 +48,7 @@ class MeshConfig:
         admission: times of hellos and of seeking the first peer.
         membership: times of the membership machine.
         liveness: times of probes.
+        paths: times of the search for paths.
     """
 
     agent: str = "libmesh"
@@ -53,6 +57,7 @@ class MeshConfig:
     admission: AdmissionConfig = field(default_factory=AdmissionConfig)
     membership: io.MembershipConfig = field(default_factory=io.MembershipConfig)
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
+    paths: PathsConfig = field(default_factory=PathsConfig)
 
 
 class Driver:
@@ -93,6 +98,15 @@ class Driver:
             seal=partial(wire.seal, seed=key.seed),
             config=config.membership,
         )
+        self.pathing = Pathing(
+            network,
+            addresses_of=self.membership.addresses_of,
+            approach=self._approach,
+            changed=lambda _: self._tell_watchers(),
+            wall_clock=self.now,
+            config=config.paths,
+            rng=rng,
+        )
         self.admission = Admission(
             network,
             self.membership,
@@ -101,6 +115,7 @@ class Driver:
             config=config.admission,
             now=self.now,
             tell=self.handle,
+            connect=self.pathing.connect,
         )
         self._prober = Prober(network, self.membership, self.handle, config.liveness, rng)
         self.posts = Posts(network, authority.mesh_id, self._is_live_member)
@@ -114,7 +129,7 @@ class Driver:
     @property
     def view(self) -> View:
         """The mesh as this peer sees it now."""
-        return self.membership.view(self.network.path)
+        return self.membership.view(self.pathing.path)
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[trio.MemoryReceiveChannel[View]]:
@@ -167,6 +182,7 @@ class Driver:
                     self._tasks.start_soon(self.network.disconnect, peer)
                 case io.Changed(peer, before, state, reason):
                     changed = True
+                    self.pathing.peer_moved(peer)
                     if before is not state:
                         _log_change(peer, state, reason)
         if changed:
@@ -212,6 +228,8 @@ class Driver:
 
     async def _event_loop(self, events: trio.MemoryReceiveChannel[net.NetworkEvent]) -> None:
         async for event in events:
+            if not isinstance(event, net.Message):
+                self.pathing.heard(event)
             match event:
                 case net.PeerConnected(peer, _, inbound):
                     if inbound:
@@ -222,6 +240,12 @@ class Driver:
                     self._hear(data)
                 case net.Message(topic, author, data) if topic == self.posts.gossip_topic:
                     self.posts.deliver(author, data)
+
+    async def _approach(self, relay: PeerId, addresses: tuple[str, ...]) -> None:
+        """A relay that is a member carries only members: it is told that we are one."""
+        if self.membership.believes(relay):
+            known = (address for address in self.membership.addresses_of(relay) if not is_circuit(address))
+            await self.admission.connect(relay, (*addresses, *known))
 
     def _is_live_member(self, peer: PeerId) -> bool:
         return self.membership.believes(peer)
@@ -277,6 +301,7 @@ class Driver:
         self.network.set_handler(probing.PROTOCOL, self._prober.answer)
         async with self.network.events() as events, trio.open_nursery() as nursery:
             self._tasks = nursery
+            await nursery.start(self.pathing.run)
             await self.network.subscribe(self._topic)
             await self.network.subscribe(self.posts.gossip_topic)
             nursery.start_soon(self._event_loop, events)

@@ -5,183 +5,52 @@
         await a.connect(b.peer, b.addresses())
 
 It keeps the whole contract of `Network` and works under trio's `MockClock`. `hub.cut(a, b)` breaks connections and
-`hub.partition({a}, {b})` forbids new ones, as a pulled cable would.
+`hub.partition({a}, {b})` forbids new ones, as a pulled cable would. `hub.hide(a)` puts a peer behind a router: nobody
+can dial it, but it can be reached through relays (`Network.set_relays`; every peer in the hub is one) and by a punch.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass, field
 
 import trio
 
 from libmesh import keys
-from libmesh.errors import PeerUnreachable, ServiceRefused
+from libmesh.core.ways import is_circuit, relay_of
+from libmesh.errors import NetworkError, PeerUnreachable
 from libmesh.net.base import (
     Message,
     Network,
     NetworkEvent,
+    PathChanged,
     PeerConnected,
     PeerDisconnected,
     Stream,
     StreamHandler,
-    StreamReset,
 )
 from libmesh.peers import Path, PathKind, PeerId
-
-WINDOW = 64 * 1024
-"""Bytes that a writer may be ahead of its reader."""
+from libmesh.testing.memory_streams import MemoryStream, Pipe
 
 ADMISSION_LIMIT = 5.0
 """Seconds that a stream of a peer which is not yet admitted is held."""
 
 
-class _Pipe:
-    """One direction of a stream: a bounded buffer with an end of file and a reset."""
-
-    def __init__(self) -> None:
-        self.chunks: deque[bytes] = deque()
-        self.size = 0
-        self.ended = False
-        self.broken = False
-        self.unwanted = False  # the reader closed: bytes are dropped, as the writer learns by an error
-        self.changed = trio.Event()
-
-    def notify(self) -> None:
-        self.changed.set()
-        self.changed = trio.Event()
+RETIRE_AFTER = 2.0
+"""Seconds for which a connection that is not the best must have been idle to be closed."""
 
 
-class MemoryStream(Stream):
-    """One end of a stream of a `MemoryHub`."""
+@dataclass(eq=False, slots=True)
+class _Link:
+    """One connection, as one of its ends sees it."""
 
-    def __init__(self, peer: PeerId, protocol: str, outgoing: _Pipe, incoming: _Pipe) -> None:
-        self.peer, self.protocol = peer, protocol
-        self._outgoing, self._incoming = outgoing, incoming
-        self._sending, self._receiving, self._closed = False, False, False
-        self.refusal: str | None = None
+    path: Path
+    streams: list[MemoryStream] = field(default_factory=list)
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """See `trio.abc.SendStream.send_all`."""
-        if self._sending:
-            raise trio.BusyResourceError("another task is sending on this stream")
-        self._sending = True
-        try:
-            await trio.lowlevel.checkpoint()
-            self._check_sendable()
-            rest = bytes(data)
-            while rest:
-                await self._wait_for_room()
-                room = WINDOW - self._outgoing.size
-                self._outgoing.chunks.append(rest[:room])
-                self._outgoing.size += len(rest[:room])
-                self._outgoing.notify()
-                rest = rest[room:]
-        finally:
-            self._sending = False
-
-    def _check_sendable(self) -> None:
-        if self._closed or self._outgoing.ended:
-            raise trio.ClosedResourceError("this side of the stream was closed")
-        if self._outgoing.broken:
-            raise StreamReset("the stream was reset")
-        if self._outgoing.unwanted:
-            raise trio.BrokenResourceError("the peer closed the stream")
-
-    async def _wait_for_room(self) -> None:
-        while True:
-            self._check_sendable()
-            if self._outgoing.size < WINDOW:
-                return
-            await self._outgoing.changed.wait()
-
-    async def wait_send_all_might_not_block(self) -> None:
-        """See `trio.abc.SendStream`."""
-        if self._sending:
-            raise trio.BusyResourceError("another task is sending on this stream")
-        self._sending = True
-        try:
-            await trio.lowlevel.checkpoint()
-            if self._closed:
-                raise trio.ClosedResourceError("the stream is closed")
-            while self._outgoing.size >= WINDOW and not (self._outgoing.broken or self._outgoing.unwanted):
-                await self._outgoing.changed.wait()
-                if self._closed:
-                    raise trio.ClosedResourceError("the stream is closed")
-        finally:
-            self._sending = False
-
-    async def send_eof(self) -> None:
-        """See `trio.abc.HalfCloseableStream.send_eof`."""
-        if self._sending:
-            raise trio.BusyResourceError("another task is sending on this stream")
-        await trio.lowlevel.checkpoint()
-        if self._closed:
-            raise trio.ClosedResourceError("the stream is closed")
-        self._outgoing.ended = True
-        self._outgoing.notify()
-
-    async def receive_some(self, max_bytes: int | None = None) -> bytes:
-        """See `trio.abc.ReceiveStream.receive_some`; raises `ServiceRefused` if the peer has no such protocol."""
-        if self._receiving:
-            raise trio.BusyResourceError("another task is receiving on this stream")
-        if max_bytes is not None:
-            if not isinstance(max_bytes, int):
-                raise TypeError(f"max_bytes must be an int, not {type(max_bytes).__name__}")
-            if max_bytes < 1:
-                raise ValueError("max_bytes must be at least 1")
-        self._receiving = True
-        try:
-            await trio.lowlevel.checkpoint()
-            pipe = self._incoming
-            while True:
-                if self._closed:
-                    raise trio.ClosedResourceError("the stream is closed")
-                if self.refusal is not None:
-                    raise ServiceRefused(f"the peer does not know {self.protocol}", reason=self.refusal)
-                if pipe.chunks:
-                    return self._take(max_bytes)
-                if pipe.broken:
-                    raise StreamReset("the stream was reset")
-                if pipe.ended:
-                    return b""
-                await pipe.changed.wait()
-        finally:
-            self._receiving = False
-
-    def _take(self, max_bytes: int | None) -> bytes:
-        pipe = self._incoming
-        chunk = pipe.chunks.popleft()
-        if max_bytes is not None and len(chunk) > max_bytes:
-            pipe.chunks.appendleft(chunk[max_bytes:])
-            chunk = chunk[:max_bytes]
-        pipe.size -= len(chunk)
-        pipe.notify()
-        return chunk
-
-    def reset(self) -> None:
-        """See `Stream.reset`."""
-        self._closed = True
-        self.lose()
-
-    def lose(self) -> None:
-        """What the death of the connection does."""
-        for pipe in (self._outgoing, self._incoming):
-            pipe.broken = True
-            pipe.notify()
-
-    async def aclose(self) -> None:
-        """See `trio.abc.AsyncResource.aclose`."""
-        if not self._closed:
-            self._closed = True
-            self._outgoing.ended = True
-            self._incoming.unwanted = True
-            self._incoming.chunks.clear()
-            self._incoming.size = 0
-            self._outgoing.notify()
-            self._incoming.notify()
-        await trio.lowlevel.checkpoint()
+    @property
+    def idle(self) -> bool:
+        return all(stream.over for stream in self.streams)
 
 
 class MemoryNetwork(Network):
@@ -191,7 +60,8 @@ class MemoryNetwork(Network):
         self._hub, self._me, self.tasks = hub, peer, tasks
         self._send, self._receive = trio.open_memory_channel[NetworkEvent](float("inf"))
         self.handlers: dict[str, tuple[StreamHandler, bool]] = {}
-        self.links: dict[PeerId, list[MemoryStream]] = {}
+        self.links: dict[PeerId, list[_Link]] = {}
+        self.relays: tuple[PeerId, ...] = ()
         self.admitted: dict[PeerId, trio.Event] = {}
         self.topics: set[str] = set()
         self.closed = False
@@ -202,8 +72,9 @@ class MemoryNetwork(Network):
         return self._me
 
     def addresses(self) -> tuple[str, ...]:
-        """An address that is good in this hub only."""
-        return (f"/dns/{self._me}.memory/tcp/1",)
+        """An address that is good in this hub only, and the circuits through the relays that hold us."""
+        held = [relay for relay in self.relays if relay in self.links]
+        return (_address(self._me), *(f"{_address(relay)}/p2p/{relay}/p2p-circuit" for relay in held))
 
     def events(self) -> AbstractAsyncContextManager[trio.MemoryReceiveChannel[NetworkEvent]]:
         """See `Network.events`."""
@@ -219,9 +90,31 @@ class MemoryNetwork(Network):
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> Path:
         """See `Network.connect`."""
         await trio.lowlevel.checkpoint()
-        if peer not in self.links:
-            self._hub.link(self, peer, addresses)
-        return Path(kind=PathKind.DIRECT, address=f"/dns/{peer}.memory/tcp/1", rtt=0.0)
+        failures: dict[str, str] = {}
+        for address in addresses:
+            if (path := self.path(peer)) is not None:
+                return path
+            try:
+                return await self.dial(peer, address)
+            except NetworkError as exc:
+                failures[address] = str(exc)
+        if (path := self.path(peer)) is not None:
+            return path
+        raise PeerUnreachable(f"cannot reach the peer {peer}", failures)
+
+    async def dial(self, peer: PeerId, address: str) -> Path:
+        """See `Network.dial`."""
+        await trio.lowlevel.checkpoint()
+        return self._hub.dial(self, peer, address)
+
+    async def punch(self, peer: PeerId) -> Path:
+        """See `Network.punch`."""
+        await trio.lowlevel.checkpoint()
+        return self._hub.punch(self, peer)
+
+    def set_relays(self, relays: Sequence[str]) -> None:
+        """See `Network.set_relays`. Held as long as there is a connection to the relay, which others must make."""
+        self.relays = tuple(PeerId(relay.rpartition("/p2p/")[2]) for relay in relays)
 
     async def disconnect(self, peer: PeerId) -> None:
         """See `Network.disconnect`."""
@@ -230,8 +123,21 @@ class MemoryNetwork(Network):
 
     def path(self, peer: PeerId) -> Path | None:
         """See `Network.path`."""
-        address = f"/dns/{peer}.memory/tcp/1"
-        return Path(kind=PathKind.DIRECT, address=address, rtt=0.0) if peer in self.links else None
+        links = self.links.get(peer)
+        return self.best(peer).path if links else None
+
+    def best(self, peer: PeerId) -> _Link:
+        """The link by which new streams go."""
+        return min(self.links[peer], key=lambda link: link.path.kind is PathKind.RELAYED)
+
+    async def retire(self, peer: PeerId) -> None:
+        """Close the links to `peer` that are not the best, once idle."""
+        while len(self.links.get(peer, ())) > 1:
+            await trio.sleep(RETIRE_AFTER)
+            if len(self.links.get(peer, ())) > 1:
+                best = self.best(peer)
+                for link in [link for link in self.links[peer] if link is not best and link.idle]:
+                    self._hub.cut(self._me, peer, link.path.kind)
 
     def admit(self, peer: PeerId) -> None:
         """See `Network.admit`."""
@@ -285,12 +191,17 @@ class MemoryNetwork(Network):
         return admitted.is_set()
 
 
+def _address(peer: PeerId) -> str:
+    return f"/dns/{peer}.memory/tcp/1"
+
+
 class MemoryHub:
     """A place where `MemoryNetwork`s find each other."""
 
     def __init__(self) -> None:
         self._networks: dict[PeerId, MemoryNetwork] = {}
         self._parts: tuple[frozenset[PeerId], ...] = ()
+        self._hidden: dict[PeerId, bool] = {}
 
     @asynccontextmanager
     async def open_network(self, seed: bytes) -> AsyncIterator[MemoryNetwork]:
@@ -317,43 +228,109 @@ class MemoryHub:
                 if not self._together(network.peer, peer):
                     self.cut(network.peer, peer)
 
+    def hide(self, peer: PeerId, *, punchable: bool = True) -> None:
+        """Put `peer` behind a router from now on. Its connections live on; between two, both must be punchable."""
+        self._hidden[peer] = punchable
+
+    def show(self, peer: PeerId) -> None:
+        """Take `peer` out from behind its router."""
+        self._hidden.pop(peer, None)
+
     def _together(self, a: PeerId, b: PeerId) -> bool:
         return not self._parts or any(a in part and b in part for part in self._parts)
 
-    def link(self, network: MemoryNetwork, peer: PeerId, addresses: Sequence[str]) -> None:
-        """Connect two networks, or raise `PeerUnreachable`."""
-        other = self._networks.get(peer)
-        if other is None or not addresses or not self._together(network.peer, peer):
-            raise PeerUnreachable(f"cannot reach the peer {peer}", dict.fromkeys(addresses, "nobody there"))
-        for near, far, inbound in ((network, other, False), (other, network, True)):
-            near.links[far.peer] = []
-            near.admitted[far.peer] = trio.Event()
-            path = near.path(far.peer)
-            if path is not None:
-                near.emit(PeerConnected(far.peer, path, inbound))
+    def dial(self, network: MemoryNetwork, peer: PeerId, address: str) -> Path:
+        """Connect two networks by an address, or raise `NetworkError`."""
+        me = network.peer
+        if peer not in self._networks or not self._together(me, peer):
+            raise NetworkError("nobody there")
+        if not is_circuit(address):
+            if address != _address(peer) or peer in self._hidden:
+                raise NetworkError("no answer")
+            return self._link(network, peer, PathKind.DIRECT, address, address)
+        through = relay_of(address)
+        relay = None if through is None else self._networks.get(through[0])
+        if relay is None or not self._together(me, relay.peer):
+            raise NetworkError("there is no such relay")
+        if relay.peer not in self._networks[peer].relays or peer not in relay.links:
+            raise NetworkError("the relay does not know the peer")
+        if relay.peer not in network.links:
+            self.dial(network, relay.peer, _address(relay.peer))
+        return self._link(network, peer, PathKind.RELAYED, address, address)
 
-    def cut(self, a: PeerId, b: PeerId) -> None:
-        """Break the connection between two peers; their streams are reset."""
+    def punch(self, network: MemoryNetwork, peer: PeerId) -> Path:
+        """Connect two networks that have a relayed connection directly, or raise `NetworkError`."""
+        path = network.path(peer)
+        if path is None:
+            raise NetworkError("there is no connection to punch over")
+        if path.kind is not PathKind.RELAYED:
+            return path
+        if not all(self._hidden.get(one, True) for one in (network.peer, peer)):
+            raise NetworkError("the routers do not let it through")
+        return self._link(network, peer, PathKind.PUNCHED, _address(peer), _address(network.peer))
+
+    def _link(self, network: MemoryNetwork, peer: PeerId, kind: PathKind, there: str, back: str) -> Path:
+        other = self._networks[peer]
+        made = Path(kind=kind, address=there, rtt=0.0)
+        ends = (network, other, made, False), (other, network, Path(kind=kind, address=back, rtt=0.0), True)
+        for near, far, path, inbound in ends:
+            links = near.links.setdefault(far.peer, [])
+            before = near.best(far.peer) if links else None
+            links.append(_Link(path))
+            if before is None:
+                near.admitted[far.peer] = trio.Event()
+                near.emit(PeerConnected(far.peer, path, inbound))
+            else:
+                if near.best(far.peer) is not before:
+                    near.emit(PathChanged(far.peer, near.best(far.peer).path))
+                if not near.closed:
+                    near.tasks.start_soon(near.retire, far.peer)
+        return made
+
+    def cut(self, a: PeerId, b: PeerId, kind: PathKind | None = None) -> None:
+        """Break the connections (of one kind) between two peers; their streams are reset."""
         for near, far in ((a, b), (b, a)):
             network = self._networks.get(near)
             if network is None or far not in network.links:
                 continue
-            for stream in network.links.pop(far):
+            before = network.best(far)
+            ended = [link for link in network.links[far] if kind is None or link.path.kind is kind]
+            kept = [link for link in network.links[far] if link not in ended]
+            for stream in [stream for link in ended for stream in link.streams]:
                 stream.lose()
+            if kept:
+                network.links[far] = kept
+                if network.best(far) is not before:
+                    network.emit(PathChanged(far, network.best(far).path))
+                continue
+            del network.links[far]
             network.admitted.pop(far, None)
             network.emit(PeerDisconnected(far))
+            self._cut_circuits(network, far)
+
+    def _cut_circuits(self, network: MemoryNetwork, relay: PeerId) -> None:
+        """What went through a relay is over when the connection to it is."""
+        through = [
+            peer
+            for peer, links in network.links.items()
+            for link in links
+            if (by := relay_of(link.path.address)) is not None and by[0] == relay
+        ]
+        for peer in through:
+            self.cut(network.peer, peer, PathKind.RELAYED)
 
     def open_stream(self, network: MemoryNetwork, peer: PeerId, protocol: str) -> MemoryStream:
-        """Open a stream between two connected networks."""
+        """Open a stream between two connected networks, by the best link."""
         other = self._networks[peer]
-        there, back = _Pipe(), _Pipe()
+        there, back = Pipe(), Pipe()
         near = MemoryStream(peer, protocol, there, back)
         if protocol not in other.handlers:
             near.refusal = "unknown_protocol"
             return near
         far = MemoryStream(network.peer, protocol, back, there)
-        network.links[peer].append(near)
-        other.links[network.peer].append(far)
+        for end, stream in ((network.best(peer), near), (other.best(network.peer), far)):
+            end.streams[:] = [one for one in end.streams if not one.over]
+            end.streams.append(stream)
         other.tasks.start_soon(other.serve, far)
         return near
 
