@@ -178,8 +178,9 @@ class YamuxConnection(IMuxedConn):
                     nursery.start_soon(self._outbound.run)
                     nursery.start_soon(self._keep_time)
                     nursery.start_soon(self._receive_loop)
-        except Exception:
-            # Whatever leaves here ends the whole host. A mistake of ours is to cost this connection only.
+        except* Exception:
+            # Whatever leaves here ends the whole host. A mistake of ours is to cost this connection only. As a group,
+            # since it may come together with a cancellation.
             log.exception("the connection to %s failed", self.peer_id)
         finally:
             self._fail("the connection was closed here")
@@ -197,6 +198,8 @@ class YamuxConnection(IMuxedConn):
             self._handle(machine.receive(self.secured_conn.take_unread(), trio.current_time()))
         try:
             while records := await receive():
+                if self._over is not None:
+                    return  # it ended while this was under way, and its streams are gone
                 now = trio.current_time()
                 for record in records:
                     self._handle(machine.receive(record, now))
@@ -218,6 +221,8 @@ class YamuxConnection(IMuxedConn):
     async def _keep_time(self) -> None:
         while self._over is None:
             await trio.sleep_until(self._machine.deadline())
+            if self._over is not None:
+                return
             self._handle(self._machine.tick(trio.current_time()))
             self._outbound.flush_soon()
 

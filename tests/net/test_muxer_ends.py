@@ -1,0 +1,85 @@
+"""The last moments of a connection: what comes while it ends, and mistakes of ours."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from libmesh.core.yamux_frames import DATA, HEADER, SYN
+from libmesh.net.base import StreamReset
+from libmesh.net.muxer import YamuxConnection
+from tests.net.pairs import KEYS, peer_of
+
+
+class WaitingConn:
+    """A secure connection whose peer says something when it is told to."""
+
+    def __init__(self) -> None:
+        self.is_initiator = True
+        self._said: list[bytes] = []
+        self._ready = trio.Event()
+
+    def say(self, data: bytes) -> None:
+        self._said.append(data)
+        self._ready.set()
+
+    async def read(self, n: int | None = None) -> bytes:
+        if not self._said:
+            self._ready = trio.Event()
+            await self._ready.wait()
+        return self._said.pop(0)
+
+    async def write(self, data: bytes) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def close(self) -> None:
+        return
+
+
+HELLO = HEADER.pack(0, DATA, SYN, 2, 5) + b"hello"
+MORE = HEADER.pack(0, DATA, 0, 2, 5) + b"again"
+
+
+async def test_what_arrives_in_the_moment_in_which_a_connection_ends_is_dropped(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    secured: Any = WaitingConn()
+    connection = YamuxConnection(secured, peer_of(KEYS[1]))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.start)
+        await connection.event_started.wait()
+        secured.say(HELLO)
+        stream = await connection.accept_stream()
+        await trio.testing.wait_all_tasks_blocked()
+        secured.say(MORE)  # the reading task has it, and before its turn comes
+        connection._fail("lost by another task")
+    assert connection.is_closed
+    assert await stream.receive_some() == b"hello"
+    with pytest.raises(StreamReset):
+        await stream.receive_some()
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+async def test_a_mistake_beside_a_cancellation_costs_the_connection_and_not_the_host(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secured: Any = WaitingConn()
+    connection = YamuxConnection(secured, peer_of(KEYS[1]))
+
+    async def fail_when_cancelled() -> None:
+        try:
+            await trio.sleep_forever()
+        finally:
+            raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr(connection, "_receive_loop", fail_when_cancelled)
+    caplog.set_level(logging.CRITICAL, "libmesh.net.muxer")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.start)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert connection.is_closed
