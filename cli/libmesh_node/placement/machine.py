@@ -1,0 +1,60 @@
+"""A node as placement sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+DEFAULT_BANDWIDTH = 20e9
+"""Bytes per second of a machine that does not say: two channels of DDR4, less what is lost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """One node that has the model's file.
+
+    Attributes:
+        peer: its id.
+        memory: bytes that it offers for models.
+        bandwidth: of that memory, in bytes per second; 0 if it does not say.
+        accelerated: that memory is a GPU's. A processor's is no device to llama-server when it is the host.
+        lends: it may be a worker: it has the scope and a working rpc-server.
+        rtts: seconds to other peers, as it measured them.
+        relayed: peers that it reaches over a relay only.
+        excluded: why it cannot take part, in words; empty if it can.
+    """
+
+    peer: str
+    memory: int
+    bandwidth: float = 0.0
+    accelerated: bool = False
+    lends: bool = True
+    rtts: Mapping[str, float] = field(default_factory=dict)
+    relayed: frozenset[str] = frozenset()
+    excluded: str = ""
+
+    @property
+    def speed(self) -> float:
+        """Bytes of weights per second."""
+        return self.bandwidth or DEFAULT_BANDWIDTH
+
+
+def rtt_between(one: Machine, other: Machine) -> float | None:
+    """Seconds: the mean of what both measured, or what one did; `None` if neither."""
+    known = [rtt for rtt in (one.rtts.get(other.peer), other.rtts.get(one.peer)) if rtt is not None]
+    return sum(known) / len(known) if known else None
+
+
+def relayed_between(one: Machine, other: Machine) -> bool:
+    """Whether either says that only a relay joins them."""
+    return other.peer in one.relayed or one.peer in other.relayed
+
+
+def short(peer: str) -> str:
+    """A peer id's end, as people tell peers apart."""
+    return peer[-8:]
+
+
+def unique(machines: Iterable[Machine]) -> dict[str, Machine]:
+    """By peer, sorted, so that the order of the view changes nothing."""
+    return {machine.peer: machine for machine in sorted(machines, key=lambda machine: machine.peer)}
