@@ -37,6 +37,7 @@ from libmesh.net.connections import Connections
 from libmesh.net.gossip import PROTOCOLS as GOSSIP_PROTOCOLS
 from libmesh.net.gossip import Gossip
 from libmesh.net.negotiate import accept_stream, open_lazy_stream
+from libmesh.net.punch import Puncher
 from libmesh.net.relaying import Relaying
 from libmesh.net.swarm import ConnectionNotifee, libp2p_id, new_mesh_swarm
 from libmesh.peers import Path, PathKind, PeerId
@@ -85,6 +86,7 @@ class Libp2pNetwork(Network):
         self._config = config
         self._handlers: dict[str, tuple[StreamHandler, bool]] = {}
         self.relaying = Relaying(self, seed, config.relay, open_to_all=config.relay_open)
+        self.puncher = Puncher(self)
         self._port = 0  # known once we listen
         self._interfaces: list[str] = []
         self._interfaces_stale = float("-inf")
@@ -221,6 +223,10 @@ class Libp2pNetwork(Network):
             stream, peer=peer, initiator=initiator, address=address, kind=kind
         )
 
+    async def punch(self, peer: PeerId) -> Path:
+        """See `Network.punch`."""
+        return await self.puncher.punch(peer)
+
     def set_relays(self, relays: Sequence[str]) -> None:
         """See `Network.set_relays`."""
         self.relaying.set_relays(relays)
@@ -235,7 +241,7 @@ class Libp2pNetwork(Network):
     def _take(self, stream: trio.SocketStream) -> None:
         if self._tasks is None:
             stream.socket.close()
-        else:
+        elif not self.puncher.take(stream):
             self._tasks.start_soon(self._accept, stream)
 
     async def _accept(self, stream: trio.SocketStream) -> None:

@@ -94,6 +94,10 @@ def open_listeners(hosts: Sequence[str], port: int) -> list[trio.SocketListener]
                 raise
             port = sock.getsockname()[1]
             sock.listen(1024)
+            if hasattr(socket, "SO_REUSEPORT"):
+                # From now on our own dials may leave from this port (see `dial_from`). Another node still cannot take
+                # it: it would have had to ask for sharing before it was bound, which `_bound` does not.
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             listeners.append(trio.SocketListener(trio.socket.from_stdlib_socket(sock)))
     except OSError as exc:
         for listener in listeners:
@@ -145,6 +149,28 @@ async def dial(address: str) -> trio.SocketStream:
     """Connect to a TCP multiaddr. Raises `OSError` or `ValueError`; the caller bounds the time."""
     host, port = host_and_port(address)
     stream = await trio.open_tcp_stream(host, port)
+    set_options(stream)
+    return stream
+
+
+async def dial_from(port: int, address: str) -> trio.SocketStream:
+    """Connect to a multiaddr with an IP address from a port that this process listens on, for hole punching.
+
+    Raises `OSError` or `ValueError`; the caller bounds the time.
+    """
+    host, remote_port = host_and_port(address)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    sock = trio.socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "SO_REUSEPORT"):
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        await sock.bind(("::" if family == socket.AF_INET6 else "0.0.0.0", port))
+        await sock.connect((host, remote_port))
+    except BaseException:
+        sock.close()
+        raise
+    stream = trio.SocketStream(sock)
     set_options(stream)
     return stream
 
