@@ -23,7 +23,7 @@ from libmesh.core.announcement import Announcement, Record
 from libmesh.core.credentials import Authority, Revocation
 from libmesh.core.liveness import LivenessConfig
 from libmesh.core.paths_io import PathsConfig
-from libmesh.core.ways import is_circuit
+from libmesh.core.ways import is_circuit, to_announce
 from libmesh.errors import MeshError
 from libmesh.identity import SecretKey
 from libmesh.net import base as net
@@ -92,7 +92,7 @@ class Driver:
                 credential=self.credential,
                 incarnation=int(self.now() * 1000),
                 sequence=0,
-                addresses=network.addresses()[: wire.MAX_ADDRESSES],
+                addresses=to_announce(network.addresses(), wire.MAX_ADDRESSES),
             ),
             mesh_id=authority.mesh_id,
             seal=partial(wire.seal, seed=key.seed),
@@ -147,7 +147,7 @@ class Driver:
     def say(self, services: tuple[Service, ...], attributes: bytes) -> None:
         """What this peer says of itself from now on, with the addresses that it has then."""
         self._said = (services, attributes)
-        addresses = self.network.addresses()[: wire.MAX_ADDRESSES]
+        addresses = to_announce(self.network.addresses(), wire.MAX_ADDRESSES)
         self.handle(io.SelfChanged(services, addresses, attributes))
 
     def recall(self, revocations: Iterable[bytes]) -> None:

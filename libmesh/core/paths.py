@@ -194,7 +194,7 @@ class Paths:
             search.rounds, search.again = 0, INFINITY
             search.began = now
             search.punch.begin([PUNCH], now if inbound else now + self._config.courtesy)
-            if search.direct.over:
+            if search.direct.over and (inbound or before is not None):
                 ways = ways_to(peer, search.addresses, me=self._me, mine=self._mine)
                 search.direct.begin(ways.direct, now)
         return effects + self._go_on(peer, now)

@@ -47,9 +47,9 @@ def ways_to(peer: PeerId, addresses: Iterable[str], *, me: PeerId, mine: Sequenc
 
     Addresses on a network that we seem to share come first, then public ones and names, then private ones of other
     networks, then loopback ones. IPv6 and IPv4 alternate within each (RFC 8305, section 4). Circuits through us, or
-    through the peer itself, are none.
+    through the peer itself, are none; nor is what does not look like a multiaddr.
     """
-    unique = list(dict.fromkeys(addresses))[:MAX_WAYS]
+    unique = list(dict.fromkeys(address for address in addresses if address.startswith("/")))[:MAX_WAYS]
     circuits = [address for address in unique if is_circuit(address)]
     direct = [address for address in unique if not is_circuit(address)]
     theirs = [ip_of(address) for address in direct]
@@ -57,7 +57,7 @@ def ways_to(peer: PeerId, addresses: Iterable[str], *, me: PeerId, mine: Sequenc
     classes: tuple[list[str], ...] = ([], [], [], [])
     shared = {ip for ip in theirs if ip is not None and not ip.is_loopback and ip in ours}
     one_network = any(ip.is_global for ip in shared)  # one router's outer address
-    one_machine = bool(shared)
+    one_machine = any(not ip.is_global for ip in shared)
     for address, ip in zip(direct, theirs, strict=True):
         if ip is None or ip.is_global:
             classes[1].append(address)

@@ -1,4 +1,4 @@
-"""py-libp2p's swarm, made to be fit for a mesh: our Noise and yamux only, and nobody dialled unasked.
+"""py-libp2p's swarm, made to be fit for a mesh: our Noise, TLS and yamux only, and nobody dialled unasked.
 
 By default it would also take plaintext (no proof of identity), secio and mplex, and its auto-connector would dial every
 peer that it ever heard of, every 30 s.
@@ -7,12 +7,15 @@ peer that it ever heard of, every 30 s.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
+import trio
 from libp2p import new_swarm
-from libp2p.abc import INetConn, INetwork, INotifee
+from libp2p.abc import INetConn, INetwork, INotifee, ISecureTransport
 from libp2p.crypto.ed25519 import create_new_key_pair
+from libp2p.crypto.keys import KeyPair
 from libp2p.custom_types import TProtocol
 from libp2p.network.config import ConnectionConfig
 from libp2p.peer.id import ID
@@ -20,8 +23,14 @@ from multiaddr import Multiaddr
 
 from libmesh.keys import public_key_of
 from libmesh.net.muxer import YamuxConnection, install_muxer
+from libmesh.net.noise import PROTOCOL_ID as NOISE_ID
 from libmesh.net.noise import Noise
+from libmesh.net.tls import PROTOCOL_ID as TLS_ID
+from libmesh.net.tls import Tls
 from libmesh.peers import Path, PathKind, PeerId
+
+SECURITY: Sequence[tuple[str, Callable[[KeyPair], ISecureTransport]]] = ((NOISE_ID, Noise), (TLS_ID, Tls))
+"""Secure channels, best first. A dialled peer takes the first that it has."""
 
 
 def new_mesh_swarm(seed: bytes, *, max_connections: int, handshake_limit: float) -> Any:
@@ -36,7 +45,7 @@ def new_mesh_swarm(seed: bytes, *, max_connections: int, handshake_limit: float)
         Any,
         new_swarm(
             key_pair=key_pair,
-            sec_opt={TProtocol("/noise"): Noise(key_pair)},
+            sec_opt={TProtocol(name): transport(key_pair) for name, transport in SECURITY},
             muxer_opt={TProtocol("/yamux/1.0.0"): YamuxConnection},
             transports=[],
             connection_config=ConnectionConfig(
@@ -51,6 +60,7 @@ def new_mesh_swarm(seed: bytes, *, max_connections: int, handshake_limit: float)
     )
     install_muxer(swarm.upgrader)
     swarm.auto_connector.maybe_connect = _connect_nobody
+    swarm.add_conn = partial(_add_connection, swarm.add_conn)
     return swarm
 
 
@@ -62,6 +72,16 @@ def _quiet(logger: logging.Logger) -> None:
     """
     if not logger.handlers:
         logger.addHandler(logging.NullHandler())
+
+
+async def _add_connection(add: Any, muxed: Any, direction: str = "unknown") -> Any:
+    """Book a connection that stands, and do not be cancelled over it.
+
+    Of two peers that dial each other at once, each gives up its own dial when the other's connection is there. By then
+    both handshakes are over, so this is the only place in which giving up would leave neither.
+    """
+    with trio.CancelScope(shield=True):
+        return await add(muxed, direction=direction)
 
 
 async def _connect_nobody() -> None:
