@@ -67,6 +67,9 @@ class Stream(trio.abc.HalfCloseableStream):
         """
 
 
+Approach = Callable[[PeerId, tuple[str, ...]], Awaitable[None]]
+"""Connects to a peer in such a way that it serves us. Raises `MeshError`."""
+
 StreamHandler = Callable[[Stream], Awaitable[None]]
 """Called in a task of its own for each inbound stream. Owns the stream; whatever it raises, other than
 cancellation, is logged and resets the stream. A stream that is still open when it returns is closed."""
@@ -101,6 +104,11 @@ class PeerDisconnected:
 
 
 @dataclass(frozen=True, slots=True)
+class AddressesChanged:
+    """`Network.addresses` are others now."""
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
     """A message published on `topic`. `origin` signed it; who passed it on is not told."""
 
@@ -109,7 +117,7 @@ class Message:
     data: bytes
 
 
-NetworkEvent = PeerConnected | PathChanged | PeerDisconnected | Message
+NetworkEvent = PeerConnected | PathChanged | PeerDisconnected | AddressesChanged | Message
 
 
 class Network(ABC):
@@ -170,11 +178,13 @@ class Network(ABC):
         """
         raise NetworkError("this transport cannot punch holes")
 
-    def set_relays(self, relays: Sequence[str]) -> None:
+    def set_relays(self, relays: Sequence[str], approach: Approach | None = None) -> None:
         """Let others reach us through some of these relays from now on, and through no other; none to stop.
 
         Args:
             relays: their multiaddrs with `/p2p/…`, best first. Several of one relay are ways to the same one.
+            approach: awaited before a relay is asked for a place, with the relay and its addresses: connects to it and,
+                where it serves only those whom it has admitted, is admitted. By default, connects only.
 
         The network keeps reservations on a few of them at once, renews them, and replaces a relay that is gone. What is
         held at a time is in `addresses()`, as circuits. Does nothing on a transport without relays.

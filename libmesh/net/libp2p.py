@@ -26,6 +26,8 @@ from libmesh.core.relay_desk import RelayLimits
 from libmesh.errors import NetworkError, PeerUnreachable
 from libmesh.net import tcp
 from libmesh.net.base import (
+    AddressesChanged,
+    Approach,
     Message,
     Network,
     NetworkEvent,
@@ -85,7 +87,9 @@ class Libp2pNetwork(Network):
     def __init__(self, seed: bytes, config: Libp2pConfig) -> None:
         self._config = config
         self._handlers: dict[str, tuple[StreamHandler, bool]] = {}
-        self.relaying = Relaying(self, seed, config.relay, open_to_all=config.relay_open)
+        self.relaying = Relaying(
+            self, seed, config.relay, open_to_all=config.relay_open, changed=self.addresses_changed
+        )
         self.puncher = Puncher(self)
         self._port = 0  # known once we listen
         self._interfaces: list[str] = []
@@ -227,9 +231,13 @@ class Libp2pNetwork(Network):
         """See `Network.punch`."""
         return await self.puncher.punch(peer)
 
-    def set_relays(self, relays: Sequence[str]) -> None:
+    def set_relays(self, relays: Sequence[str], approach: Approach | None = None) -> None:
         """See `Network.set_relays`."""
-        self.relaying.set_relays(relays)
+        self.relaying.client.set_relays(relays, approach)
+
+    def addresses_changed(self) -> None:
+        """Whoever adds to `addresses` says so."""
+        self._emit(AddressesChanged())
 
     async def disconnect(self, peer: PeerId) -> None:
         """See `Network.disconnect`."""

@@ -19,7 +19,7 @@ from libmesh.core.reservations import ReservationConfig, Reservations
 from libmesh.errors import MeshError, NetworkError
 from libmesh.framing import receive_frame
 from libmesh.net import relay_wire as wire
-from libmesh.net.base import Stream
+from libmesh.net.base import Approach, Stream
 from libmesh.net.negotiate import Libp2pStream
 from libmesh.net.relay_wire import Status
 from libmesh.net.underlay import Underlay
@@ -76,6 +76,7 @@ class RelayClient:
         self._machine = Reservations(config, rng=rng or random.Random())
         self._ways: dict[PeerId, tuple[str, ...]] = {}  # of the relays that we are told of
         self._granted: dict[PeerId, tuple[str, ...]] = {}  # what each relay says of itself
+        self._approach: Approach | None = None
         self._inbound = 0
         self._rearm = trio.Event()
         self._tasks: trio.Nursery | None = None
@@ -99,8 +100,9 @@ class RelayClient:
             found += [f"{way}/p2p/{relay}{CIRCUIT}" for way in list(ways)[:4]]
         return tuple(found)
 
-    def set_relays(self, relays: Sequence[str]) -> None:
+    def set_relays(self, relays: Sequence[str], approach: Approach | None = None) -> None:
         """See `Network.set_relays`. Raises `ValueError` for one that names no relay."""
+        self._approach = approach
         ways: dict[PeerId, list[str]] = {}
         for address in relays:
             relay, way = split_relay(address)
@@ -144,7 +146,10 @@ class RelayClient:
     async def _ask(self, relay: PeerId) -> None:
         try:
             with trio.fail_after(ASK_LIMIT):
-                await self._underlay.connect(relay, self._ways.get(relay, ()))
+                ways = self._ways.get(relay, ())
+                if self._approach is not None:
+                    await self._approach(relay, ways)
+                await self._underlay.connect(relay, ways)
                 lasts = await self._reserve(relay)
         except (MeshError, trio.BrokenResourceError, trio.TooSlowError) as exc:
             log.debug("no place at the relay %s: %s", relay, exc or "it did not answer in time")

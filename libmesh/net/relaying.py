@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import trio
 
@@ -23,6 +23,7 @@ class Relaying:
         seed: this node's Ed25519 seed.
         limits: what this node gives as a relay; `None` to be none.
         open_to_all: as a relay, serve whoever comes, not members only.
+        changed: called when other circuits lead here than before.
 
     Attributes:
         client: uses relays.
@@ -30,11 +31,16 @@ class Relaying:
     """
 
     def __init__(
-        self, underlay: Underlay, seed: bytes, limits: RelayLimits | None, *, open_to_all: bool = False
+        self,
+        underlay: Underlay,
+        seed: bytes,
+        limits: RelayLimits | None,
+        *,
+        open_to_all: bool = False,
+        changed: Callable[[], None] = lambda: None,
     ) -> None:
         self._underlay = underlay
-        self._open_to_all, self._seed = open_to_all, seed
-        self.client = RelayClient(underlay)
+        self.client = RelayClient(underlay, changed=changed)
         self.server: RelayServer | None = None
         if limits is not None:
             self.server = RelayServer(
@@ -48,10 +54,6 @@ class Relaying:
     def circuits(self) -> tuple[str, ...]:
         """See `RelayClient.circuits`."""
         return self.client.circuits()
-
-    def set_relays(self, relays: Sequence[str]) -> None:
-        """See `Network.set_relays`."""
-        self.client.set_relays(relays)
 
     def disconnected(self, peer: PeerId) -> None:
         """The last connection to `peer` is gone."""
