@@ -228,9 +228,12 @@ class Driver:
 
     async def _event_loop(self, events: trio.MemoryReceiveChannel[net.NetworkEvent]) -> None:
         async for event in events:
-            if not isinstance(event, net.Message):
+            if isinstance(event, (net.PeerConnected, net.PathChanged, net.PeerDisconnected)):
                 self.pathing.heard(event)
             match event:
+                case net.AddressesChanged():
+                    self.say(*self._said)
+                    self.pathing.here_changed()
                 case net.PeerConnected(peer, _, inbound):
                     if inbound:
                         self._tasks.start_soon(self.admission.expect_hello, peer)
