@@ -1,4 +1,4 @@
-"""js-libp2p as a foreign peer, both ways: Noise, yamux, identify, ping, gossipsub, a 4 MiB echo with half-close.
+"""js-libp2p as a foreign peer, both ways: Noise and TLS, yamux, identify, ping, gossipsub, a 4 MiB echo with half-close.
 
 The packages are installed by npm into the user's cache, once for each version of `package.json`. Without npm, or
 without a registry, these tests are skipped.
@@ -27,6 +27,7 @@ from tests.interop.npm import installed
 HERE = Path(__file__).parent
 ECHO = "/echo/1.0.0"
 SIZE = 4 * 1024 * 1024
+SECURITY = ("noise", "tls")
 
 pytestmark = pytest.mark.slow
 
@@ -130,9 +131,10 @@ async def network() -> AsyncIterator[Libp2pNetwork]:
         yield ours
 
 
-async def test_we_dial_js(packages: Path) -> None:
+@pytest.mark.parametrize("security", SECURITY)
+async def test_we_dial_js(packages: Path, security: str) -> None:
     with trio.fail_after(60):
-        async with js_peer(packages) as js, network() as ours:
+        async with js_peer(packages, security) as js, network() as ours:
             await ours.connect(js.id, [js.address])
             await round_trip(await ours.open_stream(js.id, ECHO))
             refused = await ours.open_stream(js.id, "/nobody/serves/this")
@@ -146,9 +148,10 @@ async def test_we_dial_js(packages: Path) -> None:
             assert (await js.do("echo", address=f"{ours.addresses()[0]}/p2p/{ours.peer}", size=SIZE))["same"]
 
 
-async def test_js_dials_us(packages: Path) -> None:
+@pytest.mark.parametrize("security", SECURITY)
+async def test_js_dials_us(packages: Path, security: str) -> None:
     with trio.fail_after(60):
-        async with js_peer(packages) as js, network() as ours:
+        async with js_peer(packages, security) as js, network() as ours:
             address = f"{ours.addresses()[0]}/p2p/{ours.peer}"
             assert (await js.do("echo", address=address, size=SIZE))["same"]
             assert (await js.do("ping", address=address))["ms"] >= 0

@@ -9,8 +9,10 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
+from libmesh.net import swarm
 from libmesh.net.base import Network
 from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
+from libmesh.net.tls import PROTOCOL_ID as TLS_ID
 from libmesh.testing.contract import RULES, check_network
 from libmesh.testing.memory import MemoryHub
 
@@ -51,6 +53,12 @@ async def test_memory_network_keeps_the_contract(rule: str) -> None:
 
 @pytest.mark.parametrize("rule", RULES)
 async def test_our_libp2p_keeps_the_contract(rule: str) -> None:
+    await check_network(libp2p_pair, rules=[rule])
+
+
+@pytest.mark.parametrize("rule", RULES)
+async def test_our_libp2p_keeps_the_contract_over_tls(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swarm, "SECURITY", tuple(each for each in swarm.SECURITY if each[0] == TLS_ID))
     await check_network(libp2p_pair, rules=[rule])
 
 
