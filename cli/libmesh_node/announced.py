@@ -16,6 +16,8 @@ SERVICE_PREFIX = "api/"
 """A model's service is this and the model's name."""
 
 MAX_MODELS = 64
+MAX_DISTANCES = 64
+MAX_WORKERS = 16
 _MAX_TEXT = 200
 
 
@@ -29,6 +31,16 @@ class AnnouncedModel:
     context_length: int = 0
     slots: int = 1
     ready: bool = False
+    workers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Distance:
+    """How far a peer is; the fields are those of `Distance` in node.proto. `rtt` in seconds."""
+
+    peer: str
+    rtt: float
+    relayed: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +53,11 @@ class NodeStatus:
     memory_bytes: int = 0
     models: tuple[AnnouncedModel, ...] = ()
     node_status: str = ""
+    spare_bytes: int = 0
+    bandwidth: int = 0
+    accelerated: bool = False
+    rpc_protocol: str = ""
+    distances: tuple[Distance, ...] = ()
 
 
 def encode_status(status: NodeStatus) -> bytes:
@@ -51,6 +68,14 @@ def encode_status(status: NodeStatus) -> bytes:
         client=status.client,
         memory_bytes=status.memory_bytes,
         node_status=status.node_status,
+        spare_bytes=status.spare_bytes,
+        bandwidth=status.bandwidth,
+        accelerated=status.accelerated,
+        rpc_protocol=status.rpc_protocol,
+        distances=[
+            pb.Distance(peer=far.peer, rtt_us=min(round(far.rtt * 1e6), 0xFFFFFFFF), relayed=far.relayed)
+            for far in status.distances[:MAX_DISTANCES]
+        ],
         models=[
             pb.ModelStatus(
                 name=model.name,
@@ -59,6 +84,7 @@ def encode_status(status: NodeStatus) -> bytes:
                 context_length=model.context_length,
                 slots=model.slots,
                 ready=model.ready,
+                workers=model.workers[:MAX_WORKERS],
             )
             for model in status.models[:MAX_MODELS]
         ],
@@ -81,6 +107,7 @@ def decode_status(attributes: bytes) -> NodeStatus:
             context_length=model.context_length,
             slots=max(1, min(model.slots, 4096)),
             ready=model.ready,
+            workers=tuple(map(_clean, model.workers[:MAX_WORKERS])),
         )
         for model in message.models[:MAX_MODELS]
         if model.name and model.name == _clean(model.name)
@@ -92,6 +119,14 @@ def decode_status(attributes: bytes) -> NodeStatus:
         memory_bytes=message.memory_bytes,
         models=tuple(models.values()),
         node_status=_clean(message.node_status),
+        spare_bytes=min(message.spare_bytes, message.memory_bytes),
+        bandwidth=message.bandwidth,
+        accelerated=message.accelerated,
+        rpc_protocol=_clean(message.rpc_protocol),
+        distances=tuple(
+            Distance(_clean(far.peer), far.rtt_us / 1e6, far.relayed)
+            for far in message.distances[:MAX_DISTANCES]
+        ),
     )
 
 

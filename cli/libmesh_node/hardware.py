@@ -6,13 +6,20 @@ library, AMD through the kernel's sysfs, Apple through sysctl. What cannot be as
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import json
+import math
 import os
 import platform
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 MAC_SHARE = 0.75
 """Part of a Mac's memory that Metal lets a GPU use: recommendedMaxWorkingSetSize is 2/3 to 3/4 of it."""
@@ -20,17 +27,23 @@ MAC_SHARE = 0.75
 CPU_SHARE = 0.75
 """Part of main memory for models where there is no GPU; the rest is for the system and everything else."""
 
+_PROBE_BYTES = 64 << 20
+_MEMORY_CLOCK = 2  # NVML_CLOCK_MEM
 _AMD = "0x1002"
 _NAME_LENGTH = 96  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
-    """One GPU. `memory_bytes` is all that it has. `kind`: `nvidia`, `amd` or `apple`."""
+    """One GPU. `memory_bytes` is all that it has. `kind`: `nvidia`, `amd` or `apple`.
+
+    `bandwidth`: of its memory in bytes per second, by its clock and width; 0 if the driver does not tell.
+    """
 
     name: str
     memory_bytes: int
     kind: str
+    bandwidth: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,6 +65,38 @@ class Hardware:
         gpus = sum(gpu.memory_bytes for gpu in self.gpus) if gpu_usable else 0
         memory = gpus or int(self.ram_bytes * CPU_SHARE)
         return memory if max_vram_gb is None else min(memory, int(max_vram_gb * 1e9))
+
+
+def memory_bandwidth(cache: Path) -> float:
+    """Bytes per second that this machine's processors read from main memory, all together; 0 if it cannot be told.
+
+    Measured once in about 0.2 s, with as many threads as llama.cpp would use, then remembered in the file `cache` for this
+    processor. Blocks.
+    """
+    key = f"{_cpu_name()} x {_cores()}"
+    try:
+        known = json.loads(cache.read_bytes()[:65536])
+        if isinstance(known, dict) and isinstance(known.get(key), int | float):
+            return float(known[key])
+    except (OSError, ValueError):
+        known = {}
+    measured = _read_speed(max(1, _cores() // 2))
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_text(json.dumps({**(known if isinstance(known, dict) else {}), key: measured}))
+    return measured
+
+
+def _read_speed(threads: int) -> float:
+    """Sum up arrays that no cache holds; numpy does so without the interpreter's lock. The best of five rounds."""
+    arrays = [np.ones(_PROBE_BYTES // 4, np.float32) for _ in range(threads)]
+    best = math.inf
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in range(5):
+            start = time.perf_counter()
+            list(pool.map(lambda array: array.max(), arrays))
+            best = min(best, time.perf_counter() - start)
+    return float(round(threads * _PROBE_BYTES / best, -8))
 
 
 def detect(*, sysfs: Path = Path("/sys"), nvml: str = "libnvidia-ml.so.1") -> Hardware:
@@ -95,7 +140,25 @@ def _nvidia_gpu(nvml: ctypes.CDLL, index: int) -> Gpu | None:
     if nvml.nvmlDeviceGetMemoryInfo(device, ctypes.byref(memory)) != 0:
         return None
     nvml.nvmlDeviceGetName(device, name, ctypes.c_uint(_NAME_LENGTH))
-    return Gpu(name.value.decode("utf-8", "replace") or "NVIDIA GPU", memory.total, "nvidia")
+    return Gpu(
+        name.value.decode("utf-8", "replace") or "NVIDIA GPU",
+        memory.total,
+        "nvidia",
+        _nvidia_bandwidth(nvml, device),
+    )
+
+
+def _nvidia_bandwidth(nvml: ctypes.CDLL, device: ctypes.c_void_p) -> float:
+    """Width by clock, twice: data moves at both edges. Older drivers do not tell the width."""
+    width, clock = ctypes.c_uint(), ctypes.c_uint()
+    try:
+        if nvml.nvmlDeviceGetMemoryBusWidth(device, ctypes.byref(width)) != 0:
+            return 0.0
+        if nvml.nvmlDeviceGetMaxClockInfo(device, ctypes.c_uint(_MEMORY_CLOCK), ctypes.byref(clock)) != 0:
+            return 0.0
+    except AttributeError:
+        return 0.0
+    return width.value / 8 * clock.value * 1e6 * 2
 
 
 def _amd_gpus(cards: Path) -> tuple[Gpu, ...]:

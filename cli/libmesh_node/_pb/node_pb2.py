@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alibmesh_node/v1/node.proto\x12\x0flibmesh_node.v1\"\x98\x01\n\nNodeStatus\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12\x0e\n\x06\x63lient\x18\x03 \x01(\x08\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12,\n\x06models\x18\x05 \x03(\x0b\x32\x1c.libmesh_node.v1.ModelStatus\x12\x13\n\x0bnode_status\x18\x06 \x01(\t\"u\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\r\n\x05slots\x18\x05 \x01(\r\x12\r\n\x05ready\x18\x06 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1alibmesh_node/v1/node.proto\x12\x0flibmesh_node.v1\"\x99\x02\n\nNodeStatus\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x10\n\x08hostname\x18\x02 \x01(\t\x12\x0e\n\x06\x63lient\x18\x03 \x01(\x08\x12\x14\n\x0cmemory_bytes\x18\x04 \x01(\x04\x12,\n\x06models\x18\x05 \x03(\x0b\x32\x1c.libmesh_node.v1.ModelStatus\x12\x13\n\x0bnode_status\x18\x06 \x01(\t\x12\x13\n\x0bspare_bytes\x18\x07 \x01(\x04\x12\x11\n\tbandwidth\x18\x08 \x01(\x04\x12\x13\n\x0b\x61\x63\x63\x65lerated\x18\t \x01(\x08\x12\x14\n\x0crpc_protocol\x18\n \x01(\t\x12,\n\tdistances\x18\x0b \x03(\x0b\x32\x19.libmesh_node.v1.Distance\"9\n\x08\x44istance\x12\x0c\n\x04peer\x18\x01 \x01(\t\x12\x0e\n\x06rtt_us\x18\x02 \x01(\r\x12\x0f\n\x07relayed\x18\x03 \x01(\x08\"\x86\x01\n\x0bModelStatus\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\x12\x16\n\x0e\x63ontext_length\x18\x04 \x01(\r\x12\r\n\x05slots\x18\x05 \x01(\r\x12\r\n\x05ready\x18\x06 \x01(\x08\x12\x0f\n\x07workers\x18\x07 \x03(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,7 +32,9 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'libmesh_node.v1.node_pb2', 
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_NODESTATUS']._serialized_start=48
-  _globals['_NODESTATUS']._serialized_end=200
-  _globals['_MODELSTATUS']._serialized_start=202
-  _globals['_MODELSTATUS']._serialized_end=319
+  _globals['_NODESTATUS']._serialized_end=329
+  _globals['_DISTANCE']._serialized_start=331
+  _globals['_DISTANCE']._serialized_end=388
+  _globals['_MODELSTATUS']._serialized_start=391
+  _globals['_MODELSTATUS']._serialized_end=525
 # @@protoc_insertion_point(module_scope)

@@ -34,6 +34,11 @@ class NodeStatus(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     MODELS_FIELD_NUMBER: _builtins.int
     NODE_STATUS_FIELD_NUMBER: _builtins.int
+    SPARE_BYTES_FIELD_NUMBER: _builtins.int
+    BANDWIDTH_FIELD_NUMBER: _builtins.int
+    ACCELERATED_FIELD_NUMBER: _builtins.int
+    RPC_PROTOCOL_FIELD_NUMBER: _builtins.int
+    DISTANCES_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """of libmesh-node, such as "0.1.0" """
     hostname: _builtins.str
@@ -44,9 +49,21 @@ class NodeStatus(_message.Message):
     """memory for models that it offers to the mesh"""
     node_status: _builtins.str
     """Client, Serving, Serving (split), Worker (split), Standby or Idle"""
+    spare_bytes: _builtins.int
+    """of memory_bytes, what no model that it serves alone takes"""
+    bandwidth: _builtins.int
+    """of that memory, in bytes per second; 0 if unknown"""
+    accelerated: _builtins.bool
+    """that memory is a GPU's"""
+    rpc_protocol: _builtins.str
+    """major.minor.patch of the rpc-server that it lends, see rpc.proto; empty: it lends none"""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStatus]:
         """at most 64"""
+
+    @_builtins.property
+    def distances(self) -> _containers.RepeatedCompositeFieldContainer[Global___Distance]:
+        """to peers that have one of its models; at most 64"""
 
     def __init__(
         self,
@@ -57,14 +74,49 @@ class NodeStatus(_message.Message):
         memory_bytes: _builtins.int = ...,
         models: _abc.Iterable[Global___ModelStatus] | None = ...,
         node_status: _builtins.str = ...,
+        spare_bytes: _builtins.int = ...,
+        bandwidth: _builtins.int = ...,
+        accelerated: _builtins.bool = ...,
+        rpc_protocol: _builtins.str = ...,
+        distances: _abc.Iterable[Global___Distance] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client", b"client", "hostname", b"hostname", "memory_bytes", b"memory_bytes", "models", b"models", "node_status", b"node_status", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerated", b"accelerated", "bandwidth", b"bandwidth", "client", b"client", "distances", b"distances", "hostname", b"hostname", "memory_bytes", b"memory_bytes", "models", b"models", "node_status", b"node_status", "rpc_protocol", b"rpc_protocol", "spare_bytes", b"spare_bytes", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NodeStatus: _TypeAlias = NodeStatus  # noqa: Y015
+
+@_typing.final
+class Distance(_message.Message):
+    """How far a peer is, as the announcing node measured it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    RTT_US_FIELD_NUMBER: _builtins.int
+    RELAYED_FIELD_NUMBER: _builtins.int
+    peer: _builtins.str
+    """peer id"""
+    rtt_us: _builtins.int
+    """round-trip time in microseconds, to two digits"""
+    relayed: _builtins.bool
+    """only a relay joins them"""
+    def __init__(
+        self,
+        *,
+        peer: _builtins.str = ...,
+        rtt_us: _builtins.int = ...,
+        relayed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "relayed", b"relayed", "rtt_us", b"rtt_us"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Distance: _TypeAlias = Distance  # noqa: Y015
 
 @_typing.final
 class ModelStatus(_message.Message):
@@ -78,6 +130,7 @@ class ModelStatus(_message.Message):
     CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """what requests call it; the part after "api/" in the service's name"""
     digest: _builtins.str
@@ -89,6 +142,10 @@ class ModelStatus(_message.Message):
     """requests answered at once"""
     ready: _builtins.bool
     """its server answers now"""
+    @_builtins.property
+    def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """peer ids, in the order of a token's way, of those it is split over; at most 16"""
+
     def __init__(
         self,
         *,
@@ -98,10 +155,11 @@ class ModelStatus(_message.Message):
         context_length: _builtins.int = ...,
         slots: _builtins.int = ...,
         ready: _builtins.bool = ...,
+        workers: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "digest", b"digest", "name", b"name", "ready", b"ready", "size_bytes", b"size_bytes", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "digest", b"digest", "name", b"name", "ready", b"ready", "size_bytes", b"size_bytes", "slots", b"slots", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from libmesh_node.placement.machine import Machine, relayed_between, rtt_between, short, unique
 from libmesh_node.placement.shape import ModelShape
@@ -17,6 +18,10 @@ OVERHEAD = 1.1
 
 COMPUTE_BYTES = 96 << 20
 """Memory for a machine's compute buffers, on top of its share; batches of 512 in common models stay below."""
+
+
+LINK_BANDWIDTH = 12.5e6
+"""Bytes per second that a worker's answers are reckoned with: 100 Mbit/s, since nobody measures it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +58,7 @@ class Share:
     Attributes:
         layers: how many, the last worker's or an accelerated host's including the output as one more.
         weights: bytes; `granted`: bytes of memory that go with them, cache and compute buffers included.
+        kv_per_token: bytes of its part of the cache for one token.
         rtt: seconds to the host; 0 for the host itself.
     """
 
@@ -60,6 +66,7 @@ class Share:
     layers: int
     weights: int
     granted: int
+    kv_per_token: int = 0
     rtt: float = 0.0
 
 
@@ -71,6 +78,7 @@ class Placement:
         host: its peer id.
         home: the host's share. On a processor its layers are the first ones, on a GPU the last and the output.
         workers: in the order in which a token passes through them.
+        logits_home: the output lies with the host, so that a worker sends an activation instead of a whole vocabulary.
         tokens_per_second: predicted, for one request at a time.
         verdicts: of all machines but the host, by peer.
     """
@@ -79,6 +87,7 @@ class Placement:
     home: Share
     workers: tuple[Share, ...]
     tokens_per_second: float
+    logits_home: bool = False
     verdicts: tuple[Verdict, ...] = ()
 
     @property
@@ -170,47 +179,71 @@ def _share(
 ) -> Placement:
     """Hand out whole layers, in proportion to memory or as the operator said."""
     machines = [machine for _, machine in taken] + [host]
+    last = len(machines) - 1
+    pieces, kept = _pieces(shape), _Piece(0, 0, 0, 0)
+    logits_home = bool(taken) and not host.accelerated and _saves_time(shape, host, machines[last - 1])
+    if logits_home:
+        pieces[-1], kept = kept, pieces[-1]
     if rules.ratios is not None and len(rules.ratios) == len(machines):
         weights = list(rules.ratios)
     else:
         weights = [float(machine.memory) for machine in machines]
-    if not host.accelerated:  # the embeddings are in the host's memory already
-        weights[-1] = max(0.0, weights[-1] - shape.input * OVERHEAD) if rules.ratios is None else weights[-1]
-    order = [*range(len(machines))] if host.accelerated else [len(machines) - 1, *range(len(machines) - 1)]
-    pieces = _pieces(shape)
+        if not host.accelerated:  # what lies in its main memory anyway
+            weights[last] = max(0.0, weights[last] - shape.input * OVERHEAD - kept.memory)
+    order = [*range(len(machines))] if host.accelerated else [last, *range(last)]
     cut = cut_layers(
-        [memory for memory, _, _ in pieces],
+        [piece.memory for piece in pieces],
         [weights[at] for at in order],
         [machines[at].memory for at in order] if rules.ratios is None else None,
     )
-    counts = [cut[order.index(at)] for at in range(len(machines))]
-    shares, seconds = _filled(pieces, machines, counts, order)
-    rtts = {machine.peer: rtt for rtt, machine in taken}
-    seconds += sum(rtts.values())
-    placed = [
-        Share(
-            peer=machine.peer,
-            layers=count,
-            weights=weights_bytes,
-            granted=granted,
-            rtt=rtts.get(machine.peer, 0.0),
-        )
-        for machine, count, (weights_bytes, granted) in zip(machines, counts, shares, strict=True)
-    ]
-    workers = tuple(share for share in placed[:-1] if share.layers)
+    rtts = [*(rtt for rtt, _ in taken), 0.0]
+    shares: dict[int, Share] = {}
+    seconds = 0.0
+    for at, (start, end) in zip(order, _spans(cut), strict=True):
+        mine = [*pieces[start:end], *([kept] if at == last else ())]
+        seconds += sum(piece.read for piece in mine) / machines[at].speed + (rtts[at] if end > start else 0.0)
+        shares[at] = _share_of(machines[at], end - start, mine, rtts[at])
+    workers = tuple(shares[at] for at in range(last) if shares[at].layers)
     return Placement(
-        host=host.peer, home=placed[-1], workers=workers, tokens_per_second=1 / seconds if seconds else 0.0
+        host=host.peer,
+        home=shares[last],
+        workers=workers,
+        tokens_per_second=1 / seconds if seconds else 0.0,
+        logits_home=logits_home and bool(workers),
     )
 
 
-_Piece = tuple[int, int, int]
-"""A layer, or the output: bytes of memory, of weights, and of weights that a token touches."""
+class _Piece(NamedTuple):
+    """A layer, or the output: bytes of memory, of weights, of weights that a token touches, and of cache per token."""
+
+    memory: int
+    weights: int
+    read: int
+    kv_per_token: int
 
 
 def _pieces(shape: ModelShape) -> list[_Piece]:
     layers = zip(shape.layers, shape.read, shape.kv_per_token, strict=True)
-    pieces = [(int(size * OVERHEAD) + kv * shape.context, size, read) for size, read, kv in layers]
-    return [*pieces, (int(shape.output * OVERHEAD), shape.output, shape.output)]
+    pieces = [_Piece(int(size * OVERHEAD) + kv * shape.context, size, read, kv) for size, read, kv in layers]
+    return [*pieces, _Piece(int(shape.output * OVERHEAD), shape.output, shape.output, 0)]
+
+
+def _share_of(machine: Machine, layers: int, pieces: Sequence[_Piece], rtt: float) -> Share:
+    memory = sum(piece.memory for piece in pieces) + (COMPUTE_BYTES if layers else 0)
+    return Share(
+        peer=machine.peer,
+        layers=layers,
+        weights=sum(piece.weights for piece in pieces),
+        granted=min(memory, machine.memory),
+        kv_per_token=sum(piece.kv_per_token for piece in pieces),
+        rtt=rtt,
+    )
+
+
+def _saves_time(shape: ModelShape, host: Machine, worker: Machine) -> bool:
+    """Whether the output is better computed by the host than its result fetched: f32 logits against one activation."""
+    fetched = 4 * max(0, shape.vocabulary - shape.embedding_length) / LINK_BANDWIDTH
+    return shape.output / host.speed < shape.output / worker.speed + fetched
 
 
 def cut_layers(sizes: Sequence[int], weights: Sequence[float], limits: Sequence[int] | None) -> list[int]:
@@ -254,21 +287,6 @@ def _spans(counts: Sequence[int]) -> list[tuple[int, int]]:
         spans.append((at, at + count))
         at += count
     return spans
-
-
-def _filled(
-    pieces: Sequence[_Piece], machines: Sequence[Machine], counts: Sequence[int], order: Sequence[int]
-) -> tuple[list[tuple[int, int]], float]:
-    """Weights and memory of each machine, and the seconds that all of them compute on one token."""
-    result: dict[int, tuple[int, int]] = {}
-    seconds = 0.0
-    spans = _spans([counts[number] for number in order])
-    for number, (start, end) in zip(order, spans, strict=True):
-        mine = pieces[start:end]
-        seconds += sum(read for _, _, read in mine) / machines[number].speed
-        granted = sum(memory for memory, _, _ in mine) + (COMPUTE_BYTES if mine else 0)
-        result[number] = sum(size for _, size, _ in mine), min(granted, machines[number].memory)
-    return [result[number] for number in range(len(machines))], seconds
 
 
 def _gb(size: float) -> str:
