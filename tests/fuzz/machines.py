@@ -13,7 +13,7 @@ from libmesh.core.announcement import Record
 from libmesh.core.credentials import Revocation
 from libmesh.core.liveness import Liveness
 from libmesh.core.membership import MAX_PEERS, Membership
-from libmesh.core.roster import Digest
+from libmesh.core.summary import Digest
 from libmesh.core.yamux import Yamux
 from libmesh.core.yamux_frames import (
     DATA,

@@ -8,7 +8,8 @@ from tests.fuzz.machines import MACHINES
 from tests.fuzz.messages import DECODERS
 from tests.fuzz.program import PROGRAM
 from tests.fuzz.target import Target
+from tests.fuzz.tls import TLS
 
 TARGETS: dict[str, Target] = {
-    target.name: target for target in (*MACHINES, *DECODERS, *CHANNELS, *CONNECTIONS, *PROGRAM)
+    target.name: target for target in (*MACHINES, *DECODERS, *CHANNELS, *TLS, *CONNECTIONS, *PROGRAM)
 }
