@@ -24,7 +24,7 @@ from libmesh.core.credentials import Authority, Revocation
 from libmesh.core.liveness import LivenessConfig
 from libmesh.core.paths_io import PathsConfig
 from libmesh.core.ways import is_circuit, to_announce
-from libmesh.errors import MeshError
+from libmesh.errors import AdmissionRefused, MeshError, PeerUnreachable, ServiceRefused
 from libmesh.identity import SecretKey
 from libmesh.net import base as net
 from libmesh.net.base import Network, Stream
@@ -32,9 +32,13 @@ from libmesh.pathing import Pathing
 from libmesh.peers import PeerId, PeerState, Service, View
 from libmesh.posts import Posts
 from libmesh.probing import Prober
+from libmesh.relays import RelayUse
 from libmesh.wire_pieces import WireError
 
 log = logging.getLogger(__name__)
+
+_MAX_FOREIGN = 256
+"""Relays that are remembered not to be members; then they are asked anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +53,7 @@ class MeshConfig:
         membership: times of the membership machine.
         liveness: times of probes.
         paths: times of the search for paths.
+        relays: which relays are used, and whether this node is one.
     """
 
     agent: str = "libmesh"
@@ -58,6 +63,7 @@ class MeshConfig:
     membership: io.MembershipConfig = field(default_factory=io.MembershipConfig)
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
+    relays: RelayUse = field(default_factory=RelayUse)
 
 
 class Driver:
@@ -101,7 +107,7 @@ class Driver:
         self.pathing = Pathing(
             network,
             addresses_of=self.membership.addresses_of,
-            approach=self._approach,
+            approach=self.approach,
             changed=lambda _: self._tell_watchers(),
             wall_clock=self.now,
             config=config.paths,
@@ -122,6 +128,7 @@ class Driver:
         self._topic = f"libmesh/1/{authority.mesh_id}/peers"
         self._said: tuple[tuple[Service, ...], bytes] = ((), b"")
         self._watchers: dict[trio.MemorySendChannel[View], trio.MemoryReceiveChannel[View]] = {}
+        self._foreign: set[PeerId] = set()
         self._rearm = trio.Event()
         self._tasks: trio.Nursery
         self._outbox, self._outgoing = trio.open_memory_channel[bytes](256)
@@ -244,11 +251,21 @@ class Driver:
                 case net.Message(topic, author, data) if topic == self.posts.gossip_topic:
                     self.posts.deliver(author, data)
 
-    async def _approach(self, relay: PeerId, addresses: tuple[str, ...]) -> None:
-        """A relay that is a member carries only members: it is told that we are one."""
+    async def approach(self, relay: PeerId, addresses: tuple[str, ...]) -> None:
+        """Connect to a relay. One that is a member carries only members, so it is told that we are one."""
+        if relay in self._foreign:
+            return
         if self.membership.believes(relay):
-            known = (address for address in self.membership.addresses_of(relay) if not is_circuit(address))
-            await self.admission.connect(relay, (*addresses, *known))
+            known = self.membership.addresses_of(relay)
+            addresses = (*addresses, *(address for address in known if not is_circuit(address)))
+        try:
+            await self.admission.connect(relay, addresses)
+        except (AdmissionRefused, PeerUnreachable) as exc:
+            if isinstance(exc, PeerUnreachable) and not isinstance(exc.__cause__, ServiceRefused):
+                raise
+            if len(self._foreign) >= _MAX_FOREIGN:
+                self._foreign.clear()
+            self._foreign.add(relay)  # no member, and not to be asked again; it may relay for everybody
 
     def _is_live_member(self, peer: PeerId) -> bool:
         return self.membership.believes(peer)

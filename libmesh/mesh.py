@@ -15,6 +15,7 @@ import trio
 from libmesh import tokens, tunnel, wire
 from libmesh.core import membership_io as io
 from libmesh.core.credentials import Authority, Invite
+from libmesh.core.ways import to_announce
 from libmesh.driver import Driver, MeshConfig
 from libmesh.errors import (
     AdmissionRefused,
@@ -30,6 +31,7 @@ from libmesh.net.base import Network, Stream
 from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
 from libmesh.peers import MeshId, PeerId, Scope, Service, View
 from libmesh.posts import Post
+from libmesh.relays import relays_of
 from libmesh.wire_pieces import WireError, valid_service_name
 
 log = logging.getLogger(__name__)
@@ -200,7 +202,7 @@ class Mesh:
     def _ways_in(self) -> tuple[tuple[PeerId, tuple[str, ...]], ...]:
         alive = [entry for entry in self.view.peers if entry.path is not None and entry.addresses]
         others = [(entry.peer, entry.addresses[:2]) for entry in alive[:2]]
-        return ((self.peer, self.addresses[:4]), *others)
+        return ((self.peer, to_announce(self.addresses, 4)), *others)
 
     def admission_of(self, peer: PeerId) -> tuple[tuple[str, ...], int | None] | None:
         """How a peer came in: the ids of the invites from the mesh's key down to it, and when its membership ends.
@@ -361,6 +363,7 @@ async def open_mesh(
                     await stack.enter_async_context(driver.running())
                     driver.recall(revocations)
                     mesh = Mesh(driver, authority)
+                    await stack.enter_async_context(relays_of(mesh, driver, config.relays))
                     opening.set()
                     await leave.wait()
             except MeshError as exc:

@@ -21,6 +21,7 @@ from libmesh import keys
 from libmesh.core.ways import is_circuit, relay_of
 from libmesh.errors import NetworkError, PeerUnreachable
 from libmesh.net.base import (
+    Approach,
     Message,
     Network,
     NetworkEvent,
@@ -112,7 +113,7 @@ class MemoryNetwork(Network):
         await trio.lowlevel.checkpoint()
         return self._hub.punch(self, peer)
 
-    def set_relays(self, relays: Sequence[str]) -> None:
+    def set_relays(self, relays: Sequence[str], approach: Approach | None = None) -> None:
         """See `Network.set_relays`. Held as long as there is a connection to the relay, which others must make."""
         self.relays = tuple(PeerId(relay.rpartition("/p2p/")[2]) for relay in relays)
 
