@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from libmesh import keys
 from libmesh._pb import mesh_pb2 as pb
 from libmesh.core.announcement import SIGNING_CONTEXT, Announcement, Record
 from libmesh.core.credentials import MAX_REVOCATIONS, Credential, Revocation
 from libmesh.core.membership_io import Suspicion
-from libmesh.core.roster import Digest
+from libmesh.core.summary import BUCKETS, CUT, FINGERPRINT, Digest, Part, Summary
 from libmesh.peers import PeerId, Service
 from libmesh.wire_pieces import (
     WireError,
@@ -32,7 +33,9 @@ from libmesh.wire_pieces import (
 )
 
 MAX_HELLO = 4 * 1024
+MAX_FOLLOWER_ATTRIBUTES = 1024
 MAX_DIGEST = 1024 * 1024
+MAX_SUMMARY = 1024
 MAX_RECORDS = 8 * 1024 * 1024
 MAX_RECORD = 60 * 1024
 MAX_PROBE = 1024
@@ -46,19 +49,23 @@ MAX_ADDRESSES = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hello:
-    """The dialler's first message."""
+    """The dialler's first message. `attributes` only with `following`, and at most 1 KiB: more is sent as none."""
 
     agent: str
     credential: Credential
+    following: bool = False
+    attributes: bytes = b""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HelloReply:
-    """The answer: either `refusal`, a word, or `credential`."""
+    """The answer: either `refusal`, a word, or `credential`. The rest as in `Hello`."""
 
     agent: str
     refusal: str | None = None
     credential: Credential | None = None
+    following: bool = False
+    attributes: bytes = b""
 
 
 # ── hello ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -67,13 +74,15 @@ class HelloReply:
 def encode_hello(hello: Hello) -> bytes:
     """The bytes of a `Hello`."""
     message = pb.Hello(agent=hello.agent, credential=credential_to_pb(hello.credential))
+    _say_following(message, hello)
     return message.SerializeToString()
 
 
 def decode_hello(data: bytes) -> Hello:
     """The inverse of `encode_hello`."""
     message = parse(pb.Hello(), data, MAX_HELLO)
-    return Hello(agent=message.agent[:128], credential=credential_from_pb(message.credential))
+    credential = credential_from_pb(message.credential)
+    return Hello(agent=message.agent[:128], credential=credential, **_following(message))
 
 
 def encode_hello_reply(reply: HelloReply) -> bytes:
@@ -81,6 +90,7 @@ def encode_hello_reply(reply: HelloReply) -> bytes:
     message = pb.HelloReply(agent=reply.agent, refusal=reply.refusal)
     if reply.credential is not None:
         message.credential.CopyFrom(credential_to_pb(reply.credential))
+    _say_following(message, reply)
     return message.SerializeToString()
 
 
@@ -89,7 +99,19 @@ def decode_hello_reply(data: bytes) -> HelloReply:
     message = parse(pb.HelloReply(), data, MAX_HELLO)
     if message.HasField("refusal"):
         return HelloReply(agent=message.agent[:128], refusal=message.refusal)
-    return HelloReply(agent=message.agent[:128], credential=credential_from_pb(message.credential))
+    credential = credential_from_pb(message.credential)
+    return HelloReply(agent=message.agent[:128], credential=credential, **_following(message))
+
+
+def _say_following(message: pb.Hello | pb.HelloReply, said: Hello | HelloReply) -> None:
+    message.following = said.following
+    if said.following and len(said.attributes) <= MAX_FOLLOWER_ATTRIBUTES:
+        message.attributes = said.attributes
+
+
+def _following(message: pb.Hello | pb.HelloReply) -> dict[str, Any]:
+    known = message.following and len(message.attributes) <= MAX_FOLLOWER_ATTRIBUTES
+    return {"following": message.following, "attributes": message.attributes if known else b""}
 
 
 def encode_digest(digest: Digest) -> bytes:
@@ -103,7 +125,7 @@ def encode_digest(digest: Digest) -> bytes:
         )
         for peer, (incarnation, sequence) in digest.ages.items()
     ]
-    return pb.Digest(entries=entries).SerializeToString()
+    return pb.Digest(entries=entries, part=_part_to_pb(digest.part)).SerializeToString()
 
 
 def decode_digest(data: bytes) -> Digest:
@@ -116,7 +138,39 @@ def decode_digest(data: bytes) -> Digest:
         ages[peer] = (entry.incarnation, entry.sequence)
         if entry.dead:
             dead.add(peer)
-    return Digest(ages, frozenset(dead))
+    return Digest(ages, frozenset(dead), _part_from_pb(message.part) if message.HasField("part") else None)
+
+
+def _part_to_pb(part: Part | None) -> pb.Part | None:
+    return (
+        None if part is None else pb.Part(buckets=bytes(sorted(part.buckets)), revocations=part.revocations)
+    )
+
+
+def _part_from_pb(message: pb.Part) -> Part:
+    if any(bucket >= BUCKETS for bucket in message.buckets):
+        raise WireError(f"a bucket that is not below {BUCKETS}")
+    return Part(frozenset(message.buckets), message.revocations)
+
+
+def encode_summary(fingerprint: bytes, summary: Summary | None) -> bytes:
+    """The bytes of a `Summary`: the fingerprint of all, and, if wanted, those of the parts that it is made of."""
+    parts = None if summary is None else b"".join(summary.buckets) + summary.revocations
+    return pb.Summary(fingerprint=fingerprint, parts=parts).SerializeToString()
+
+
+def decode_summary(data: bytes) -> tuple[bytes, Summary | None]:
+    """The inverse of `encode_summary`. Parts that do not make the fingerprint are an error."""
+    message = parse(pb.Summary(), data, MAX_SUMMARY)
+    fingerprint = exactly(FINGERPRINT, message.fingerprint, "a fingerprint")
+    if not message.HasField("parts"):
+        return fingerprint, None
+    parts = exactly((BUCKETS + 1) * CUT, message.parts, "the fingerprints of the parts")
+    *buckets, revocations = (parts[start : start + CUT] for start in range(0, len(parts), CUT))
+    summary = Summary(tuple(buckets), revocations)
+    if summary.fingerprint != fingerprint:
+        raise WireError("fingerprints of parts that are not those of the whole")
+    return fingerprint, summary
 
 
 # ── announcements ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -19,7 +19,7 @@ from libmesh import (
     wire,
 )
 from libmesh.core import membership_io as io
-from libmesh.core.roster import Digest
+from libmesh.core.summary import Digest
 from libmesh.net.base import StreamReset
 from tests.members import peer, record
 from tests.town import settled, town, until

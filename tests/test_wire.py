@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from libmesh import keys, tokens, wire, wire_pieces
 from libmesh.core.announcement import SIGNING_CONTEXT
 from libmesh.core.credentials import Invite
-from libmesh.core.roster import Digest
+from libmesh.core.summary import Digest
 from libmesh.errors import InviteMalformed
 from libmesh.peers import Scope, Service
 from libmesh.wire_pieces import WireError
@@ -66,7 +66,7 @@ def test_the_vectors_are_those_that_the_seeds_make(message: str) -> None:
 def test_every_message_of_the_specification_has_vectors() -> None:
     proto = (ROOT / "proto" / "libmesh" / "v1" / "mesh.proto").read_text()
     named = {line.split()[1] for line in proto.splitlines() if line.startswith("message ")}
-    parts = {"Link", "Credential", "Contact", "Record", "Announcement", "Service", "Suspicion"}
+    parts = {"Link", "Credential", "Contact", "Record", "Announcement", "Service", "Suspicion", "Part"}
     covered = {"".join(word.title() for word in message.split("_")) for message in CODECS}
     assert named - parts == covered
 

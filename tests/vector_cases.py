@@ -17,70 +17,11 @@ from libmesh import keys, wire
 from libmesh.core.announcement import SIGNING_CONTEXT, Record
 from libmesh.core.credentials import MAX_LINKS, Invite
 from libmesh.core.membership_io import Suspicion
-from libmesh.core.roster import Digest
+from libmesh.core.summary import Digest, Part, Prints, Summary, fingerprint_of_revocations
 from libmesh.peers import Scope, Service
+from tests.handmade import chain, field, link, public, said, varint
 from tests.members import HOUR, MESH, NOW, announcement, credential, invited, peer, record, seed
 from tests.vector_form import CODECS, value_to_json
-
-# ── protobuf by hand (protobuf.dev, "Encoding") ──────────────────────────────────────────────────────────────────
-
-
-def varint(number: int) -> bytes:
-    out = bytearray()
-    while number > 0x7F:
-        out.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes(out) + bytes([number])
-
-
-def field(number: int, content: bytes | str | int) -> bytes:
-    """One field: bytes and text with their length, numbers as varints."""
-    if isinstance(content, int):
-        return varint(number << 3) + varint(content)
-    data = content.encode() if isinstance(content, str) else content
-    return varint(number << 3 | 2) + varint(len(data)) + data
-
-
-def public(number: int) -> bytes:
-    return keys.public_key(seed(number))
-
-
-def link(
-    *,
-    subject: bytes = public(1),
-    kind: int = 2,
-    scope: int = 1,
-    end: int | None = None,
-    signature: bytes = bytes(64),
-) -> bytes:
-    body = field(1, subject) + field(2, kind) + field(3, scope)
-    return body + (b"" if end is None else field(4, end)) + field(5, signature)
-
-
-def chain(*links: bytes, mesh_key: bytes = MESH.mesh_key) -> bytes:
-    return field(1, mesh_key) + b"".join(field(2, each) for each in links)
-
-
-def said(
-    *,
-    peer_key: bytes = public(1),
-    shown: bytes | None = None,
-    services: tuple[tuple[str | bytes, int], ...] = (),
-    addresses: tuple[bytes, ...] = (),
-    attributes: bytes = b"",
-    signature: bytes = bytes(64),
-    more: bytes = b"",
-) -> bytes:
-    """A `Record`, made of the parts of its announcement."""
-    body = (
-        field(1, peer_key) + field(2, chain(link()) if shown is None else shown) + field(3, 1) + field(4, 1)
-    )
-    for name, scope in services:
-        body += field(6, field(1, name) + (field(2, scope) if scope else b""))
-    for address in addresses:
-        body += field(7, address)
-    return field(1, body + (field(8, attributes) if attributes else b"") + more) + field(2, signature)
-
 
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -121,10 +62,16 @@ def hello() -> Iterator[Case]:
     yield Case("through two invites, with an end", wire.Hello(agent="", credential=shown))
     longest = invited(3, *[Scope.INVITE] * (MAX_LINKS - 1), not_after_unix=NOW)
     yield Case("the longest chain", wire.Hello(agent="é" * 64, credential=longest))
+    yield Case(
+        "of one that follows", wire.Hello(agent="", credential=credential(1), following=True, attributes=b"x")
+    )
     canonical = wire.encode_hello(wire.Hello(agent="a", credential=credential(1)))
     value = wire.Hello(agent="a", credential=credential(1))
     yield Case("with a field that we do not know", value, canonical + field(99, b"from the future"))
     yield Case("fields in another order", value, canonical[3:] + canonical[:3])
+    yield Case("attributes of one that announces itself are dropped", value, canonical + field(4, "x"))
+    follows = replace(value, following=True)
+    yield Case("attributes over 1 KiB are dropped", follows, canonical + field(3, 1) + field(4, bytes(1025)))
     for name, reason, bad in BAD_CREDENTIALS:
         yield Case(name, raw=field(1, "a") + field(2, bad), reason=reason)
     yield Case("cut off", raw=canonical[:-1], reason="not a protobuf message")
@@ -134,6 +81,10 @@ def hello() -> Iterator[Case]:
 
 def hello_reply() -> Iterator[Case]:
     yield Case("admitted", wire.HelloReply(agent="libmesh/0.1.0", credential=credential(1)))
+    yield Case(
+        "by one that follows",
+        wire.HelloReply(agent="", credential=credential(1), following=True, attributes=b"x"),
+    )
     yield Case("refused", wire.HelloReply(agent="libmesh/0.1.0", refusal="expired"))
     yield Case("refused with a word that is new", wire.HelloReply(agent="", refusal="tired"))
     both = field(2, "busy") + field(3, chain(link()))
@@ -148,9 +99,36 @@ def digest() -> Iterator[Case]:
     yield Case("of nobody", Digest({}))
     ages = {peer(1): (1_800_000_000_000, 7), peer(2): (0, 0), peer(3): (2**64 - 1, 2**64 - 1)}
     yield Case("of three, one of them dead", Digest(ages, frozenset({peer(2)})))
+    yield Case("of a part", Digest(ages, part=Part(frozenset({0, 7, 63}), revocations=True)))
+    yield Case("of no part", Digest({}, part=Part(frozenset(), revocations=False)))
+    twice = Digest({}, part=Part(frozenset({7}), revocations=False))
+    yield Case("of one part twice", twice, field(2, field(1, b"\7\7")))
+    yield Case("a bucket too many", raw=field(2, field(1, bytes([64]))), reason="a bucket is below 64")
     yield Case("a key of 31 bytes", raw=field(1, field(1, KEY_31)), reason="a key has 32 bytes")
     yield Case("no key", raw=field(1, field(2, 1)), reason="a key has 32 bytes")
     yield Case("not protobuf", raw=b"\xff\xff\xff", reason="not a protobuf message")
+
+
+def summary() -> Iterator[Case]:
+    prints = Prints()
+    rows = {peer(number): (peer(number), (1_800_000_000_000, number), number == 2) for number in (1, 2, 3)}
+    for known in rows:
+        prints.touch(known)
+    child = MESH.delegate(scope=Scope.INVITE, not_after_unix=None, seed=seed(50))
+    revocations = fingerprint_of_revocations([MESH.revoke(child.links)])
+    three = Summary(prints.all(rows.__getitem__), revocations)
+    nothing = Summary(Prints().all(rows.__getitem__), fingerprint_of_revocations([]))
+    yield Case("of nothing", (nothing.fingerprint, nothing))
+    yield Case("of three peers, the second one dead, and a revocation", (three.fingerprint, three))
+    yield Case("the fingerprint alone", (three.fingerprint, None))
+    yield Case("no fingerprint", raw=b"", reason="a fingerprint has 16 bytes")
+    whole, parts = field(1, three.fingerprint), b"".join(three.buckets) + revocations
+    yield Case("parts that are too few", raw=whole + field(2, parts[8:]), reason="the parts have 520 bytes")
+    lie = parts[:-1] + bytes([parts[-1] ^ 1])
+    yield Case(
+        "parts of something else", raw=whole + field(2, lie), reason="the fingerprint is that of the parts"
+    )
+    yield Case("over 1 KiB", raw=whole + field(99, bytes(1024)), reason="a Summary has at most 1024 bytes")
 
 
 def records() -> Iterator[Case]:
@@ -358,6 +336,7 @@ TABLE = {
     "hello": hello,
     "hello_reply": hello_reply,
     "digest": digest,
+    "summary": summary,
     "records": records,
     "gossip": gossip,
     "revocation": revocation,

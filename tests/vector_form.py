@@ -21,7 +21,7 @@ from libmesh import tokens, wire
 from libmesh.core.announcement import Record
 from libmesh.core.credentials import Invite, Revocation
 from libmesh.core.membership_io import Suspicion
-from libmesh.core.roster import Digest
+from libmesh.core.summary import Digest, Summary
 from libmesh.peers import PeerId
 
 FOLDER = Path(__file__).resolve().parent / "vectors"
@@ -43,6 +43,12 @@ CODECS: dict[str, Codec] = {
     "hello": Codec(wire.encode_hello, wire.decode_hello, wire.Hello, "Hello"),
     "hello_reply": Codec(wire.encode_hello_reply, wire.decode_hello_reply, wire.HelloReply, "HelloReply"),
     "digest": Codec(wire.encode_digest, wire.decode_digest, Digest, "Digest"),
+    "summary": Codec(
+        lambda value: wire.encode_summary(*value),
+        wire.decode_summary,
+        tuple[bytes, Summary | None],
+        "Summary: the fingerprint, and those of the parts",
+    ),
     "records": Codec(
         lambda value: wire.encode_records(*value),
         wire.decode_records,

@@ -24,17 +24,17 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15libmesh/v1/mesh.proto\x12\nlibmesh.v1\"\x96\x01\n\x04Link\x12\x0f\n\x07subject\x18\x01 \x01(\x0c\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.libmesh.v1.LinkKind\x12 \n\x05scope\x18\x03 \x01(\x0e\x32\x11.libmesh.v1.Scope\x12\x16\n\tnot_after\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x42\x0c\n\n_not_after\"?\n\nCredential\x12\x10\n\x08mesh_key\x18\x01 \x01(\x0c\x12\x1f\n\x05links\x18\x02 \x03(\x0b\x32\x10.libmesh.v1.Link\".\n\x07\x43ontact\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12\x11\n\taddresses\x18\x02 \x03(\x0c\"p\n\x06Invite\x12\x10\n\x08mesh_key\x18\x01 \x01(\x0c\x12\x1f\n\x05links\x18\x02 \x03(\x0b\x32\x10.libmesh.v1.Link\x12\x0c\n\x04seed\x18\x03 \x01(\x0c\x12%\n\x08\x63ontacts\x18\x04 \x03(\x0b\x32\x13.libmesh.v1.Contact\"B\n\x05Hello\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12*\n\ncredential\x18\x02 \x01(\x0b\x32\x16.libmesh.v1.Credential\"i\n\nHelloReply\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x14\n\x07refusal\x18\x02 \x01(\tH\x00\x88\x01\x01\x12*\n\ncredential\x18\x03 \x01(\x0b\x32\x16.libmesh.v1.CredentialB\n\n\x08_refusal\"\x83\x01\n\x06\x44igest\x12)\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x18.libmesh.v1.Digest.Entry\x1aN\n\x05\x45ntry\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x65\x61\x64\x18\x04 \x01(\x08\"[\n\x07Records\x12#\n\x07records\x18\x01 \x03(\x0b\x32\x12.libmesh.v1.Record\x12+\n\x0brevocations\x18\x02 \x03(\x0b\x32\x16.libmesh.v1.Revocation\"\x90\x01\n\x06Gossip\x12$\n\x06record\x18\x01 \x01(\x0b\x32\x12.libmesh.v1.RecordH\x00\x12,\n\nrevocation\x18\x02 \x01(\x0b\x32\x16.libmesh.v1.RevocationH\x00\x12*\n\tsuspicion\x18\x03 \x01(\x0b\x32\x15.libmesh.v1.SuspicionH\x00\x42\x06\n\x04kind\"D\n\tSuspicion\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\"b\n\nRevocation\x12\x10\n\x08mesh_key\x18\x01 \x01(\x0c\x12\x1f\n\x05links\x18\x02 \x03(\x0b\x32\x10.libmesh.v1.Link\x12\x0e\n\x06signer\x18\x03 \x01(\r\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"/\n\x05Probe\x12\x17\n\ntarget_key\x18\x01 \x01(\x0cH\x00\x88\x01\x01\x42\r\n\x0b_target_key\"\x1c\n\x0bProbeAnswer\x12\r\n\x05heard\x18\x01 \x01(\x08\")\n\x06Record\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xd2\x01\n\x0c\x41nnouncement\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12*\n\ncredential\x18\x02 \x01(\x0b\x32\x16.libmesh.v1.Credential\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\x12%\n\x08services\x18\x06 \x03(\x0b\x32\x13.libmesh.v1.Service\x12\x11\n\taddresses\x18\x07 \x03(\x0c\x12\x12\n\nattributes\x18\x08 \x01(\x0c\"9\n\x07Service\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05scope\x18\x02 \x01(\x0e\x32\x11.libmesh.v1.Scope\"\x17\n\x04Open\x12\x0f\n\x07service\x18\x01 \x01(\t\"*\n\x06Opened\x12\x14\n\x07refusal\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_refusal\"#\n\x04Post\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*T\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSCOPE_CLIENT\x10\x01\x12\x10\n\x0cSCOPE_WORKER\x10\x02\x12\x10\n\x0cSCOPE_INVITE\x10\x03*O\n\x08LinkKind\x12\x19\n\x15LINK_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10LINK_KIND_INVITE\x10\x01\x12\x12\n\x0eLINK_KIND_PEER\x10\x02\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15libmesh/v1/mesh.proto\x12\nlibmesh.v1\"\x96\x01\n\x04Link\x12\x0f\n\x07subject\x18\x01 \x01(\x0c\x12\"\n\x04kind\x18\x02 \x01(\x0e\x32\x14.libmesh.v1.LinkKind\x12 \n\x05scope\x18\x03 \x01(\x0e\x32\x11.libmesh.v1.Scope\x12\x16\n\tnot_after\x18\x04 \x01(\x04H\x00\x88\x01\x01\x12\x11\n\tsignature\x18\x05 \x01(\x0c\x42\x0c\n\n_not_after\"?\n\nCredential\x12\x10\n\x08mesh_key\x18\x01 \x01(\x0c\x12\x1f\n\x05links\x18\x02 \x03(\x0b\x32\x10.libmesh.v1.Link\".\n\x07\x43ontact\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12\x11\n\taddresses\x18\x02 \x03(\x0c\"p\n\x06Invite\x12\x10\n\x08mesh_key\x18\x01 \x01(\x0c\x12\x1f\n\x05links\x18\x02 \x03(\x0b\x32\x10.libmesh.v1.Link\x12\x0c\n\x04seed\x18\x03 \x01(\x0c\x12%\n\x08\x63ontacts\x18\x04 \x03(\x0b\x32\x13.libmesh.v1.Contact\"i\n\x05Hello\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12*\n\ncredential\x18\x02 \x01(\x0b\x32\x16.libmesh.v1.Credential\x12\x11\n\tfollowing\x18\x03 \x01(\x08\x12\x12\n\nattributes\x18\x04 \x01(\x0c\"\x90\x01\n\nHelloReply\x12\r\n\x05\x61gent\x18\x01 \x01(\t\x12\x14\n\x07refusal\x18\x02 \x01(\tH\x00\x88\x01\x01\x12*\n\ncredential\x18\x03 \x01(\x0b\x32\x16.libmesh.v1.Credential\x12\x11\n\tfollowing\x18\x04 \x01(\x08\x12\x12\n\nattributes\x18\x05 \x01(\x0c\x42\n\n\x08_refusal\"\xb1\x01\n\x06\x44igest\x12)\n\x07\x65ntries\x18\x01 \x03(\x0b\x32\x18.libmesh.v1.Digest.Entry\x12#\n\x04part\x18\x02 \x01(\x0b\x32\x10.libmesh.v1.PartH\x00\x88\x01\x01\x1aN\n\x05\x45ntry\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\x12\x0c\n\x04\x64\x65\x61\x64\x18\x04 \x01(\x08\x42\x07\n\x05_part\",\n\x04Part\x12\x0f\n\x07\x62uckets\x18\x01 \x01(\x0c\x12\x13\n\x0brevocations\x18\x02 \x01(\x08\"<\n\x07Summary\x12\x13\n\x0b\x66ingerprint\x18\x01 \x01(\x0c\x12\x12\n\x05parts\x18\x02 \x01(\x0cH\x00\x88\x01\x01\x42\x08\n\x06_parts\"[\n\x07Records\x12#\n\x07records\x18\x01 \x03(\x0b\x32\x12.libmesh.v1.Record\x12+\n\x0brevocations\x18\x02 \x03(\x0b\x32\x16.libmesh.v1.Revocation\"\x90\x01\n\x06Gossip\x12$\n\x06record\x18\x01 \x01(\x0b\x32\x12.libmesh.v1.RecordH\x00\x12,\n\nrevocation\x18\x02 \x01(\x0b\x32\x16.libmesh.v1.RevocationH\x00\x12*\n\tsuspicion\x18\x03 \x01(\x0b\x32\x15.libmesh.v1.SuspicionH\x00\x42\x06\n\x04kind\"D\n\tSuspicion\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12\x13\n\x0bincarnation\x18\x02 \x01(\x04\x12\x10\n\x08sequence\x18\x03 \x01(\x04\"b\n\nRevocation\x12\x10\n\x08mesh_key\x18\x01 \x01(\x0c\x12\x1f\n\x05links\x18\x02 \x03(\x0b\x32\x10.libmesh.v1.Link\x12\x0e\n\x06signer\x18\x03 \x01(\r\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"/\n\x05Probe\x12\x17\n\ntarget_key\x18\x01 \x01(\x0cH\x00\x88\x01\x01\x42\r\n\x0b_target_key\"\x1c\n\x0bProbeAnswer\x12\r\n\x05heard\x18\x01 \x01(\x08\")\n\x06Record\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\xd2\x01\n\x0c\x41nnouncement\x12\x10\n\x08peer_key\x18\x01 \x01(\x0c\x12*\n\ncredential\x18\x02 \x01(\x0b\x32\x16.libmesh.v1.Credential\x12\x13\n\x0bincarnation\x18\x03 \x01(\x04\x12\x10\n\x08sequence\x18\x04 \x01(\x04\x12\x0f\n\x07leaving\x18\x05 \x01(\x08\x12%\n\x08services\x18\x06 \x03(\x0b\x32\x13.libmesh.v1.Service\x12\x11\n\taddresses\x18\x07 \x03(\x0c\x12\x12\n\nattributes\x18\x08 \x01(\x0c\"9\n\x07Service\x12\x0c\n\x04name\x18\x01 \x01(\t\x12 \n\x05scope\x18\x02 \x01(\x0e\x32\x11.libmesh.v1.Scope\"\x17\n\x04Open\x12\x0f\n\x07service\x18\x01 \x01(\t\"*\n\x06Opened\x12\x14\n\x07refusal\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\n\n\x08_refusal\"#\n\x04Post\x12\r\n\x05topic\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c*T\n\x05Scope\x12\x15\n\x11SCOPE_UNSPECIFIED\x10\x00\x12\x10\n\x0cSCOPE_CLIENT\x10\x01\x12\x10\n\x0cSCOPE_WORKER\x10\x02\x12\x10\n\x0cSCOPE_INVITE\x10\x03*O\n\x08LinkKind\x12\x19\n\x15LINK_KIND_UNSPECIFIED\x10\x00\x12\x14\n\x10LINK_KIND_INVITE\x10\x01\x12\x12\n\x0eLINK_KIND_PEER\x10\x02\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'libmesh.v1.mesh_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_SCOPE']._serialized_start=1636
-  _globals['_SCOPE']._serialized_end=1720
-  _globals['_LINKKIND']._serialized_start=1722
-  _globals['_LINKKIND']._serialized_end=1801
+  _globals['_SCOPE']._serialized_start=1869
+  _globals['_SCOPE']._serialized_end=1953
+  _globals['_LINKKIND']._serialized_start=1955
+  _globals['_LINKKIND']._serialized_end=2034
   _globals['_LINK']._serialized_start=38
   _globals['_LINK']._serialized_end=188
   _globals['_CREDENTIAL']._serialized_start=190
@@ -44,35 +44,39 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_INVITE']._serialized_start=303
   _globals['_INVITE']._serialized_end=415
   _globals['_HELLO']._serialized_start=417
-  _globals['_HELLO']._serialized_end=483
-  _globals['_HELLOREPLY']._serialized_start=485
-  _globals['_HELLOREPLY']._serialized_end=590
-  _globals['_DIGEST']._serialized_start=593
-  _globals['_DIGEST']._serialized_end=724
-  _globals['_DIGEST_ENTRY']._serialized_start=646
-  _globals['_DIGEST_ENTRY']._serialized_end=724
-  _globals['_RECORDS']._serialized_start=726
-  _globals['_RECORDS']._serialized_end=817
-  _globals['_GOSSIP']._serialized_start=820
-  _globals['_GOSSIP']._serialized_end=964
-  _globals['_SUSPICION']._serialized_start=966
-  _globals['_SUSPICION']._serialized_end=1034
-  _globals['_REVOCATION']._serialized_start=1036
-  _globals['_REVOCATION']._serialized_end=1134
-  _globals['_PROBE']._serialized_start=1136
-  _globals['_PROBE']._serialized_end=1183
-  _globals['_PROBEANSWER']._serialized_start=1185
-  _globals['_PROBEANSWER']._serialized_end=1213
-  _globals['_RECORD']._serialized_start=1215
-  _globals['_RECORD']._serialized_end=1256
-  _globals['_ANNOUNCEMENT']._serialized_start=1259
-  _globals['_ANNOUNCEMENT']._serialized_end=1469
-  _globals['_SERVICE']._serialized_start=1471
-  _globals['_SERVICE']._serialized_end=1528
-  _globals['_OPEN']._serialized_start=1530
-  _globals['_OPEN']._serialized_end=1553
-  _globals['_OPENED']._serialized_start=1555
-  _globals['_OPENED']._serialized_end=1597
-  _globals['_POST']._serialized_start=1599
-  _globals['_POST']._serialized_end=1634
+  _globals['_HELLO']._serialized_end=522
+  _globals['_HELLOREPLY']._serialized_start=525
+  _globals['_HELLOREPLY']._serialized_end=669
+  _globals['_DIGEST']._serialized_start=672
+  _globals['_DIGEST']._serialized_end=849
+  _globals['_DIGEST_ENTRY']._serialized_start=762
+  _globals['_DIGEST_ENTRY']._serialized_end=840
+  _globals['_PART']._serialized_start=851
+  _globals['_PART']._serialized_end=895
+  _globals['_SUMMARY']._serialized_start=897
+  _globals['_SUMMARY']._serialized_end=957
+  _globals['_RECORDS']._serialized_start=959
+  _globals['_RECORDS']._serialized_end=1050
+  _globals['_GOSSIP']._serialized_start=1053
+  _globals['_GOSSIP']._serialized_end=1197
+  _globals['_SUSPICION']._serialized_start=1199
+  _globals['_SUSPICION']._serialized_end=1267
+  _globals['_REVOCATION']._serialized_start=1269
+  _globals['_REVOCATION']._serialized_end=1367
+  _globals['_PROBE']._serialized_start=1369
+  _globals['_PROBE']._serialized_end=1416
+  _globals['_PROBEANSWER']._serialized_start=1418
+  _globals['_PROBEANSWER']._serialized_end=1446
+  _globals['_RECORD']._serialized_start=1448
+  _globals['_RECORD']._serialized_end=1489
+  _globals['_ANNOUNCEMENT']._serialized_start=1492
+  _globals['_ANNOUNCEMENT']._serialized_end=1702
+  _globals['_SERVICE']._serialized_start=1704
+  _globals['_SERVICE']._serialized_end=1761
+  _globals['_OPEN']._serialized_start=1763
+  _globals['_OPEN']._serialized_end=1786
+  _globals['_OPENED']._serialized_start=1788
+  _globals['_OPENED']._serialized_end=1830
+  _globals['_POST']._serialized_start=1832
+  _globals['_POST']._serialized_end=1867
 # @@protoc_insertion_point(module_scope)

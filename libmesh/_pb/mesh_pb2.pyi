@@ -14,6 +14,11 @@ Protocols.
   /libmesh/hello/1.0.0    dialler: Hello; other side: HelloReply. Then, if not refused, in turns: dialler: Digest;
                           other side: Digest, Records; dialler: Records. Then both end the stream.
   /libmesh/sync/1.0.0     opener: Digest; other side: Digest, Records; opener: Records. Then both end the stream.
+  /libmesh/compare/1.0.0  Summary → Summary. Then both end the stream. Whoever finds a difference opens a sync for it; a
+                          peer that does not speak this is synced with in full.
+  /libmesh/follow/1.0.0   opener: Digest; other side: one Gossip after the other, without end: first the records and
+                          revocations that the opener lacks, then news as they come; of suspects and the dead, a Suspicion.
+                          Either side may end it at any time. It is for peers that follow (see Hello).
   /libmesh/probe/1.0.0    Probe → ProbeAnswer. Then both end the stream.
   /libmesh/tunnel/1.0.0   Open → Opened; then, if not refused, the bytes of the service, both ways.
   gossipsub, topic "libmesh/1/<mesh id>/peers": one Gossip per message, in gossipsub's strict-signing mode.
@@ -241,8 +246,16 @@ class Hello(_message.Message):
 
     AGENT_FIELD_NUMBER: _builtins.int
     CREDENTIAL_FIELD_NUMBER: _builtins.int
+    FOLLOWING_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
     agent: _builtins.str
     """for people, such as "libmesh/0.1.0"; at most 128 bytes"""
+    following: _builtins.bool
+    """The sender follows: it announces nothing, takes no part in the topics, and stands in nobody's table or digest. It keeps
+    few connections, learns by /libmesh/follow what others hear by gossip, and uses services like everybody else.
+    """
+    attributes: _builtins.bytes
+    """of one that follows: what it would say of itself; at most 1 KiB, more is dropped"""
     @_builtins.property
     def credential(self) -> Global___Credential: ...
     def __init__(
@@ -250,10 +263,12 @@ class Hello(_message.Message):
         *,
         agent: _builtins.str = ...,
         credential: Global___Credential | None = ...,
+        following: _builtins.bool = ...,
+        attributes: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["credential", b"credential"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "credential", b"credential"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "attributes", b"attributes", "credential", b"credential", "following", b"following"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -268,6 +283,8 @@ class HelloReply(_message.Message):
     AGENT_FIELD_NUMBER: _builtins.int
     REFUSAL_FIELD_NUMBER: _builtins.int
     CREDENTIAL_FIELD_NUMBER: _builtins.int
+    FOLLOWING_FIELD_NUMBER: _builtins.int
+    ATTRIBUTES_FIELD_NUMBER: _builtins.int
     agent: _builtins.str
     refusal: _builtins.str
     """Absent: admitted. Otherwise the first fault of: "malformed" (a field is missing or out of range), "wrong_mesh",
@@ -275,6 +292,9 @@ class HelloReply(_message.Message):
     An unknown word is treated as "malformed". The stream ends after a refusal, and the refusing
     side closes the connection. A refusal tells nothing of the mesh: not its id, its members or their number.
     """
+    following: _builtins.bool
+    """as in Hello, of the answering side"""
+    attributes: _builtins.bytes
     @_builtins.property
     def credential(self) -> Global___Credential: ...
     def __init__(
@@ -283,10 +303,12 @@ class HelloReply(_message.Message):
         agent: _builtins.str = ...,
         refusal: _builtins.str | None = ...,
         credential: Global___Credential | None = ...,
+        following: _builtins.bool = ...,
+        attributes: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_refusal", b"_refusal", "credential", b"credential", "refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_refusal", b"_refusal", "agent", b"agent", "credential", b"credential", "refusal", b"refusal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_refusal", b"_refusal", "agent", b"agent", "attributes", b"attributes", "credential", b"credential", "following", b"following", "refusal", b"refusal"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__refusal: _TypeAlias = _typing.Literal["refusal"]  # noqa: Y015
     _WhichOneofArgType__refusal: _TypeAlias = _typing.Literal["_refusal", b"_refusal"]  # noqa: Y015
@@ -331,20 +353,88 @@ class Digest(_message.Message):
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
     ENTRIES_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Digest.Entry]: ...
+    @_builtins.property
+    def part(self) -> Global___Part:
+        """Only these rows are compared: others are neither in the answering Digest, nor are their records told. Absent: all."""
+
     def __init__(
         self,
         *,
         entries: _abc.Iterable[Global___Digest.Entry] | None = ...,
+        part: Global___Part | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_part", b"_part", "part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_part", b"_part", "entries", b"entries", "part", b"part"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__part: _TypeAlias = _typing.Literal["part"]  # noqa: Y015
+    _WhichOneofArgType__part: _TypeAlias = _typing.Literal["_part", b"_part"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__part) -> _WhichOneofReturnType__part | None: ...
+
+Global___Digest: _TypeAlias = Digest  # noqa: Y015
+
+@_typing.final
+class Part(_message.Message):
+    """A part of what a peer knows. The bucket of a row is the first byte of SHA-256 over its peer's key, modulo 64."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BUCKETS_FIELD_NUMBER: _builtins.int
+    REVOCATIONS_FIELD_NUMBER: _builtins.int
+    buckets: _builtins.bytes
+    """one byte each, below 64"""
+    revocations: _builtins.bool
+    """whether Records tell of those, too"""
+    def __init__(
+        self,
+        *,
+        buckets: _builtins.bytes = ...,
+        revocations: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buckets", b"buckets", "revocations", b"revocations"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Digest: _TypeAlias = Digest  # noqa: Y015
+Global___Part: _TypeAlias = Part  # noqa: Y015
+
+@_typing.final
+class Summary(_message.Message):
+    """What a peer knows, in short. At most 1 KiB.
+
+    The fingerprint of a bucket is the first 8 bytes of SHA-256 over its rows in their order as bytes, each of them peer key
+    (32) | incarnation (u64, big-endian) | sequence (u64, big-endian) | dead (u8, 0 or 1), as a Digest has them. That of the
+    revocations is the first 8 bytes of SHA-256 over id of the revoked link (16) | key of the signer (32) of each, in their
+    order as bytes. Of nothing it is 8 zeros.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FINGERPRINT_FIELD_NUMBER: _builtins.int
+    PARTS_FIELD_NUMBER: _builtins.int
+    fingerprint: _builtins.bytes
+    """Exactly 16 bytes: the first ones of SHA-256 over the fingerprints of the 64 buckets in turn, and of the revocations."""
+    parts: _builtins.bytes
+    """These, in this order, exactly 520 bytes. In an answer, if the fingerprints are not the same; else absent."""
+    def __init__(
+        self,
+        *,
+        fingerprint: _builtins.bytes = ...,
+        parts: _builtins.bytes | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_parts", b"_parts", "parts", b"parts"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_parts", b"_parts", "fingerprint", b"fingerprint", "parts", b"parts"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__parts: _TypeAlias = _typing.Literal["parts"]  # noqa: Y015
+    _WhichOneofArgType__parts: _TypeAlias = _typing.Literal["_parts", b"_parts"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__parts) -> _WhichOneofReturnType__parts | None: ...
+
+Global___Summary: _TypeAlias = Summary  # noqa: Y015
 
 @_typing.final
 class Records(_message.Message):
@@ -360,7 +450,7 @@ class Records(_message.Message):
     def records(self) -> _containers.RepeatedCompositeFieldContainer[Global___Record]: ...
     @_builtins.property
     def revocations(self) -> _containers.RepeatedCompositeFieldContainer[Global___Revocation]:
-        """all that the sender knows; at most 1,024"""
+        """all that the sender knows, unless the digest has a part without; at most 1,024"""
 
     def __init__(
         self,
@@ -507,7 +597,7 @@ Global___Probe: _TypeAlias = Probe  # noqa: Y015
 
 @_typing.final
 class ProbeAnswer(_message.Message):
-    """At most 1 KiB. Without a target always true. With one: whether the target answered a probe within 0.6 s."""
+    """At most 1 KiB. Without a target always true. With one: whether the target answered a probe within a second or less."""
 
     DESCRIPTOR: _descriptor.Descriptor
 

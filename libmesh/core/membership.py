@@ -11,7 +11,7 @@ state    meaning            how it is left
 ======== ================== =================================================================================
 ALIVE    as far as we know  a planned connection lost, no probe answered, or not reached when in doubt → SUSPECT
 SUSPECT  may be gone        connected, heard, or a newer announcement → ALIVE; its time is over → DEAD
-DEAD     fell silent        a higher incarnation → ALIVE; `tombstone` over → forgotten
+DEAD     fell silent        a higher incarnation → ALIVE; `tombstone` over → forgotten, and `lost`
 LEFT     said goodbye       a higher incarnation → ALIVE; `tombstone` over → forgotten
 ======== ================== =================================================================================
 
@@ -25,6 +25,9 @@ peer has a bounded number of neighbours (`plan`), who probe it and see its conne
 suspicion by gossip, leave the suspect the time to refute it, and then dial it: if that fails, too, they suspect it
 themselves. So a death costs every peer one dial, and a false suspicion costs the mesh two messages.
 
+A machine that is *following* has the same table and the same rules, but announces nothing and passes nothing on: nobody's
+table has a row of it. Its plan has few neighbours, which tell it what it would otherwise hear by gossip.
+
 The machine asks for connections with `Dial` and hears `Connected` or `DialFailed`. Of two peers that learn of each
 other at once, the one with the lower id dials first.
 
@@ -34,19 +37,20 @@ from a clock that never jumps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from libmesh.core import membership_io as io
 from libmesh.core.announcement import Announcement, Authentic, Record, Seal, authentic
-from libmesh.core.credentials import Credential, Revocation
-from libmesh.core.credentials import Revoked as RevokedLinks
+from libmesh.core.credentials import Revocation
 from libmesh.core.dialling import Dialling
+from libmesh.core.lost import Lost
 from libmesh.core.membership_io import Changed, Effect, MembershipConfig, Publish
 from libmesh.core.plan import lot
-from libmesh.core.roster import Digest, Entry, Roster, Watched
+from libmesh.core.roster import Entry
+from libmesh.core.summary import Digest
+from libmesh.core.table import Table
 from libmesh.core.timers import INFINITY
-from libmesh.core.voice import Voice
-from libmesh.peers import MeshId, Path, PeerId, PeerState, View
+from libmesh.peers import MeshId, PeerId, PeerState
 
 MAX_PEERS = 4096
 """Peers remembered, the dead included. Announcements of further ones are ignored until tombstones end."""
@@ -55,7 +59,7 @@ MAX_HINTS = 16
 """Peers that one digest can make us look for; the rest come with later ones. Bounds what a liar makes us do."""
 
 
-class Membership:
+class Membership(Table):
     """The peer table of one mesh, as one of its peers sees it.
 
     Args:
@@ -64,6 +68,7 @@ class Membership:
         seal: signs our own announcements.
         config: the times.
         authentic: checks records. Machines in one process can share one that remembers its verdicts.
+        following: announce nothing and pass nothing on, but follow what others tell, until `TakePart`.
     """
 
     def __init__(
@@ -74,21 +79,24 @@ class Membership:
         seal: Seal,
         config: MembershipConfig | None = None,
         authentic: Authentic = authentic,
+        following: bool = False,
     ) -> None:
-        self.mesh_id = mesh_id
-        self.config = config or MembershipConfig()
-        self.revoked = RevokedLinks()
+        super().__init__(
+            me, mesh_id=mesh_id, seal=seal, config=config or MembershipConfig(), following=following
+        )
         self._authentic = authentic
-        self._id = me.peer
-        self._voice = Voice(me, seal, self.config)
-        self._roster = Roster(me.peer, full_mesh=self.config.full_mesh, connections=self.config.connections)
-        self._peers = self._roster.entries
         self._dialling = Dialling(me.peer, self._roster, self.config)
+        self._lost = Lost(me.peer, self.config)
 
     # ── the two calls of every machine ───────────────────────────────────────────────────────────────────────────
 
     def handle(self, event: io.Event, now: float) -> list[Effect]:
         """Take in one event and say what to do. Never raises because of what a peer sent."""
+        self._voice.crowd = self._roster.crowd
+        effects = self._take_in(event, now)
+        return [effect for effect in effects if not _told(effect)] if self.following else effects
+
+    def _take_in(self, event: io.Event, now: float) -> list[Effect]:
         match event:
             case io.RecordHeard(record, gossiped):
                 return self._heard(record, gossiped, now)
@@ -111,6 +119,12 @@ class Membership:
             case io.SelfChanged(services, addresses, attributes):
                 self._voice.change(services, addresses, attributes)
                 return self._speak(now)
+            case io.ContactNamed(peer, addresses):
+                if peer not in self._peers:
+                    self._lost.add(peer, addresses, None, now)
+                return []
+            case io.TakePart():
+                return self._take_part(now) if self.following else []
             case io.Leave():
                 if self._voice.left:
                     return []
@@ -123,55 +137,22 @@ class Membership:
 
     def deadline(self) -> float | None:
         """When `handle(Wake(), …)` is next needed; always later than the `now` of the last one."""
-        return None if self._voice.left else min(self._voice.due, self._roster.timers.next())
-
-    # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────
-
-    @property
-    def me(self) -> Record:
-        """This node's own newest record."""
-        return self._voice.record
-
-    @property
-    def watched(self) -> Watched:
-        """The arguments of `liveness.Watch`."""
-        return self._roster.watched
-
-    def believes(self, peer: PeerId) -> bool:
-        """Whether `peer` is a member that may be there: alive, or suspected."""
-        return self._roster.believes(peer)
-
-    def wanted(self, peer: PeerId) -> bool:
-        """Whether the connection to `peer` is one that this machine wants to have."""
-        return self._roster.wanted(peer)
-
-    def digest(self) -> Digest:
-        """What is known of each peer, this node included."""
-        return self._roster.digest(self.me)
-
-    def newer_than(self, digest: Digest) -> list[Record]:
-        """The records that somebody with `digest` lacks. The dead are not told of; goodbyes are."""
-        return self._roster.newer_than(self.me, digest)
-
-    def credential_of(self, peer: PeerId) -> Credential | None:
-        """What a peer has announced as its proof of membership; `None` if it is not known."""
-        return self._peers[peer].announcement.credential if peer in self._peers else None
-
-    def addresses_of(self, peer: PeerId) -> tuple[str, ...]:
-        """Where a peer says that it can be reached; empty if unknown."""
-        return self._peers[peer].announcement.addresses if peer in self._peers else ()
-
-    def state_of(self, peer: PeerId) -> PeerState | None:
-        """What is believed of a peer; `None` if it is not known, or forgotten."""
-        return self._peers[peer].state if peer in self._peers else None
-
-    def view(self, path_of: Callable[[PeerId], Path | None]) -> View:
-        """A picture of the mesh now. The forgotten are not in it, the dead and the left are."""
-        return self._roster.view(self.me, self.mesh_id, path_of)
+        if self._voice.left:
+            return None
+        return min(
+            INFINITY if self.following else self._voice.due, self._roster.timers.next(), self._lost.due
+        )
 
     # ── what is announced ────────────────────────────────────────────────────────────────────────────────────────
 
+    def _take_part(self, now: float) -> list[Effect]:
+        self.following = False
+        changed = self._roster.widen(self.config.full_mesh, self.config.connections)
+        return [*self._replan(changed, now), *self._speak(now)]
+
     def _speak(self, now: float) -> list[Effect]:
+        if self.following:
+            return []
         said = self._voice.speak(now)
         if said is None:
             return []
@@ -203,6 +184,7 @@ class Membership:
         if entry is None:
             entry = Entry(record, state, now)
             entry.next_dial = self._dialling.first(new.peer, now)
+            self._lost.found(new.peer)
             changed = self._roster.add(new.peer, entry)
         else:
             if not entry.believed or new.addresses != entry.announcement.addresses:
@@ -221,6 +203,7 @@ class Membership:
     def _revoke(self, revocation: Revocation, gossiped: bool, now: float) -> list[Effect]:
         if not revocation.is_valid(self.mesh_id) or not self.revoked.add(revocation):
             return []
+        self._lost.revoke(self.revoked)
         effects: list[Effect] = [io.Revoked(revocation)]
         effects += [] if gossiped else [Publish(revocation)]
         for peer, entry in list(self._peers.items()):
@@ -376,7 +359,7 @@ class Membership:
         for peer in self._roster.timers.pop_due(now):
             if (entry := self._peers.get(peer)) is not None:
                 effects += self._age(peer, entry, now)
-        return [*effects, *self._speak(now)]
+        return [*effects, *self._lost.dial(now), *self._speak(now)]
 
     def _age(self, peer: PeerId, entry: Entry, now: float) -> list[Effect]:
         before, effects = entry.state, list[Effect]()
@@ -385,6 +368,9 @@ class Membership:
         elif now >= entry.state_ends and before is not PeerState.SUSPECT:
             self._dialling.ended(entry)
             self._roster.remove(peer)
+            if before is PeerState.DEAD and entry.next_dial < INFINITY:
+                said = entry.announcement
+                self._lost.add(peer, said.addresses, said.credential, now)
             return [Changed(peer, before, None, "forgotten")]
         elif now >= entry.state_ends:
             effects = [io.Drop(peer, "no answer")] if entry.connected else []
@@ -399,3 +385,8 @@ class Membership:
             entry.spare_at = now + self.config.spare
             effects.append(io.Release(peer))
         return [*effects, *self._settle(peer, entry, now)]
+
+
+def _told(effect: Effect) -> bool:
+    """Whether it tells others of peers. Who follows only tells of revocations, which are true whoever says so."""
+    return isinstance(effect, Publish) and not isinstance(effect.said, Revocation)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from libmesh.core.announcement import Record
 from libmesh.core.credentials import Revocation
-from libmesh.core.roster import Digest
+from libmesh.core.summary import Digest
 from libmesh.peers import PeerId, PeerState, Service
 
 
@@ -16,7 +16,8 @@ class MembershipConfig:
 
     Attributes:
         refresh: how often an unchanged announcement is repeated. Probes tell who is there and digests what was missed,
-            so this is only a last resort; each costs every peer a message, and gossipsub's cost 4 ms of CPU.
+            so this is only a last resort; each costs every peer a message, and gossipsub's cost 4 ms of CPU. In a mesh
+            of n times `full_mesh` it is n times as seldom, so that what a peer hears does not grow with the mesh.
         suspicion: how long a suspect without a connection has to come back: a process killed, or one that lost its
             network for a moment. Longer forgives longer moments; it is most of what the news of a death takes.
         stall: the same for a suspect that answers no probe on a connection which is still open: a process stopped, a
@@ -43,6 +44,9 @@ class MembershipConfig:
         connections: how many neighbours a peer has beyond that (`plan`), at least 4. Twelve halves on rings: a peer is
             watched by half of them, and gossip reaches a thousand peers in three hops.
         spare: how long a connection that nobody planned is kept before asking whether it is still of use.
+        followed: how many neighbours a peer has that only follows, at least 4.
+        seek: how often one of the `lost` is tried; a mesh parted for longer than `tombstone` finds itself in that time,
+            divided by the number of peers.
     """
 
     refresh: float = 300.0
@@ -61,13 +65,16 @@ class MembershipConfig:
     full_mesh: int = 32
     connections: int = 24
     spare: float = 30.0
+    followed: int = 4
+    seek: float = 30.0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
-        if self.connections < 4:
-            raise ValueError(f"connections must be at least 4, not {self.connections}")
+        for name in ("connections", "followed"):
+            if getattr(self, name) < 4:
+                raise ValueError(f"{name} must be at least 4, not {getattr(self, name)}")
 
     def respite(self, *, connected: bool, alone: bool) -> float:
         """How long a suspect has, with or without a connection, and with nobody else who could be asked about it."""
@@ -181,6 +188,19 @@ class SelfChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class ContactNamed:
+    """Somebody said that `peer` is of this mesh and can be reached at `addresses`: an invite, or what we kept."""
+
+    peer: PeerId
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TakePart:
+    """This node has followed so far, and announces itself from now on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Leave:
     """This node goes. Nothing is announced after that."""
 
@@ -201,6 +221,8 @@ Event = (
     | Disconnected
     | DialFailed
     | SelfChanged
+    | ContactNamed
+    | TakePart
     | Leave
     | Wake
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from libmesh.core.announcement import Announcement, Record
-from libmesh.core.credentials import CLOCK_TOLERANCE
+from libmesh.core.credentials import CLOCK_TOLERANCE, Revocation
 from libmesh.core.plan import Plan
+from libmesh.core.summary import Digest, Prints, Row, Summary, bucket_of, fingerprint_of_revocations
 from libmesh.core.timers import INFINITY, Timers
 from libmesh.peers import MeshId, Path, PeerId, PeerState, PeerView, View
 
@@ -71,14 +72,6 @@ class Entry:
         self.told_at, self.tell_at, self.doubted_at, self.reach_by = -INFINITY, INFINITY, INFINITY, INFINITY
 
 
-@dataclass(frozen=True, slots=True)
-class Digest:
-    """The age of each record that somebody holds, and whom they take for dead."""
-
-    ages: Mapping[PeerId, tuple[int, int]]
-    dead: frozenset[PeerId] = frozenset()
-
-
 Watched = tuple[
     frozenset[PeerId],
     frozenset[PeerId],
@@ -102,11 +95,13 @@ class Roster:
         self.entries: dict[PeerId, Entry] = {}
         self.timers: Timers[PeerId] = Timers()
         self.dead: set[PeerId] = set()
-        self._full_mesh = full_mesh
+        self._me, self._full_mesh = me, full_mesh
         self._believed: set[PeerId] = set()
         self._connected: set[PeerId] = set()
         self._plan = Plan(me, connections)
         self._digest: Digest | None = None
+        self._prints = Prints()
+        self._prints.touch(me)
         self._watched: Watched | None = None
         self._order: list[PeerId] | None = None
 
@@ -123,6 +118,7 @@ class Roster:
     def remove(self, peer: PeerId) -> None:
         """Forget a row that is not believed in."""
         self._order = self._digest = None
+        self._prints.remove(peer)
         self.timers.set(peer, INFINITY)
         self.dead.discard(peer)
         del self.entries[peer]
@@ -130,6 +126,7 @@ class Roster:
     def set_record(self, entry: Entry, record: Record) -> None:
         """A newer announcement."""
         entry.record, entry.picture, self._digest = record, None, None
+        self._prints.touch(record.announcement.peer)
 
     def set_connected(self, peer: PeerId, connected: bool) -> Entry | None:
         """A connection came or went; the row of the peer, if there is one."""
@@ -147,6 +144,7 @@ class Roster:
         if state is not PeerState.SUSPECT:
             entry.forget_doubt()
         self._digest = self._watched = None
+        self._prints.touch(peer)
         (self.dead.add if state is PeerState.DEAD else self.dead.discard)(peer)
         if entry.believed == (peer in self._believed):
             return []
@@ -162,6 +160,16 @@ class Roster:
     def my_record_changed(self) -> None:
         """Forget what was computed with our former record."""
         self._digest = None
+        self._prints.touch(self._me)
+
+    def widen(self, full_mesh: int, connections: int) -> list[PeerId]:
+        """Plan anew, with these bounds. All whose connection may be wanted now or not wanted any more."""
+        self._full_mesh, self._plan = full_mesh, Plan(self._me, connections)
+        for peer in self._believed:
+            self._plan.add(peer)
+        self._watched = None
+        self.my_record_changed()
+        return list(self._believed)
 
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -169,6 +177,11 @@ class Roster:
     def full(self) -> bool:
         """Whether everybody is connected to everybody."""
         return len(self._believed) < self._full_mesh
+
+    @property
+    def crowd(self) -> float:
+        """How many times as many peers there are as a full mesh has; at least 1."""
+        return max(1.0, (len(self._believed) + 1) / self._full_mesh)
 
     @property
     def alone(self) -> bool:
@@ -211,22 +224,34 @@ class Roster:
         doubted = frozenset(p for p in peers if self.entries[p].state is PeerState.SUSPECT)
         return peers, doubted, asked, nearby, self._plan.beside
 
-    def digest(self, me: Record) -> Digest:
+    def digest(self, me: Record | None) -> Digest:
         """What is known of each peer and of `me`."""
         if self._digest is None:
             ages = {peer: entry.record.announcement.age for peer, entry in self.entries.items()}
-            ages[me.announcement.peer] = me.announcement.age
+            if me is not None:
+                ages[me.announcement.peer] = me.announcement.age
             self._digest = Digest(ages, frozenset(self.dead))
         return self._digest
 
-    def newer_than(self, me: Record, digest: Digest) -> list[Record]:
+    def summary(self, me: Record | None, revocations: Iterable[Revocation]) -> Summary:
+        """The fingerprints of what `digest` tells, and of these revocations."""
+        if me is None:
+            self._prints.remove(self._me)
+        ages, dead = self.digest(me).ages, self.dead
+
+        def row_of(peer: PeerId) -> Row:
+            return peer, ages[peer], peer in dead
+
+        return Summary(self._prints.all(row_of), fingerprint_of_revocations(revocations))
+
+    def newer_than(self, me: Record | None, digest: Digest) -> list[Record]:
         """The records that somebody with `digest` lacks. The dead are not told of; goodbyes are."""
         if digest.ages == self.digest(me).ages:
             return []
-        records = [
-            me,
-            *(entry.record for entry in self.entries.values() if entry.state is not PeerState.DEAD),
-        ]
+        records = [entry.record for entry in self.entries.values() if entry.state is not PeerState.DEAD]
+        records = records if me is None else [me, *records]
+        if (part := digest.part) is not None:
+            records = [r for r in records if bucket_of(r.announcement.peer) in part.buckets]
         known = digest.ages
         return [r for r in records if known.get(r.announcement.peer, (-1, -1)) < r.announcement.age]
 

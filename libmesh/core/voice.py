@@ -22,11 +22,17 @@ class Voice:
         me: the first one; the sequence counts up from there.
         seal: signs them.
         config: the times.
+
+    Attributes:
+        record: the newest one.
+        left: the goodbye was said.
+        crowd: by how much repeats are rarer than `refresh`.
     """
 
     def __init__(self, me: Announcement, seal: Seal, config: MembershipConfig) -> None:
         self.record = seal(me)
         self.left = False
+        self.crowd = 1.0
         self._seal, self._config = seal, config
         self._pending: Announcement | None = None
         self._outbid: int | None = None
@@ -37,7 +43,7 @@ class Voice:
         """When there will be something to say; infinite after the goodbye."""
         if self.left:
             return INFINITY
-        pause = self._config.refresh
+        pause = self._config.refresh * self.crowd
         if self._outbid is not None:
             pause = min(pause, self._config.refute_every)
         if self._pending is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from libmesh import wire
 from libmesh.core import membership_io as io
 from libmesh.core.announcement import Record
-from libmesh.core.roster import Digest
+from libmesh.core.summary import BUCKETS, CUT, Digest, Part, Summary
 from libmesh.peers import PeerId
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ HANDSHAKE_TRIPS = 8
 HANDSHAKE_SIZE = 2400
 PROBE_SIZE = 260
 """Bytes of one way of a probe: stream, protocol names, frames, 16 + 2 bytes for each of Noise, TCP and IP headers."""
+
+SUMMARY_SIZE = PROBE_SIZE + 20
 
 KEEPALIVE = (5.0, 15.0)
 """Seconds until a silent connection ends: a ping every 10, and 5 for its answer; as in `yamux_frames`."""
@@ -185,16 +187,34 @@ class Connections:
 
     # ── hello and anti-entropy: the steps of `hello.exchange` ────────────────────────────────────────────────────
 
-    def exchange(self, opener: SimulatedPeer, other: SimulatedPeer, *, hello: bool) -> None:
+    def compare(self, opener: SimulatedPeer, other: SimulatedPeer) -> None:
+        """Exchange fingerprints, then digests of what differs."""
+        mine = opener.membership.summary()
+        self._send(opener, other, "digest", SUMMARY_SIZE, self._summary_came, other, opener, mine)
+
+    def _summary_came(self, peer: SimulatedPeer, opener: SimulatedPeer, theirs: Summary) -> None:
+        mine = peer.membership.summary()
+        same = mine.fingerprint == theirs.fingerprint
+        size = SUMMARY_SIZE + (0 if same else (BUCKETS + 1) * CUT)
+        self._send(peer, opener, "digest", size, self._compared, opener, peer, mine)
+
+    def _compared(self, opener: SimulatedPeer, peer: SimulatedPeer, theirs: Summary) -> None:
+        part = opener.membership.summary().difference(theirs)
+        if part.buckets:
+            self.exchange(opener, peer, hello=False, part=part)
+
+    def exchange(
+        self, opener: SimulatedPeer, other: SimulatedPeer, *, hello: bool, part: Part | None = None
+    ) -> None:
         """Exchange digests, then what each lacks; with `hello`, admit each other."""
-        digest = opener.digest()
+        digest = opener.digest(part)
         self._send(
             opener, other, "digest", self._size(digest), self._digest_came, other, opener, digest, hello
         )
 
     def _digest_came(self, peer: SimulatedPeer, opener: SimulatedPeer, digest: Digest, hello: bool) -> None:
         peer.tell(io.DigestHeard(digest))
-        mine, lacking = peer.digest(), peer.membership.newer_than(digest)
+        mine, lacking = peer.digest(digest.part), peer.membership.newer_than(digest)
         size = self._size(mine) + _records_size(lacking)
         self._send(peer, opener, "digest", size, self._reply_came, opener, peer, mine, lacking, hello)
 

@@ -14,7 +14,7 @@ from libmesh.core.announcement import Announcement, Record
 from libmesh.core.credentials import Credential
 from libmesh.core.liveness import Liveness
 from libmesh.core.membership import Membership
-from libmesh.core.roster import Digest
+from libmesh.core.summary import Digest, Part
 from libmesh.core.timers import INFINITY
 from libmesh.identity import SecretKey
 from libmesh.peers import PeerId
@@ -190,13 +190,13 @@ class SimulatedPeer:
             self.world.sync(self, self.rng.choice(sorted(self.connections)))
         self._later(self.world.sync_interval * self.rng.uniform(0.8, 1.2), self._sync_turn)
 
-    def digest(self) -> Digest:
-        """What it says that it knows."""
-        true = self.membership.digest()
+    def digest(self, part: Part | None = None) -> Digest:
+        """What it says that it knows, of a part or of all."""
+        true = self.membership.digest(part)
         if Lie.DIGEST not in self.lies:
             return true
         others = frozenset(true.ages) - {self.peer}
-        return Digest({p: (i + 5 if p in others else i, s) for p, (i, s) in true.ages.items()}, others)
+        return Digest({p: (i + 5 if p in others else i, s) for p, (i, s) in true.ages.items()}, others, part)
 
     # ── the loop of `probing` ────────────────────────────────────────────────────────────────────────────────────
 

@@ -312,8 +312,11 @@ class Simulator:
         self.connections.close(peer.peer, other)
 
     def sync(self, peer: SimulatedPeer, other: PeerId) -> None:
-        """Exchange digests."""
-        self.connections.exchange(peer, self.peers[other], hello=False)
+        """Compare what is known. Who lies in digests shows them at once."""
+        if Lie.DIGEST in peer.lies:
+            self.connections.exchange(peer, self.peers[other], hello=False)
+        else:
+            self.connections.compare(peer, self.peers[other])
 
     def probe(self, asker: SimulatedPeer, peer: PeerId, target: PeerId | None) -> None:
         """Do what `Ping` and `PingThrough` ask."""

@@ -38,7 +38,7 @@ from libmesh.core.membership_io import (
     SuspicionHeard,
     Wake,
 )
-from libmesh.core.roster import Digest
+from libmesh.core.summary import Digest
 from libmesh.identity import SecretKey
 from libmesh.peers import PeerId, PeerState, Scope, Service
 

@@ -12,7 +12,7 @@ from libmesh import wire
 from libmesh.core import membership_io as io
 from libmesh.core.dialling import MAX_DIALS
 from libmesh.core.membership import Membership
-from libmesh.core.roster import Digest
+from libmesh.core.summary import Digest
 from libmesh.peers import Path, PathKind, PeerId, PeerState
 from tests import members
 

@@ -11,7 +11,8 @@ from libmesh.core import credentials, voice
 from libmesh.core import membership_io as io
 from libmesh.core.announcement import Announcement
 from libmesh.core.membership import Membership
-from libmesh.core.roster import Digest, Entry
+from libmesh.core.roster import Entry
+from libmesh.core.summary import Digest
 from libmesh.driver import Driver
 from tests.conformance.mutants.base import Patch, ignore, mutant
 
