@@ -14,10 +14,8 @@ import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
 
 import trio
-from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
@@ -38,9 +36,10 @@ from libmesh.net.base import (
 from libmesh.net.connections import Connections
 from libmesh.net.gossip import PROTOCOLS as GOSSIP_PROTOCOLS
 from libmesh.net.gossip import Gossip
-from libmesh.net.negotiate import accept_stream, open_lazy_stream
+from libmesh.net.negotiate import open_lazy_stream
 from libmesh.net.punch import Puncher
 from libmesh.net.relaying import Relaying
+from libmesh.net.serving import StreamServer
 from libmesh.net.swarm import ConnectionNotifee, libp2p_id, new_mesh_swarm
 from libmesh.peers import Path, PathKind, PeerId
 
@@ -86,7 +85,13 @@ class Libp2pNetwork(Network):
 
     def __init__(self, seed: bytes, config: Libp2pConfig) -> None:
         self._config = config
-        self._handlers: dict[str, tuple[StreamHandler, bool]] = {}
+        self._server = StreamServer(
+            lambda: self._host.multiselect.handlers,
+            GOSSIP_PROTOCOLS,
+            lambda peer: self._connections.entry(peer),
+            admission_limit=config.admission_limit,
+            max_waiting=config.max_waiting,
+        )
         self.relaying = Relaying(
             self, seed, config.relay, open_to_all=config.relay_open, changed=self.addresses_changed
         )
@@ -95,14 +100,17 @@ class Libp2pNetwork(Network):
         self._interfaces: list[str] = []
         self._interfaces_stale = float("-inf")
         self._swarm = new_mesh_swarm(
-            seed, max_connections=config.max_connections, handshake_limit=config.handshake_limit
+            seed,
+            max_connections=config.max_connections,
+            handshake_limit=config.handshake_limit,
+            serve=self._server.take,
         )
         self._host = BasicHost(
             self._swarm,
             addrs_factory=lambda _: [Multiaddr(address) for address in self.addresses()],
             disable_identify_address_discovery=True,
         )
-        self._swarm.set_stream_handler(self._serve_stream)
+        self._swarm.set_stream_handler(self._server.serve_handed_over)
         self._gossip = Gossip(self._host, self._deliver)
         self._me = PeerId(str(self._host.get_id()))
         self._connections = Connections(
@@ -280,62 +288,7 @@ class Libp2pNetwork(Network):
 
     def set_handler(self, protocol: str, handler: StreamHandler, *, admitted_only: bool = True) -> None:
         """See `Network.set_handler`."""
-        self._handlers[protocol] = (handler, admitted_only)
-
-    def _host_handler(self, protocol: str) -> Any:
-        return self._host.multiselect.handlers[TProtocol(protocol)]
-
-    def _known(self, protocol: str) -> bool:
-        return protocol in self._handlers or protocol in self._host.multiselect.handlers
-
-    async def _serve_stream(self, net_stream: Any) -> None:
-        """Every inbound stream starts here, in a task of its own whose failure would end the whole swarm."""
-        muxed = net_stream.muxed_stream
-        peer = PeerId(str(net_stream.muxed_conn.peer_id))
-        try:
-            stream = await accept_stream(muxed, peer, self._known)
-            if not await self._may_proceed(peer, stream.protocol):
-                stream.reset()
-            elif (entry := self._handlers.get(stream.protocol)) is not None:
-                await self._run_handler(entry[0], stream)
-            else:
-                net_stream.set_protocol(TProtocol(stream.protocol))
-                await self._host_handler(stream.protocol)(net_stream)
-        except Exception as exc:  # noqa: BLE001 - the boundary named above; a bad stream must not end the host
-            log.debug("a stream of %s failed: %r", peer, exc)
-            await net_stream.reset()
-
-    @staticmethod
-    async def _run_handler(handler: StreamHandler, stream: Stream) -> None:
-        try:
-            await handler(stream)
-            await stream.aclose()
-        except trio.BrokenResourceError as exc:
-            log.debug("a stream of %s broke: %s", stream.protocol, exc)
-            stream.reset()
-        except Exception:
-            log.exception("the handler of %s failed", stream.protocol)
-            stream.reset()
-        except BaseException:  # cancelled: what was sent is not all, and must not look as if it were
-            stream.reset()
-            raise
-
-    async def _may_proceed(self, peer: PeerId, protocol: str) -> bool:
-        """Hold a stream that needs admission until that is decided: the hello may still be under way."""
-        handler = self._handlers.get(protocol)
-        needs_admission = handler[1] if handler is not None else protocol in GOSSIP_PROTOCOLS
-        if not needs_admission:
-            return True
-        entry = self._connections.entry(peer)
-        if entry.admitted.is_set():
-            return True
-        if entry.waiting >= self._config.max_waiting:
-            return False
-        entry.waiting += 1
-        with trio.move_on_after(self._config.admission_limit):
-            await entry.admitted.wait()
-        entry.waiting -= 1
-        return entry.admitted.is_set()
+        self._server.handlers[protocol] = (handler, admitted_only)
 
     # ── topics ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -356,14 +309,14 @@ class Libp2pNetwork(Network):
         self._port = listeners[0].socket.getsockname()[1]
         try:
             async with self._host.run([]), self._gossip.running(), trio.open_nursery() as nursery:
-                self._tasks = self._connections.tasks = nursery
+                self._tasks = self._connections.tasks = self._server.tasks = nursery
                 nursery.start_soon(self.relaying.run)
                 for listener in listeners:
                     nursery.start_soon(tcp.accept_all, listener, self._take)
                 try:
                     yield
                 finally:
-                    self._tasks = self._connections.tasks = None
+                    self._tasks = self._connections.tasks = self._server.tasks = None
                     nursery.cancel_scope.cancel()
                     with trio.CancelScope(shield=True), trio.move_on_after(2):
                         await self._host.close()

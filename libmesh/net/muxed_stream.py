@@ -35,6 +35,7 @@ class YamuxStream(StockFace):
     Attributes:
         muxed_conn: the connection.
         stream_id: the yamux id.
+        protocol: what was agreed on with the peer, where somebody else is to serve it.
     """
 
     __slots__ = (
@@ -53,6 +54,7 @@ class YamuxStream(StockFace):
         "_sink",
         "_write_lock",
         "muxed_conn",
+        "protocol",
         "sent",
         "stream_id",
         "view",
@@ -61,6 +63,7 @@ class YamuxStream(StockFace):
     def __init__(self, connection: YamuxConnection, stream_id: int, outbound: Outbound) -> None:
         self.muxed_conn: YamuxConnection = connection
         self.stream_id = stream_id
+        self.protocol = ""
         self._outbound = outbound
         self._chunks: deque[bytes] = deque()
         self._offset = 0  # of the first chunk, what has been read
@@ -167,14 +170,15 @@ class YamuxStream(StockFace):
         view = _bytes_of(data)
         return self._outbound.send_nowait(self, view) if len(view) else 0
 
-    def post(self, data: bytes) -> None:
+    def post(self, data: bytes, *, hurry: bool = True) -> None:
         """Send at most 1 KiB without waiting, together with what follows in this turn of the scheduler.
 
-        For the lines that open a stream: never refused, as the first window has room and each stream has few.
-        Nothing happens on a stream that is closed or broken.
+        Without `hurry`, together with what follows within `outbound.COMPANY_TIME`. For the lines that open a stream:
+        never refused, as the first window has room and each stream has few. Nothing happens on a stream that is closed
+        or broken.
         """
         if self._broken is None and not self._closed:
-            self._outbound.post(self, data)
+            self._outbound.post(self, data, hurry=hurry)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See `trio.abc.SendStream.send_all`."""

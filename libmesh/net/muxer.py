@@ -39,6 +39,7 @@ from libmesh.net.noise import YAMUX_ID
 from libmesh.net.outbound import Outbound
 from libmesh.net.records import Channel, PlainChannel
 from libmesh.net.session import Session
+from libmesh.peers import PeerId
 
 log = logging.getLogger(__name__)
 
@@ -52,17 +53,34 @@ CLOSE_TIME = 0.5
 """Seconds that `close` waits for what is queued to leave."""
 
 
+Serve = Callable[[YamuxStream], None]
+"""Takes over an inbound stream at once, with what has arrived on it. Must not block or raise."""
+
+
 class YamuxConnection(IMuxedConn):
     """A connection to one peer and its streams, for `muxer_opt["/yamux/1.0.0"]`.
 
+    Args:
+        conn: the secure channel.
+        peer_id: the peer, as authenticated by it.
+        options: bounds and times.
+        serve: gets each stream that the peer opens; what it does not want it gives to `hand_over`. Without it, all wait
+            for `accept_stream`. The swarm's way to a handler, through its resource manager, notifees and two tasks, costs
+            as much as all the rest of a short request.
+
     Attributes:
         peer_id: the peer, as authenticated by the secure channel.
+        peer: the same, as text.
         secured_conn: the secure channel. Owned.
+        nameless: inbound streams that have not named a protocol; counted by whoever serves them.
         on_close: awaited once, when the connection is over, however that came. Set by the swarm.
     """
 
-    def __init__(self, conn: ISecureConn, peer_id: ID, options: Options | None = None) -> None:
+    def __init__(
+        self, conn: ISecureConn, peer_id: ID, options: Options | None = None, serve: Serve | None = None
+    ) -> None:
         self.peer_id = peer_id
+        self.peer = PeerId(str(peer_id))
         self.secured_conn = conn
         self.on_close: Callable[[], Awaitable[Any]] | None = None
         self.event_started = trio.Event()
@@ -70,6 +88,9 @@ class YamuxConnection(IMuxedConn):
         self._machine = Yamux(initiator=conn.is_initiator, now=trio.current_time(), options=options)
         self._channel: Channel = conn.channel if isinstance(conn, Session) else PlainChannel(conn)
         self._streams: dict[int, YamuxStream] = {}
+        self._serve = serve
+        self.nameless = 0
+        self._fresh: list[YamuxStream] = []  # opened by the peer just now
         self._inbound: deque[YamuxStream] = deque()
         self._acceptable = trio.lowlevel.ParkingLot()
         self._openable = trio.lowlevel.ParkingLot()
@@ -176,6 +197,7 @@ class YamuxConnection(IMuxedConn):
             with self._scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._outbound.run)
+                    nursery.start_soon(self._outbound.run_late)
                     nursery.start_soon(self._keep_time)
                     nursery.start_soon(self._receive_loop)
         except* Exception:
@@ -208,6 +230,8 @@ class YamuxConnection(IMuxedConn):
                     return
                 if machine.has_control:
                     self._outbound.flush_soon()
+                if self._fresh:
+                    self._serve_fresh()
                 if not shortened and (machine.least_rtt or SHORT_PATH) < SHORT_PATH:
                     shortened = True
                     self._channel.shorten()
@@ -238,8 +262,10 @@ class YamuxConnection(IMuxedConn):
                     self._outbound.window_opened(streams[stream_id])
                 case Opened(stream_id):
                     stream = streams[stream_id] = YamuxStream(self, stream_id, self._outbound)
-                    self._inbound.append(stream)
-                    self._acceptable.unpark()
+                    if self._serve is not None:
+                        self._fresh.append(stream)
+                    else:
+                        self.hand_over(stream)
                 case Finished(stream_id):
                     stream = streams[stream_id]
                     stream.peer_finished()
@@ -257,11 +283,26 @@ class YamuxConnection(IMuxedConn):
                     self._fail(reason)
                     return
 
+    def _serve_fresh(self) -> None:
+        """Give the streams that have just come, and what came on them, to whom they are for."""
+        fresh, self._fresh = self._fresh, []
+        for stream in fresh:
+            if self._serve is not None and not stream.is_closed:
+                self._machine.accept(stream.stream_id)
+                self._serve(stream)
+        self._outbound.flush_later()
+
+    def hand_over(self, stream: YamuxStream) -> None:
+        """Let `accept_stream` return `stream`."""
+        self._inbound.append(stream)
+        self._acceptable.unpark()
+
     def _stream_was_reset(self, stream_id: int, reason: str) -> None:
         stream = self._streams.pop(stream_id)
         stream.peer_reset(reason)
-        if stream in self._inbound:
-            self._inbound.remove(stream)
+        if stream in self._inbound or stream in self._fresh:
+            waiting = self._fresh if stream in self._fresh else self._inbound
+            waiting.remove(stream)
             self.consumed(stream_id, stream.unread)
 
     def _fail(self, reason: str) -> None:
@@ -314,9 +355,10 @@ class YamuxConnection(IMuxedConn):
 class _MuxerSelector(MuxerMultistream):
     """Chooses the muxer of a connection: ours, without a negotiation where the handshake has agreed on it already."""
 
-    def __init__(self, stock: MuxerMultistream, options: Options | None) -> None:
+    def __init__(self, stock: MuxerMultistream, options: Options | None, serve: Serve | None) -> None:
         super().__init__(stock.transports, stock.negotiate_timeout)
         self._options = options
+        self._serve = serve
 
     async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
         early = conn.early_muxer if isinstance(conn, Session) else None
@@ -325,13 +367,13 @@ class _MuxerSelector(MuxerMultistream):
         else:
             protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
         if protocol == YAMUX_ID:
-            muxed: IMuxedConn = YamuxConnection(conn, peer_id, self._options)
+            muxed: IMuxedConn = YamuxConnection(conn, peer_id, self._options, self._serve)
         else:
             muxed = self.transports[protocol](conn, peer_id)
         return self._annotate_connection(muxed, conn, protocol)
 
 
-def install_muxer(upgrader: Any, options: Options | None = None) -> None:
+def install_muxer(upgrader: Any, options: Options | None = None, serve: Serve | None = None) -> None:
     """Make a py-libp2p host use `YamuxConnection` for `/yamux/1.0.0`. To be called before any connection.
 
     `muxer_opt` should suffice and does not: `MuxerMultistream.new_conn` of 0.8.1 builds the stock muxer for that id,
@@ -340,6 +382,7 @@ def install_muxer(upgrader: Any, options: Options | None = None) -> None:
     Args:
         upgrader: the host's `TransportUpgrader` (`swarm.upgrader`), or the swarm itself.
         options: of every connection's muxer.
+        serve: gets the streams that peers open, see `YamuxConnection`.
     """
     upgrader = getattr(upgrader, "upgrader", upgrader)
-    upgrader.muxer_multistream = _MuxerSelector(upgrader.muxer_multistream, options)
+    upgrader.muxer_multistream = _MuxerSelector(upgrader.muxer_multistream, options, serve)

@@ -269,17 +269,63 @@ async def open_lazy_stream(muxed_conn: IMuxedConn, peer: PeerId, protocol: str) 
     return stream
 
 
+class Answerer:
+    """The answering side of the negotiation of one stream, as far as the proposals have come.
+
+    Not a byte beyond the negotiation is taken off the stream, so it can also be handed to py-libp2p's handlers.
+
+    Args:
+        inner: the stream; not owned.
+        known: says which protocols are served here.
+    """
+
+    def __init__(self, inner: YamuxStream | StockStream, known: Callable[[str], bool]) -> None:
+        self._inner = inner
+        self._known = known
+        self._lines = _LineReader(inner)
+        self._header_seen = False
+        self._refused = 0
+
+    def step(self) -> str | None:
+        """Answer what has arrived; return the protocol once one is agreed on, `None` to be called again with more.
+
+        The answer to an opener that did not wait for it, as ours never do, may wait for the first bytes of the
+        response: a wake-up less for the peer. Any other leaves at once. Raises `StreamReset` on garbage and on too many
+        proposals; the stream must then be reset.
+        """
+        lines, inner = self._lines, self._inner
+        answers = b""
+        while (line := lines.read_nowait()) is not None:
+            if not self._header_seen:
+                if line != HEADER:
+                    raise StreamReset("the peer does not speak multistream-select 1.0")
+                self._header_seen = True
+                answers = _HEADER_LINE
+            elif self._known(line):
+                inner.post(answers + encode_line(line), hurry=not inner.unread)
+                return line
+            elif self._refused == MAX_PROPOSALS - 1:
+                raise StreamReset(f"none of {MAX_PROPOSALS} proposed protocols is known")
+            else:
+                self._refused += 1
+                answers += _NOT_AVAILABLE_LINE
+        if answers:
+            inner.post(answers)
+        return None
+
+
 async def accept_stream(muxed_stream: IMuxedStream, peer: PeerId, known: Callable[[str], bool]) -> Stream:
     """Answer the peer's proposals on a stream that it opened, until one is `known`; return the stream.
 
-    Not a byte beyond the negotiation is taken off `muxed_stream`, so it can also be handed to py-libp2p's handlers.
     Raises `StreamReset`, having reset the stream, on garbage, on too many proposals, and after `NEGOTIATION_TIME`.
     """
     inner = muxed_stream if isinstance(muxed_stream, YamuxStream) else StockStream(muxed_stream)
+    answerer = Answerer(inner, known)
     protocol = None
     try:
         with trio.move_on_after(NEGOTIATION_TIME):
-            protocol = await _agree(inner, known)
+            while (protocol := answerer.step()) is None:
+                await inner.wait_receivable()
     except BaseException:
         inner.reset_nowait()
         raise
@@ -287,17 +333,3 @@ async def accept_stream(muxed_stream: IMuxedStream, peer: PeerId, known: Callabl
         inner.reset_nowait()
         raise StreamReset(f"no protocol was named within {NEGOTIATION_TIME} s")
     return Libp2pStream(inner, peer, protocol, agreed=True)
-
-
-async def _agree(inner: YamuxStream | StockStream, known: Callable[[str], bool]) -> str:
-    lines = _LineReader(inner)
-    if await lines.read() != HEADER:
-        raise StreamReset("the peer does not speak multistream-select 1.0")
-    inner.post(_HEADER_LINE)
-    for _ in range(MAX_PROPOSALS):
-        proposal = await lines.read()
-        if known(proposal):
-            inner.post(encode_line(proposal))
-            return proposal
-        inner.post(_NOT_AVAILABLE_LINE)
-    raise StreamReset(f"none of {MAX_PROPOSALS} proposed protocols is known")

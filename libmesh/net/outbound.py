@@ -32,6 +32,9 @@ OUTBOX_BYTES = 128 * 1024
 CORK_TIME = 0.0003
 """Seconds after another stream's small message within which one waits for company."""
 
+COMPANY_TIME = 0.002
+"""Seconds that what nobody waits for may wait for something to leave with."""
+
 
 class Outbound:
     """The sending half of a connection.
@@ -55,6 +58,8 @@ class Outbound:
         self._blocked = False  # the socket is full; only `run` may find out that it is no more
         self._stopped = False
         self._flusher = Wakeup()
+        self._late = False
+        self._latecomer = Wakeup()
         self._drained = trio.lowlevel.ParkingLot()
         self._last_small: YamuxStream | None = None
         self._last_small_at = 0.0
@@ -93,11 +98,17 @@ class Outbound:
                 self.pump()
         return count
 
-    def post(self, stream: YamuxStream, data: bytes) -> None:
-        """Send a few bytes of a new stream, soon. The window has room for them."""
+    def post(self, stream: YamuxStream, data: bytes, *, hurry: bool) -> None:
+        """Send a few bytes of a new stream, soon. The window has room for them.
+
+        Without `hurry` they leave with the next thing that does, `COMPANY_TIME` later at most.
+        """
         header, count = self._machine.data(stream.stream_id, len(data))
         self.append(header, data[:count])
-        self.flush_soon()
+        if hurry:
+            self.flush_soon()
+        else:
+            self.flush_later()
 
     def append(self, *pieces: bytes) -> None:
         """Queue frames behind what is queued already. They leave with the next batch."""
@@ -132,6 +143,21 @@ class Outbound:
     def flush_soon(self) -> None:
         """Send what is queued when the tasks that are running now have had their turn."""
         self._flusher.wake()
+
+    def flush_later(self) -> None:
+        """Send what is queued when something else leaves, but within `COMPANY_TIME`."""
+        self._late = True
+        self._latecomer.wake()
+
+    async def run_late(self) -> None:
+        """Keep the promise of `flush_later`, until cancelled."""
+        while True:
+            while not self._late:
+                await self._latecomer.wait()
+            self._late = False
+            await trio.sleep(COMPANY_TIME)
+            if self._outbox or self._machine.has_control:
+                self.flush_soon()
 
     def pump(self) -> bool:
         """Send what the socket takes, a batch at most: others want their turn. True when nothing is left to send."""

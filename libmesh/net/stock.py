@@ -28,9 +28,14 @@ class StockStream:
         self._eof_sent = False
         self._ended = False
 
-    def post(self, data: bytes) -> None:
-        """Send `data` before anything else; it leaves with the next call that waits."""
+    def post(self, data: bytes, *, hurry: bool = True) -> None:
+        """Send `data` before anything else; it leaves with the next call that waits, in whatever hurry."""
         self._posted += data
+
+    @property
+    def unread(self) -> int:
+        """Bytes that have been fetched and were not read."""
+        return len(self._arrived or b"")
 
     def receive_nowait(self, max_bytes: int | None = None) -> bytes | None:
         """What `wait_receivable` has fetched."""

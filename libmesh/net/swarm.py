@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, cast
 
 import trio
@@ -22,7 +22,7 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from libmesh.keys import public_key_of
-from libmesh.net.muxer import YamuxConnection, install_muxer
+from libmesh.net.muxer import Serve, YamuxConnection, install_muxer
 from libmesh.net.noise import PROTOCOL_ID as NOISE_ID
 from libmesh.net.noise import Noise
 from libmesh.net.tls import PROTOCOL_ID as TLS_ID
@@ -33,11 +33,11 @@ SECURITY: Sequence[tuple[str, Callable[[KeyPair], ISecureTransport]]] = ((NOISE_
 """Secure channels, best first. A dialled peer takes the first that it has."""
 
 
-def new_mesh_swarm(seed: bytes, *, max_connections: int, handshake_limit: float) -> Any:
+def new_mesh_swarm(seed: bytes, *, max_connections: int, handshake_limit: float, serve: Serve) -> Any:
     """A swarm for the Ed25519 `seed`, without transports: connections are brought to it already made.
 
-    `handshake_limit` is in seconds. Typed `Any`: the class behind py-libp2p's interface has what we need, the interface
-    has not.
+    `handshake_limit` is in seconds; `serve` takes each inbound stream. Typed `Any`: the class behind py-libp2p's
+    interface has what we need, the interface has not.
     """
     _quiet(logging.getLogger("libp2p"))
     key_pair = create_new_key_pair(seed)
@@ -58,7 +58,7 @@ def new_mesh_swarm(seed: bytes, *, max_connections: int, handshake_limit: float)
             ),
         ),
     )
-    install_muxer(swarm.upgrader)
+    install_muxer(swarm.upgrader, serve=serve)
     swarm.auto_connector.maybe_connect = _connect_nobody
     swarm.add_conn = partial(_add_connection, swarm.add_conn)
     return swarm
@@ -118,6 +118,7 @@ class ConnectionNotifee(INotifee):
         """Nothing to do."""
 
 
+@lru_cache(maxsize=4096)
 def libp2p_id(peer: PeerId) -> ID | None:
     """py-libp2p's form of a peer id, or `None` if it is none of an Ed25519 key."""
     try:
