@@ -133,6 +133,7 @@ class Session:
             local=False,
             slots=model.slots,
             rtt=_rounded(peer.path.rtt if peer.path else None),
+            digest=model.digest,
         )
 
     def _sync_tunnels(self) -> None:

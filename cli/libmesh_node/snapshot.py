@@ -19,6 +19,7 @@ class Server:
         local: it runs on this machine's node, without a tunnel.
         slots: requests it answers at once.
         rtt: seconds to the peer, `None` if local or not yet measured.
+        digest: of the weights that it has; empty while unknown.
     """
 
     peer: str
@@ -26,6 +27,7 @@ class Server:
     local: bool
     slots: int = 1
     rtt: float | None = None
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,51 @@
+"""Event streams (WHATWG HTML, 9.2 "Server-sent events"): bytes in, whole events out. Pure."""
+
+from __future__ import annotations
+
+import json
+import re
+
+MAX_EVENT = 4 << 20
+"""Bytes of one event. A longer one is no answer of llama-server's."""
+
+_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+
+
+class EventTooLong(ValueError):
+    """No event ended within `MAX_EVENT` bytes."""
+
+
+class EventReader:
+    """Cuts a stream of bytes into events, however the bytes arrive."""
+
+    def __init__(self) -> None:
+        self._held = b""
+
+    def feed(self, data: bytes) -> list[bytes]:
+        """The events that `data` completes, each with the blank line that ends it. Raises `EventTooLong`."""
+        self._held += data
+        events: list[bytes] = []
+        start = 0
+        for end in _END.finditer(self._held):
+            events.append(self._held[start : end.end()])
+            start = end.end()
+        self._held = self._held[start:]
+        if len(self._held) > MAX_EVENT:
+            raise EventTooLong
+        return events
+
+
+def event_data(event: bytes) -> bytes:
+    """The data of one event; empty for a comment."""
+    lines = event.splitlines()
+    return b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
+
+
+def data_event(value: object) -> bytes:
+    """The event that carries `value` as JSON."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+def comment(text: str) -> bytes:
+    """A line that every reader of events skips."""
+    return b": " + text.encode() + b"\n\n"

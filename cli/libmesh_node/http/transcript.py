@@ -1,0 +1,346 @@
+"""What a client was sent of one streamed answer, so that another server of the same weights can go on with it. Pure.
+
+A language model's state after n tokens is a function of the prompt and those n tokens. So a stream that broke off is
+continued by a completion whose prompt is the first one's and then the very tokens that were generated: with temperature
+0 the joined text is that of an unbroken run. To know the tokens and not only their text, the server is asked for token
+probabilities, of which its events then carry the ids; they are taken out again before the client sees them.
+
+Where this is not provably right, nothing is continued: tool calls, constrained grammars, several choices, requests that
+want probabilities themselves, and reasoning that had not come to its end.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from libmesh_node.http.sse import EventReader, data_event, event_data
+
+Json = dict[str, Any]
+
+_CHAT = ("/v1/chat/completions", "/chat/completions")
+_TEXT = ("/v1/completions",)
+
+_CHANGES_THE_ANSWER = {
+    "tools": ([],),
+    "functions": ([],),
+    "grammar": ("",),
+    "json_schema": ({},),
+    "response_format": ({"type": "text"},),
+    "logprobs": (False, 0),
+    "top_logprobs": (0,),
+    "n_probs": (0,),
+    "post_sampling_probs": (False,),
+    "n": (1,),
+    "n_cmpl": (1,),
+    "best_of": (1,),
+    "echo": (False,),
+    "suffix": ("",),
+    "lora": ([],),
+    "return_progress": (False,),
+    "timings_per_token": (False,),
+    "return_tokens": (False,),
+}
+"""Fields with which nothing is continued, and the values at which they change nothing. Null never does."""
+
+_ONLY_CHAT = ("messages", "stream_options", "max_tokens", "max_completion_tokens", "n_predict", "n_probs")
+
+DONE = b"data: [DONE]\n\n"
+
+
+class BrokenOff(Exception):
+    """The server's answer ended before it was complete."""
+
+
+class Diverged(Exception):
+    """What the next server generates is not what the client was sent already."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """Text whose tokens the server did not tell: bytes of one character, or what might have become a stop string."""
+
+    text: str
+
+
+class Transcript:
+    """One streamed answer: `feed` it what servers send, and pass on what it returns.
+
+    Attributes:
+        finished: the answer is complete; nothing that comes after is missed.
+    """
+
+    def __init__(self, request: Json, *, chat: bool) -> None:
+        self._request, self._chat = request, chat
+        self._reader = EventReader()
+        self._parts: list[int | Gap] = []
+        self._ends: list[int] = []  # characters of `_text` after each part
+        self._text = ""
+        self._shell: Json = {}  # of the first event: id, created, model and so on
+        self._strange = False
+        self._stopped = False
+        self.finished = False
+        self._resumed: _Resumed | None = None
+
+    # ── what goes to servers ─────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def body(self) -> bytes:
+        """The request for the first server, which asks for the tokens, too."""
+        return _encode({**self._request, "n_probs": 1, "post_sampling_probs": True})
+
+    @property
+    def begun(self) -> bool:
+        """Whether an event was passed on."""
+        return bool(self._shell)
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether another server may go on from here."""
+        return self.begun and not self._strange
+
+    @property
+    def template_request(self) -> bytes | None:
+        """The body for `/apply-template`, whose answer is the prompt; `None` if the request itself has the prompt."""
+        return _encode(self._request) if self._chat else None
+
+    @property
+    def gaps(self) -> tuple[str, ...]:
+        """Texts to have tokenised for `resume`."""
+        return tuple(part.text for part in self._parts if isinstance(part, Gap))
+
+    def resume(self, prompt: str, spelled: Mapping[str, tuple[list[int], str]]) -> bytes:
+        """The body for the next server's `/completion`.
+
+        Args:
+            prompt: from `/apply-template`; ignored if the request has its own.
+            spelled: for each of `gaps` its tokens, and the text that these spell.
+        """
+        tokens: list[int] = []
+        kept = len(self._parts)
+        for index, part in enumerate(self._parts):
+            if isinstance(part, int):
+                tokens.append(part)
+                continue
+            ids, text = spelled[part.text]
+            if text != part.text and self._is_greedy:
+                kept = index  # from here it is generated once more, and held against what was sent
+                break
+            tokens += ids
+        known = self._ends[kept - 1] if kept else 0
+        self._resumed = _Resumed(base=len(tokens), repeated=self._text[known:])
+        self._parts = list(tokens)
+        self._ends = [known] * len(tokens)
+        self._reader = EventReader()
+        head = prompt if self._chat else self._request["prompt"]
+        body = {key: value for key, value in self._request.items() if key not in _ONLY_CHAT}
+        body["prompt"] = [*([head] if isinstance(head, str) else head), *tokens]
+        body["return_tokens"] = True
+        limit = 0 if self._stopped else self._limit
+        if limit is not None:
+            body["n_predict"] = max(limit - len(tokens), 0)
+        return _encode(body)
+
+    @property
+    def _is_greedy(self) -> bool:
+        return self._request.get("temperature") == 0
+
+    @property
+    def _limit(self) -> int | None:
+        for key in ("max_completion_tokens", "max_tokens", "n_predict"):
+            value = self._request.get(key)
+            if isinstance(value, int) and value >= 0:
+                return value
+        return None
+
+    # ── what comes from servers ──────────────────────────────────────────────────────────────────────────────────
+
+    def feed(self, data: bytes) -> bytes:
+        """What of `data` the client is to be sent: whole events only.
+
+        Raises `BrokenOff` if the server itself says that it cannot go on, `Diverged`, and `sse.EventTooLong`.
+        """
+        sent: list[bytes] = []
+        for event in self._reader.feed(data):
+            if self.finished:
+                break
+            sent.append(self._event(event))
+        return b"".join(sent)
+
+    def _event(self, event: bytes) -> bytes:
+        data = event_data(event)
+        if not data:
+            return event
+        if data == b"[DONE]":
+            self.finished = True
+            return event
+        try:
+            value = json.loads(data)
+        except ValueError:
+            raise BrokenOff("it sent an event that is no JSON") from None
+        if not isinstance(value, dict):
+            raise BrokenOff("it sent an event that is no object")
+        if "error" in value and "choices" not in value:
+            raise BrokenOff(str(value["error"])[:300])
+        return self._own(value) if self._resumed is None else self._others(value, self._resumed)
+
+    def _own(self, value: Json) -> bytes:
+        """An event of the server that began the answer."""
+        if not self._shell:
+            self._shell = {key: value[key] for key in value if key not in ("choices", "usage", "timings")}
+        for choice in value.get("choices") or ():
+            told = choice.pop("logprobs", None)
+            if not self._chat:
+                choice["logprobs"] = None
+            delta = choice.get("delta") if self._chat else {"content": choice.get("text")}
+            self._note(delta or {}, ((told or {}).get("content") or [None])[-1])
+            self._stopped = self._stopped or choice.get("finish_reason") is not None
+        return data_event(value)
+
+    def _note(self, delta: Json, told: Json | None) -> None:
+        text = delta.get("content")
+        if delta.get("tool_calls") or delta.get("reasoning_content"):
+            self._strange = True
+        if not text:
+            return
+        if told is None:
+            self._append(Gap(text), text)
+            return
+        token = bytes(told.get("bytes") or ()).decode(errors="replace")
+        if text == token:
+            self._append(told["id"], text)
+        elif token and text.endswith(token):
+            self._append(Gap(text[: -len(token)]), text[: -len(token)])
+            self._append(told["id"], token)
+        else:
+            self._append(Gap(text), text)
+
+    def _append(self, part: int | Gap, text: str) -> None:
+        self._text += text
+        self._parts.append(part)
+        self._ends.append(len(self._text))
+
+    def _others(self, value: Json, resumed: _Resumed) -> bytes:
+        """An event of `/completion`, put as the first server would have said it."""
+        text = str(value.get("content") or "")
+        count = int(value.get("tokens_predicted") or 0)
+        resumed.evaluated = int(value.get("tokens_evaluated") or resumed.evaluated)
+        if value.get("stop"):
+            tail = self._piece(resumed.fresh(text)) if text else b""
+            reason = "length" if value.get("stop_type") == "limit" else "stop"
+            resumed.predicted = count
+            return tail + self._end(reason)
+        told = value.get("tokens") or []
+        new = resumed.fresh(text)
+        if len(told) == 1 and count == resumed.predicted + 1:
+            self._extend(told[0], text, new)
+        elif text:
+            self._extend(Gap(text), text, new)
+        resumed.predicted = count
+        return self._piece(new)
+
+    def _extend(self, part: int | Gap, text: str, new: str) -> None:
+        self._text += new
+        self._parts.append(part)
+        self._ends.append((self._ends[-1] if self._ends else 0) + len(text))
+
+    def _piece(self, text: str) -> bytes:
+        if not text:
+            return b""
+        if self._chat:
+            return self._chunk([{"finish_reason": None, "index": 0, "delta": {"content": text}}])
+        return self._chunk([{"text": text, "index": 0, "logprobs": None, "finish_reason": None}])
+
+    def _end(self, reason: str) -> bytes:
+        self.finished = True
+        end: Json = {"finish_reason": reason, "index": 0}
+        if self._chat:
+            end["delta"] = {}
+        else:
+            end |= {"text": "", "logprobs": None}
+        # The first server may have ended its text and died before it had said all else.
+        events = b"" if self._stopped else self._chunk([end])
+        if (self._request.get("stream_options") or {}).get("include_usage") and self._resumed is not None:
+            base, predicted = self._resumed.base, self._resumed.predicted
+            prompt = max(self._resumed.evaluated - base, 0)
+            usage = {
+                "completion_tokens": base + predicted,
+                "prompt_tokens": prompt,
+                "total_tokens": prompt + base + predicted,
+            }
+            events += self._chunk([], usage=usage)
+        return events + DONE
+
+    def _chunk(self, choices: list[Json], **more: object) -> bytes:
+        return data_event({"choices": choices, **self._shell, **more})
+
+
+@dataclass(slots=True)
+class _Resumed:
+    """What is counted of the answer of a server that goes on.
+
+    Attributes:
+        base: tokens of the answer that were in its prompt.
+        repeated: text that it will generate and the client has.
+    """
+
+    base: int
+    repeated: str
+    evaluated: int = 0
+    predicted: int = 0
+
+    def fresh(self, text: str) -> str:
+        """What of `text` the client has not been sent. Raises `Diverged`."""
+        known = min(len(text), len(self.repeated))
+        if text[:known] != self.repeated[:known]:
+            raise Diverged
+        self.repeated = self.repeated[known:]
+        return text[known:]
+
+
+def track(path: str, body: bytes) -> Transcript | None:
+    """A transcript for a request whose answer could be continued; `None` for every other."""
+    if path not in _CHAT + _TEXT or b'"stream"' not in body:
+        return None
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(request, dict) or request.get("stream") is not True:
+        return None
+    for key, harmless in _CHANGES_THE_ANSWER.items():
+        value = request.get(key)
+        if value is not None and value not in harmless:
+            return None
+    chat = path in _CHAT
+    if chat and not _is_plain_talk(request.get("messages")):
+        return None
+    if not chat and not _is_prompt(request.get("prompt")):
+        return None
+    return Transcript(request, chat=chat)
+
+
+def _is_plain_talk(messages: object) -> bool:
+    """Whether messages consist of text: pictures and sound are not part of a rendered prompt."""
+    if not isinstance(messages, list):
+        return False
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else message
+        parts = content if isinstance(content, list) else []
+        if any(not isinstance(part, dict) or part.get("type") != "text" for part in parts):
+            return False
+        if content is not None and not isinstance(content, str | list):
+            return False
+    return True
+
+
+def _is_prompt(prompt: object) -> bool:
+    if isinstance(prompt, str):
+        return True
+    return isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
+
+
+def _encode(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

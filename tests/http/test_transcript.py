@@ -1,0 +1,303 @@
+"""Wherever a stream breaks off, and however often: the client reads what an unbroken one would have said."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from libmesh_node.http.sse import MAX_EVENT, EventReader, EventTooLong, comment, data_event, event_data
+from libmesh_node.http.transcript import DONE, BrokenOff, Diverged, Transcript, track
+
+Json = dict[str, Any]
+
+CHAT = "/v1/chat/completions"
+ASK: Json = {
+    "stream": True,
+    "temperature": 0,
+    "messages": [{"role": "user", "content": "Hi"}],
+    "stream_options": {"include_usage": True},
+}
+SHELL = {"created": 1, "id": "chatcmpl-1", "model": "demo", "object": "chat.completion.chunk"}
+
+VOCABULARY = ["a", " b", "c d", "\n", "é".encode()[:1], "é".encode()[1:], "end", '"', "data:"]
+PROMPT_TOKENS = 7
+
+
+def asked(**changes: object) -> Transcript:
+    transcript = track(CHAT, json.dumps(ASK | changes).encode())
+    assert transcript is not None
+    return transcript
+
+
+class Llama:
+    """What llama-server would send for a given generation: half characters are held back, with their tokens."""
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens = tokens
+
+    def chat(self) -> list[bytes]:
+        events = [chunk({"role": "assistant", "content": None})]
+        for token, raw, text in self._said(self.tokens):
+            told = {"id": token, "token": text, "bytes": list(raw), "prob": 1.0, "top_probs": []}
+            events.append(chunk({"content": text}, logprobs={"content": [told]}))
+        usage = self._usage(len(self.tokens))
+        return [
+            *events,
+            chunk({}, finish_reason="stop"),
+            data_event({"choices": [], **SHELL, "usage": usage}),
+            DONE,
+        ]
+
+    def completion(self, body: bytes) -> list[bytes]:
+        asked = json.loads(body)
+        known = asked["prompt"][1:]
+        assert known == self.tokens[: len(known)]
+        left = self.tokens[len(known) :]
+        if "n_predict" in asked:
+            left = left[: asked["n_predict"]]
+        evaluated = PROMPT_TOKENS + len(known)
+        events, count = [], 0
+        for token, _, text in self._said(left):
+            count = self._count(left, count, token)
+            events.append(
+                native(content=text, tokens=[token], tokens_predicted=count, tokens_evaluated=evaluated)
+            )
+        ended = "limit" if "n_predict" in asked else "eos"
+        last: Json = {
+            "stop": True,
+            "stop_type": ended,
+            "tokens_predicted": len(left),
+            "tokens_evaluated": evaluated,
+        }
+        return [*events, native(content="", tokens=[], **last)]
+
+    @staticmethod
+    def _count(tokens: list[int], before: int, token: int) -> int:
+        return next(i + 1 for i in range(before, len(tokens)) if tokens[i] == token)
+
+    @staticmethod
+    def _said(tokens: list[int]) -> list[tuple[int, bytes, str]]:
+        said, held = [], b""
+        for token in tokens:
+            piece = VOCABULARY[token]
+            raw = piece if isinstance(piece, bytes) else piece.encode()
+            held += raw
+            try:
+                said.append((token, raw, held.decode()))
+            except UnicodeDecodeError:
+                continue
+            held = b""
+        return said
+
+    @staticmethod
+    def _usage(count: int) -> Json:
+        return {
+            "completion_tokens": count,
+            "prompt_tokens": PROMPT_TOKENS,
+            "total_tokens": PROMPT_TOKENS + count,
+        }
+
+
+def chunk(delta: Json, finish_reason: str | None = None, **more: object) -> bytes:
+    return data_event(
+        {"choices": [{"finish_reason": finish_reason, "index": 0, "delta": delta, **more}], **SHELL}
+    )
+
+
+def native(**fields: object) -> bytes:
+    return data_event({"index": 0, "stop": False, **fields})
+
+
+def spelled(transcript: Transcript) -> dict[str, tuple[list[int], str]]:
+    """What a tokeniser says that knows `é` as the two tokens it was made of."""
+    known = {"é": ([4, 5], "é")}
+    return {text: known.get(text, ([], "")) for text in transcript.gaps}
+
+
+def read(sent: bytes) -> tuple[str, list[str], Json | None, bytes]:
+    """The text, finish reasons, usage and ids that a client finds in a stream."""
+    text, reasons, usage, ids = "", [], None, set()
+    roles = 0
+    for event in EventReader().feed(sent):
+        data = event_data(event)
+        if not data or data == b"[DONE]":
+            continue
+        value = json.loads(data)
+        ids.add(value["id"])
+        usage = value.get("usage") or usage
+        for choice in value["choices"]:
+            roles += "role" in choice["delta"]
+            text += choice["delta"].get("content") or ""
+            reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
+            assert "logprobs" not in choice
+    assert len(ids) == roles == 1
+    return text, reasons, usage, sent[-len(DONE) :]
+
+
+characters = st.one_of(st.sampled_from([0, 1, 2, 3, 6, 7, 8]).map(lambda token: [token]), st.just([4, 5]))
+generations = st.lists(characters, min_size=1, max_size=12).map(
+    lambda parts: [t for part in parts for t in part]
+)
+
+
+@given(generations, st.lists(st.integers(1, 400), max_size=4), st.integers(1, 60))
+def test_broken_anywhere_any_number_of_times_it_reads_as_if_unbroken(
+    tokens: list[int], cuts: list[int], size: int
+) -> None:
+    llama, transcript = Llama(tokens), asked()
+    stream, sent = b"".join(llama.chat()), b""
+    for cut in cuts:
+        for start in range(0, len(stream[:cut]), size):
+            sent += transcript.feed(stream[:cut][start : start + size])
+        if transcript.finished:
+            break
+        if transcript.can_resume:
+            stream = b"".join(llama.completion(transcript.resume("prompt", spelled(transcript))))
+        else:
+            assert sent == b""
+            transcript = asked()
+    if not transcript.finished:
+        sent += transcript.feed(stream)
+    assert transcript.finished
+    whole = read(asked().feed(b"".join(llama.chat())))
+    text, reasons, usage, end = read(sent)
+    assert text == whole[0]
+    assert (usage, end) == whole[2:]
+    assert reasons in (["stop"], ["length"])
+    assert len(reasons) == 1
+
+
+def test_first_server_is_asked_for_tokens_and_the_client_sees_none() -> None:
+    transcript = asked()
+    assert json.loads(transcript.body) == ASK | {"n_probs": 1, "post_sampling_probs": True}
+    sent = transcript.feed(b"".join(Llama([0, 1]).chat()))
+    assert b"logprobs" not in sent
+
+
+def test_limit_of_tokens_counts_those_of_all_servers() -> None:
+    llama, transcript = Llama([0, 1, 2, 3]), asked(max_tokens=4)
+    transcript.feed(b"".join(llama.chat()[:4]))
+    body = json.loads(transcript.resume("prompt", {}))
+    assert body["prompt"] == ["prompt", 0, 1, 2]
+    assert body["n_predict"] == 1
+    assert "max_tokens" not in body
+
+
+def test_text_that_was_ended_is_not_gone_on_with() -> None:
+    llama, transcript = Llama([0, 1]), asked()
+    sent = transcript.feed(b"".join(llama.chat()[:4]))
+    again = transcript.resume("prompt", {})
+    assert json.loads(again)["n_predict"] == 0
+    sent += transcript.feed(b"".join(llama.completion(again)))
+    assert read(sent)[:2] == ("a b", ["stop"])
+
+
+def test_gap_that_cannot_be_spelled_is_generated_again_and_compared() -> None:
+    llama, transcript = Llama([0, 4, 5, 1]), asked()
+    sent = transcript.feed(b"".join(llama.chat()[:4]))
+    body = transcript.resume("prompt", {"é": ([9], " é")})
+    assert json.loads(body)["prompt"] == ["prompt", 0]
+    sent += transcript.feed(b"".join(llama.completion(body)))
+    assert read(sent)[0] == "aé b"
+
+
+def test_server_that_generates_something_else_is_found_out() -> None:
+    transcript = asked()
+    transcript.feed(b"".join(Llama([0, 4, 5]).chat()[:3]))
+    transcript.resume("prompt", {"é": ([9], " é")})
+    with pytest.raises(Diverged):
+        transcript.feed(native(content="x", tokens=[3], tokens_predicted=1))
+
+
+def test_text_completion_goes_on_from_a_prompt_of_its_own() -> None:
+    request = {"stream": True, "prompt": "Once", "max_tokens": 3}
+    transcript = track("/v1/completions", json.dumps(request).encode())
+    assert transcript is not None
+    told = {"id": 0, "bytes": [97]}
+    choice = {"text": "a", "index": 0, "logprobs": {"content": [told]}, "finish_reason": None}
+    first = transcript.feed(data_event({"choices": [choice], **SHELL}))
+    assert json.loads(event_data(first))["choices"][0]["logprobs"] is None
+    assert transcript.template_request is None
+    body = transcript.resume("", {})
+    assert json.loads(body)["prompt"] == ["Once", 0]
+    sent = transcript.feed(native(content=" b", tokens=[1], tokens_predicted=1))
+    assert json.loads(event_data(sent))["choices"] == [
+        {"text": " b", "index": 0, "logprobs": None, "finish_reason": None}
+    ]
+
+
+def test_prompt_of_tokens_stays_one() -> None:
+    request = {"stream": True, "prompt": [1, 2, 3]}
+    transcript = track("/v1/completions", json.dumps(request).encode())
+    assert transcript is not None
+    assert json.loads(transcript.resume("", {}))["prompt"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("delta", [{"reasoning_content": "hm"}, {"tool_calls": [{"index": 0}]}])
+def test_what_is_more_than_text_is_not_continued(delta: Json) -> None:
+    transcript = asked()
+    transcript.feed(chunk({"role": "assistant", "content": None}))
+    assert transcript.can_resume
+    transcript.feed(chunk(delta))
+    assert not transcript.can_resume
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tools": [{"type": "function"}]},
+        {"n": 2},
+        {"logprobs": True},
+        {"response_format": {"type": "json_object"}},
+        {"grammar": "root ::= [a-z]"},
+        {"stream": False},
+        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]},
+        {"messages": None},
+    ],
+)
+def test_requests_with_which_nothing_is_provable_are_left_as_they_are(changes: Json) -> None:
+    assert track(CHAT, json.dumps(ASK | changes).encode()) is None
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"tools": []}, {"n": 1}, {"logprobs": False}, {"response_format": {"type": "text"}}, {"tools": None}],
+)
+def test_fields_that_change_nothing_do_no_harm(changes: Json) -> None:
+    assert track(CHAT, json.dumps(ASK | changes).encode()) is not None
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'"stream"', b'{"stream":true}', b"[" * 100_000 + b'"stream"']
+)
+def test_garbage_is_left_as_it_is(body: bytes) -> None:
+    assert track(CHAT, body) is None
+
+
+def test_other_endpoints_are_left_as_they_are() -> None:
+    assert track("/v1/embeddings", json.dumps(ASK).encode()) is None
+
+
+@pytest.mark.parametrize(
+    "data", [b"data: {\n\n", b"data: 5\n\n", b'data: {"error":{"message":"lost a worker"}}\n\n']
+)
+def test_error_in_mid_stream_is_a_break(data: bytes) -> None:
+    with pytest.raises(BrokenOff):
+        asked().feed(data)
+
+
+def test_comments_pass() -> None:
+    assert asked().feed(comment("still here")) == b": still here\n\n"
+
+
+def test_events_end_at_blank_lines_of_every_kind() -> None:
+    assert EventReader().feed(b"data: 1\r\n\r\ndata: 2\n\ndata: 3") == [b"data: 1\r\n\r\n", b"data: 2\n\n"]
+    assert event_data(b"event: x\ndata: 1\ndata:2\n\n") == b"1\n2"
+
+
+def test_event_without_end_is_given_up() -> None:
+    with pytest.raises(EventTooLong):
+        EventReader().feed(b"x" * (MAX_EVENT + 1))
