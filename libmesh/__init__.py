@@ -16,6 +16,7 @@ from libmesh.admission import AdmissionConfig
 from libmesh.core.liveness import LivenessConfig
 from libmesh.core.membership_io import MembershipConfig
 from libmesh.core.paths_io import PathsConfig
+from libmesh.core.relay_desk import RelayLimits
 from libmesh.driver import MeshConfig
 from libmesh.errors import (
     AddressUnavailable,
@@ -33,9 +34,10 @@ from libmesh.identity import SecretKey
 from libmesh.invites import InviteInfo, read_invite
 from libmesh.mesh import Mesh, ServiceHandler, open_mesh
 from libmesh.net.base import Network, Stream, StreamReset
-from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
+from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
 from libmesh.peers import Attempt, MeshId, Path, PathKind, PeerId, PeerState, PeerView, Scope, Service, View
 from libmesh.posts import Post
+from libmesh.relays import RelayUse
 from libmesh.tunnel import expose, serve_tunnel
 
 __version__ = "0.1.0"
@@ -51,6 +53,7 @@ __all__ = [
     "InviteInfo",
     "InviteMalformed",
     "Libp2pConfig",
+    "Libp2pNetwork",
     "LivenessConfig",
     "MembershipConfig",
     "Mesh",
@@ -67,6 +70,8 @@ __all__ = [
     "PeerUnreachable",
     "PeerView",
     "Post",
+    "RelayLimits",
+    "RelayUse",
     "Scope",
     "SecretKey",
     "Service",

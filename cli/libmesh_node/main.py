@@ -29,6 +29,7 @@ COMMANDS = {
     "engine": "find llama.cpp's programs, or build them",
     "invite": "make an invite for the next machine",
     "peers": "show who is in the mesh, and who let whom in",
+    "relay": "relay for nodes that cannot reach each other",
     "status": "show peers, paths, models and processes",
     "stop": "end the running node",
     "tunnel": "forward TCP ports through the mesh",

@@ -35,6 +35,7 @@ class NodeOptions:
         device: passed on to llama.cpp as it is.
         data_dir: ignored with `ephemeral`.
         announce_addresses: multiaddrs that peers are told to reach this node at, besides those found.
+        relays: multiaddrs of the relays to be reached through, instead of those that members are.
         invite_file: where to write an invite at start, mode 600.
     """
 
@@ -51,6 +52,7 @@ class NodeOptions:
     data_dir: Path
     ephemeral: bool = False
     announce_addresses: tuple[str, ...] = ()
+    relays: tuple[str, ...] = ()
     invite_file: Path | None = None
     json_logs: bool = False
     verbose: bool = False
@@ -83,6 +85,7 @@ def node_options(args: argparse.Namespace) -> NodeOptions:
         data_dir=data_dir(args),
         ephemeral=args.ephemeral,
         announce_addresses=tuple(dict.fromkeys(args.announce_addr)),
+        relays=tuple(dict.fromkeys(args.relay)),
         invite_file=args.invite_file,
         json_logs=args.json_logs,
         verbose=args.verbose,
@@ -176,6 +179,16 @@ def multiaddr(text: str) -> str:
     """A multiaddr with a host and a port, as others can dial it; its details are checked when it is used."""
     if not re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/(tcp|udp)/\d{1,5}(/[^\s]+)?", text, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is no multiaddr, such as /ip4/203.0.113.7/tcp/4001")
+    return text
+
+
+def relay(text: str) -> str:
+    """The multiaddr of a relay, with its peer id."""
+    multiaddr(text)
+    if not re.fullmatch(r".+/p2p/[1-9A-HJ-NP-Za-km-z]{40,64}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} does not name its relay; it ends in /p2p/ and a peer id, as `libmesh-node relay` prints it"
+        )
     return text
 
 

@@ -24,6 +24,8 @@ from libmesh import (
     MeshConfig,
     MeshError,
     PeerUnreachable,
+    RelayLimits,
+    RelayUse,
     SecretKey,
     open_mesh,
 )
@@ -129,7 +131,7 @@ class Stays:
             mesh_key=own,
             invite=membership.token,
             listen=self._listen(),
-            config=MeshConfig(agent=f"libmesh-node/{libmesh.__version__}"),
+            config=MeshConfig(agent=f"libmesh-node/{libmesh.__version__}", relays=self._relays()),
             wait=False,
             revocations=kept.revocations,
         )
@@ -183,8 +185,12 @@ class Stays:
             self._scope.cancel()
         await switch.outcome()
 
+    def _relays(self) -> RelayUse:
+        """Whoever has an address told to it is reachable there, and relays for those who are not."""
+        return RelayUse(known=self._options.relays, offer=bool(self._options.announce_addresses))
+
     def _listen(self) -> Libp2pConfig:
-        return Libp2pConfig(port=self._port(), announce=self._options.announce_addresses)
+        return Libp2pConfig(port=self._port(), announce=self._options.announce_addresses, relay=RelayLimits())
 
     def _port(self) -> int:
         """The port for peers: the one asked for, or last time's if it is free, so that old invites lead here."""

@@ -243,6 +243,13 @@ class Libp2pNetwork(Network):
         """See `Network.set_relays`."""
         self.relaying.client.set_relays(relays, approach)
 
+    def relay_load(self) -> tuple[int, int, int]:
+        """Of this node as a relay: peers that have a place here, circuits, and bytes carried by those that ended."""
+        server = self.relaying.server
+        return (
+            (0, 0, 0) if server is None else (server.reservations, len(server.circuits), server.carried_bytes)
+        )
+
     def addresses_changed(self) -> None:
         """Whoever adds to `addresses` says so."""
         self._emit(AddressesChanged())

@@ -13,6 +13,9 @@ from libmesh_node.errors import UsageError
 from libmesh_node.main import node_parser
 
 
+RELAY = "/ip4/192.0.2.1/tcp/4001/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
+
+
 def parse(*argv: str) -> options.NodeOptions:
     return options.node_options(node_parser().parse_args(argv))
 
@@ -39,6 +42,7 @@ def test_every_flag_reaches_the_node(tmp_path: Path) -> None:
         ),
         *("--bind-port", "3", "--listen-all", "--bin-dir", "bin", "--max-vram", "1.5", "--device", "CUDA0"),
         *("--data-dir", str(tmp_path), "--announce-addr", "/ip4/1.2.3.4/tcp/5", "--invite-file", "~/i"),
+        *("--relay", RELAY, "--relay", RELAY),
         *("--json-logs", "--verbose"),
     )
     assert chosen == options.NodeOptions(
@@ -53,6 +57,7 @@ def test_every_flag_reaches_the_node(tmp_path: Path) -> None:
         device="CUDA0",
         data_dir=tmp_path,
         announce_addresses=("/ip4/1.2.3.4/tcp/5",),
+        relays=(RELAY,),
         invite_file=Path.home() / "i",
         json_logs=True,
         verbose=True,
@@ -146,6 +151,18 @@ def test_memory_must_be_a_positive_number(text: str) -> None:
 
 def test_memory_may_carry_its_unit() -> None:
     assert options.gigabytes("8GB") == options.gigabytes("8 g") == options.gigabytes("8") == 8.0
+
+
+def test_a_relay_is_named_with_its_peer_id() -> None:
+    assert options.relay(RELAY) == RELAY
+    for text in (
+        "/ip4/192.0.2.1/tcp/4001",
+        "/ip4/192.0.2.1/tcp/4001/p2p/0OIl",
+        RELAY + "/p2p-circuit",
+        "relay",
+    ):
+        with pytest.raises(argparse.ArgumentTypeError):
+            options.relay(text)
 
 
 def test_multiaddrs_need_a_host_and_a_port() -> None:

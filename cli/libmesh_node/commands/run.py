@@ -62,6 +62,14 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="MULTIADDR",
         help="tell peers that this node is reachable there too, e.g. behind a port forwarding (repeatable)",
     )
+    mesh.add_argument(
+        "--relay",
+        action="append",
+        default=[],
+        type=options.relay,
+        metavar="MULTIADDR",
+        help="be reached through this relay, and not through those of members (repeatable)",
+    )
 
     serves = parser.add_argument_group("API and console")
     serves.add_argument(

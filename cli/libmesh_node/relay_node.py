@@ -1,0 +1,150 @@
+"""A node that only relays: opens a network, and a mesh if it belongs to one, and waits for a signal."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import trio
+
+import libmesh
+from libmesh import (
+    Libp2pConfig,
+    Libp2pNetwork,
+    MeshConfig,
+    MeshError,
+    RelayLimits,
+    RelayUse,
+    SecretKey,
+    open_libp2p_network,
+    open_mesh,
+)
+from libmesh_node.datadir import DataDir, held_data_dir
+from libmesh_node.errors import NodeError, UsageError
+from libmesh_node.logs import logging_to
+from libmesh_node.membership import Membership, load_membership, save_membership, secret_key
+from libmesh_node.terminal import say
+
+log = logging.getLogger(__name__)
+
+REPORT_EVERY = 600.0
+"""Seconds between two lines in the log about what is relayed, when there is something to tell."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayOptions:
+    """What the command line asked of a relay.
+
+    Attributes:
+        token: an invite to the mesh whose members are served; `None` for the one that was joined before.
+        open_to_all: serve everybody, and be a member of nothing.
+        port: to listen at; 0 for a free one.
+        announce: multiaddrs that others reach it at besides its own.
+        max_peers: reservations at a time.
+        max_circuits: at a time.
+        bandwidth: bytes a second for all; 0 for no limit.
+        bandwidth_per_peer: bytes a second for each; 0 for no limit.
+        data_dir: holds identity and membership.
+    """
+
+    token: str | None
+    open_to_all: bool
+    port: int
+    announce: tuple[str, ...]
+    max_peers: int
+    max_circuits: int
+    bandwidth: float
+    bandwidth_per_peer: float
+    data_dir: Path
+    json_logs: bool = False
+    verbose: bool = False
+
+
+async def run_relay(options: RelayOptions) -> None:
+    """Relay until SIGINT or SIGTERM. Raises `NodeError` or `MeshError` for what keeps it from starting."""
+    with (
+        trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
+        held_data_dir(options.data_dir) as folder,
+        logging_to(json_logs=options.json_logs, verbose=options.verbose),
+    ):
+        failures: list[Exception] = []
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope)
+            try:
+                await _relay(options, folder)
+            except* (NodeError, MeshError, OSError) as group:
+                failures += _flat(group)
+            nursery.cancel_scope.cancel()
+        if failures:
+            raise failures[0]
+
+
+def _flat(group: BaseExceptionGroup[Exception]) -> list[Exception]:
+    found: list[Exception] = []
+    for exc in group.exceptions:
+        found += _flat(exc) if isinstance(exc, BaseExceptionGroup) else [exc]
+    return found
+
+
+async def _end_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -> None:
+    async for _ in signals:
+        log.info("ending")
+        scope.cancel()
+
+
+async def _relay(options: RelayOptions, folder: DataDir) -> None:
+    key = secret_key(folder, "identity")
+    listen = Libp2pConfig(
+        port=options.port,
+        announce=options.announce,
+        relay=RelayLimits(
+            reservations=options.max_peers,
+            circuits=options.max_circuits,
+            bandwidth=options.bandwidth,
+            bandwidth_per_peer=options.bandwidth_per_peer,
+        ),
+        relay_open=options.open_to_all,
+    )
+    async with open_libp2p_network(key.seed, listen) as network:
+        if options.open_to_all:
+            await _serve(network, "everybody")
+        async with _member(options, folder, key, network):
+            await _serve(network, "the members of its mesh")
+
+
+@asynccontextmanager
+async def _member(
+    options: RelayOptions, folder: DataDir, key: SecretKey, network: Libp2pNetwork
+) -> AsyncIterator[None]:
+    """Be a member of the mesh for which this relay is, and tell its members of it."""
+    membership = Membership.invited(options.token) if options.token is not None else load_membership(folder)
+    if membership is None or membership.token is None:
+        raise UsageError(
+            "Say for whom to relay: --join TOKEN for the members of a mesh, or --open for everybody."
+        )
+    config = MeshConfig(
+        agent=f"libmesh-node-relay/{libmesh.__version__}", relays=RelayUse(keep=False, offer=True)
+    )
+    async with open_mesh(
+        key, invite=membership.token, network=network, config=config, wait=options.token is not None
+    ):
+        save_membership(folder, membership)
+        yield
+
+
+async def _serve(network: Libp2pNetwork, whom: str) -> None:
+    """Say where, and stay until cancelled."""
+    log.info("relaying for %s", whom)
+    for address in network.addresses():
+        say(f"{address}/p2p/{network.peer}")
+    told = (0, 0, 0)
+    while True:
+        await trio.sleep(REPORT_EVERY)
+        now = network.relay_load()
+        if now != told:
+            log.info("%d peers have a place here, %d circuits, %.1f GB relayed", now[0], now[1], now[2] / 1e9)
+            told = now
