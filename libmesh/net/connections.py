@@ -103,6 +103,13 @@ class Connections:
         connections = self.of(peer)
         return path_of(connections[0]) if connections else None
 
+    def local_port(self, peer: PeerId) -> int | None:
+        """Where the best connection to `peer` leaves this node; `None` if the peer made it, or a relay carries it."""
+        connections = self.of(peer)
+        if not connections or connections[0].direction is not Direction.OUTBOUND:
+            return None
+        return getattr(connections[0].muxed_conn.secured_conn.raw, "libmesh_port", None)
+
     def entry(self, peer: PeerId) -> Peer:
         """The peer's entry. One whose connections have all ended is over, though py-libp2p may tell of that later."""
         entry = self.peers.get(peer)
@@ -242,6 +249,9 @@ class Connections:
                 if surplus not in connections or surplus is connections[0]:
                     return
                 idle = 0 if surplus.muxed_conn.stream_count else idle + 1
+                await self._gossip.moved(
+                    surplus.muxed_conn.peer_id, connections[0]
+                )  # if it was only beginning then
             log.debug(
                 "closing a connection to %s that a better one replaced: %s", peer, path_of(surplus).address
             )
@@ -276,4 +286,6 @@ def _raw_of(
     how = ConnectionType.RELAYED if kind is PathKind.RELAYED else ConnectionType.DIRECT
     raw: Any = RawConnection(face, initiator, how, [Multiaddr(address)] if address else [])
     raw.libmesh_kind = kind
+    if isinstance(stream, trio.SocketStream):
+        raw.libmesh_port = stream.socket.getsockname()[1]
     return raw  # type: ignore[no-any-return]

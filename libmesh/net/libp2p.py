@@ -21,6 +21,7 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from libmesh.core.relay_desk import RelayLimits
+from libmesh.core.ways import relay_of
 from libmesh.errors import NetworkError, PeerUnreachable
 from libmesh.net import tcp
 from libmesh.net.base import (
@@ -38,10 +39,12 @@ from libmesh.net.gossip import PROTOCOLS as GOSSIP_PROTOCOLS
 from libmesh.net.gossip import Gossip
 from libmesh.net.negotiate import open_lazy_stream
 from libmesh.net.punch import Puncher
+from libmesh.net.reach import Reach
 from libmesh.net.relaying import Relaying
 from libmesh.net.serving import StreamServer
 from libmesh.net.swarm import ConnectionNotifee, libp2p_id, new_mesh_swarm
-from libmesh.peers import Path, PathKind, PeerId
+from libmesh.net.watch import watch_network
+from libmesh.peers import Path, PathKind, PeerId, Reaching
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,7 @@ class Libp2pConfig:
     Attributes:
         hosts: IP addresses to listen on.
         port: TCP port, the same on all hosts; 0 takes a free one.
+        map_port: ask the router to forward the port (PCP, NAT-PMP, UPnP).
         announce: multiaddrs at which others reach us besides, or despite, our interfaces' own. Told first.
         max_connections: more are refused at once, so that those there are keep working.
         max_handshakes: inbound connections that have not proved a key yet. When full, the oldest one is dropped: in
@@ -69,6 +73,7 @@ class Libp2pConfig:
 
     hosts: tuple[str, ...] = ("0.0.0.0", "::")
     port: int = 0
+    map_port: bool = False
     announce: tuple[str, ...] = ()
     max_connections: int = 2048
     max_handshakes: int = 256
@@ -95,7 +100,14 @@ class Libp2pNetwork(Network):
         self.relaying = Relaying(
             self, seed, config.relay, open_to_all=config.relay_open, changed=self.addresses_changed
         )
-        self.puncher = Puncher(self)
+        self.reach = Reach(
+            self,
+            announced=config.announce,
+            map_port=config.map_port,
+            open_to_all=config.relay_open,
+            trusted=self._is_relay,
+        )
+        self.puncher = Puncher(self, guesses=self.reach.guesses)
         self._port = 0  # known once we listen
         self._interfaces: list[str] = []
         self._interfaces_stale = float("-inf")
@@ -138,6 +150,11 @@ class Libp2pNetwork(Network):
 
     def addresses(self) -> tuple[str, ...]:
         """See `Network.addresses`: announced ones first, then global, private and loopback ones."""
+        own, circuits = self.own_addresses(), self.relaying.circuits()
+        return tuple(dict.fromkeys((*self._config.announce, *self.reach.addresses(), *own, *circuits)))
+
+    def own_addresses(self) -> tuple[str, ...]:
+        """Those of our interfaces: global, private and loopback ones."""
         interfaces = self._interface_hosts()
         hosts: list[str] = []
         for host in self._config.hosts:
@@ -147,8 +164,7 @@ class Libp2pNetwork(Network):
                 hosts.append(host)
         order = {host: rank for rank, host in enumerate(interfaces)}
         hosts.sort(key=lambda host: order.get(host, -1))
-        own = [tcp.multiaddr_of(host, self._port) for host in hosts]
-        return tuple(dict.fromkeys((*self._config.announce, *own, *self.relaying.circuits())))
+        return tuple(tcp.multiaddr_of(host, self._port) for host in hosts)
 
     def _interface_hosts(self) -> list[str]:
         """Asking the system takes milliseconds, and this is asked often. If it cannot tell now, what it told last."""
@@ -168,6 +184,7 @@ class Libp2pNetwork(Network):
     def _emit(self, event: NetworkEvent) -> None:
         if isinstance(event, PeerDisconnected):
             self.relaying.disconnected(event.peer)
+        self.reach.heard(event)
         full = self._events.statistics().current_buffer_used >= self._config.max_events
         if full and isinstance(event, Message):
             return
@@ -250,6 +267,24 @@ class Libp2pNetwork(Network):
             (0, 0, 0) if server is None else (server.reservations, len(server.circuits), server.carried_bytes)
         )
 
+    def reaching(self) -> Reaching:
+        """See `Network.reaching`."""
+        return self.reach.picture()
+
+    def local_port(self, peer: PeerId) -> int | None:
+        """See `Ground.local_port`."""
+        return self._connections.local_port(peer)
+
+    def _is_relay(self, peer: PeerId) -> bool:
+        relays = (relay_of(circuit) for circuit in self.relaying.circuits())
+        return any(relay is not None and relay[0] == peer for relay in relays)
+
+    def _moved(self) -> None:
+        """The network of this machine is another one, or may be."""
+        self._interfaces_stale = float("-inf")
+        self.reach.moved()
+        self.addresses_changed()
+
     def addresses_changed(self) -> None:
         """Whoever adds to `addresses` says so."""
         self._emit(AddressesChanged())
@@ -318,6 +353,8 @@ class Libp2pNetwork(Network):
             async with self._host.run([]), self._gossip.running(), trio.open_nursery() as nursery:
                 self._tasks = self._connections.tasks = self._server.tasks = nursery
                 nursery.start_soon(self.relaying.run)
+                nursery.start_soon(self.reach.run)
+                nursery.start_soon(watch_network, self._moved)
                 for listener in listeners:
                     nursery.start_soon(tcp.accept_all, listener, self._take)
                 try:
