@@ -79,6 +79,28 @@ class Path:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reaching:
+    """What a node knows of how others reach it, at one instant.
+
+    Attributes:
+        standing: whether others reach it from afar without help: `public`, `private` or `unknown`.
+        nat: what its router does with ports: `none`, `keeps ports`, `changes ports` or `unknown`.
+        observed: IPs that others saw it come from, the most often named first.
+        addresses: multiaddr, where it comes from (`announced`, `own`, `mapped` or `seen`) and whether it can be reached
+            (`None`: not known).
+        mapping: the protocol that a router forwards our port by; empty if none does.
+        mapping_failure: why none does, in words.
+    """
+
+    standing: str = "unknown"
+    nat: str = "unknown"
+    observed: tuple[str, ...] = ()
+    addresses: tuple[tuple[str, str, bool | None], ...] = ()
+    mapping: str = ""
+    mapping_failure: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Service:
     """A name that a peer offers streams to, and the scope a member needs to open one.
 

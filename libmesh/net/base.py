@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import trio
 
 from libmesh.errors import NetworkError
-from libmesh.peers import Path, PeerId
+from libmesh.peers import Path, PeerId, Reaching
 
 
 class StreamReset(NetworkError, trio.BrokenResourceError):
@@ -153,6 +153,10 @@ class Network(ABC):
     async def disconnect(self, peer: PeerId) -> None:
         """Close all connections to `peer`; its streams see `StreamReset`. No error if there are none."""
 
+    def idle(self, peer: PeerId) -> bool:
+        """Whether no stream is open to or from `peer`, other than the transport's own. `False` if that cannot be told."""
+        return False
+
     @abstractmethod
     def path(self, peer: PeerId) -> Path | None:
         """The path in use, with the current round-trip estimate; `None` if not connected.
@@ -190,6 +194,10 @@ class Network(ABC):
         held at a time is in `addresses()`, as circuits. Does nothing on a transport without relays.
         """
         return
+
+    def reaching(self) -> Reaching:
+        """What is known of how others reach this node."""
+        return Reaching()
 
     @abstractmethod
     def admit(self, peer: PeerId) -> None:

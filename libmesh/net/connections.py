@@ -103,6 +103,14 @@ class Connections:
         connections = self.of(peer)
         return path_of(connections[0]) if connections else None
 
+    def idle(self, peer: PeerId) -> bool:
+        """See `Network.idle`. A muxer that is not ours does not tell."""
+        muxers = [connection.muxed_conn for connection in self.of(peer)]
+        return all(
+            isinstance(muxer, YamuxConnection) and all(map(self._gossip.carries, muxer.streams))
+            for muxer in muxers
+        )
+
     def local_port(self, peer: PeerId) -> int | None:
         """Where the best connection to `peer` leaves this node; `None` if the peer made it, or a relay carries it."""
         connections = self.of(peer)

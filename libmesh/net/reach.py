@@ -15,7 +15,7 @@ from typing import Protocol
 import trio
 
 from libmesh.core import reachability as core
-from libmesh.core.reachability import Nat, Reachability, ReachConfig, Standing
+from libmesh.core.reachability import Reachability, ReachConfig, Standing
 from libmesh.core.ways import ip_of
 from libmesh.errors import MeshError
 from libmesh.framing import receive_frame
@@ -26,7 +26,7 @@ from libmesh.net.dial_back import DialBack
 from libmesh.net.nat import PortMapper
 from libmesh.net.reach_wire import Verdict
 from libmesh.net.underlay import Underlay
-from libmesh.peers import Path, PathKind, PeerId
+from libmesh.peers import Path, PathKind, PeerId, Reaching
 from libmesh.wire_pieces import WireError
 
 log = logging.getLogger(__name__)
@@ -55,28 +55,6 @@ class Ground(Underlay, Protocol):
 
     def addresses_changed(self) -> None:
         """Told when `Reach.addresses` are others."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Reaching:
-    """What a node knows of how others reach it, at one instant.
-
-    Attributes:
-        standing: whether others reach it without help: `public`, `private` or `unknown`.
-        nat: what its router does with ports: `none`, `keeps ports`, `changes ports` or `unknown`.
-        observed: IPs that others saw it come from, the most often named first.
-        addresses: multiaddr, where it comes from (`announced`, `own`, `mapped` or `seen`) and whether it can be reached
-            (`None`: not known).
-        mapping: the protocol that a router forwards a port by; empty if none does.
-        mapping_failure: why none does, in words.
-    """
-
-    standing: str = Standing.UNKNOWN.value
-    nat: str = Nat.UNKNOWN.value
-    observed: tuple[str, ...] = ()
-    addresses: tuple[tuple[str, str, bool | None], ...] = ()
-    mapping: str = ""
-    mapping_failure: str = ""
 
 
 @dataclass(slots=True)
