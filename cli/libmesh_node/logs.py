@@ -3,8 +3,8 @@
 Three renderings of the same records:
 
 - stderr, for people: `21:04:07  message`; a warning says so. Tracebacks only with `--verbose`.
-- stderr, with `--json-logs`: one JSON object a line, `{"time", "level", "logger", "message"}` and, where there was one,
-  `"exception"`. `time` is in seconds since the epoch.
+- stderr, with `--json-logs`: one JSON object a line, `{"time", "level", "logger", "message"}`, for a request
+  its facts one by one (`http/api.py`), and, where there was one, `"exception"`. `time` is in seconds since the epoch.
 - the file, if there is one: date, level, logger, message, traceback.
 
 In the first and the last, control characters in the arguments of a message become U+FFFD: much of what is logged was
@@ -160,13 +160,14 @@ class JsonFormatter(logging.Formatter):
     """One JSON object, ASCII only, without a line break."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The record's time, level, logger, message and, if any, exception."""
+        """The record's time, level, logger and message, what else its `fields` name and, if any, its exception."""
         fields: dict[str, Any] = {
             "time": round(record.created, 3),
             "level": record.levelname.lower(),
             "logger": record.name,
             "message": record.getMessage(),
         }
+        fields |= getattr(record, "fields", {})
         if record.exc_info:
             fields["exception"] = self.formatException(record.exc_info)
         return json.dumps(fields)

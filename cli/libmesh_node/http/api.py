@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
+import secrets
 import time
 from collections.abc import Collection
 from typing import Protocol
@@ -17,18 +19,25 @@ from urllib.parse import parse_qs
 from aiohttp import web
 
 from libmesh_node.http.access import is_allowed_origin, is_private_host
+from libmesh_node.http.answers import Told, told
 from libmesh_node.http.body import NotText, TooComplex, form_model, scan_model
-from libmesh_node.http.errors import ApiError, encode_error
+from libmesh_node.http.errors import ApiError, encode_error, speaks_anthropic
 from libmesh_node.http.exposure import METHODS, check_endpoint
 from libmesh_node.http.intake import Intake
+from libmesh_node.http.metrics import Metrics
 from libmesh_node.http.proxy import Exchange, Proxy
 from libmesh_node.http.routing import IDLE, RETRY_AFTER, find_model
-from libmesh_node.snapshot import Model, NodeSnapshot
+from libmesh_node.snapshot import Model, NodeSnapshot, Server
 
 access_log = logging.getLogger("libmesh_node.http.access")
 """One line per request, at INFO. A logger of its own, so that a terminal can stay calm while the file has them."""
 
 PREFLIGHT_SECONDS = 600
+
+EXPOSED = "X-Request-Id, Request-Id, X-Libmesh-Node, X-Libmesh-Attempts, Retry-After"
+"""Headers of an answer that a page's script may read."""
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 
 class Snapshots(Protocol):
@@ -55,11 +64,13 @@ class Api:
         self._any_host = any_host
         self._origins = frozenset(origins)
         self._started_unix = int(time.time())
+        self.metrics = Metrics()
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request. Never raises except when cancelled, which is how a client's departure shows."""
-        started = time.perf_counter()
-        exchange = Exchange(request=request, body=b"", headers={})
+        name = request_id(request.headers.get("X-Request-Id", ""))
+        ids = {"X-Request-Id": name} | ({"Request-Id": name} if speaks_anthropic(request.path) else {})
+        exchange = Exchange(request=request, id=name, body=b"", headers=ids, began=time.perf_counter())
         status = 499  # as nginx logs it: the client left
         try:
             response = await self._answer(exchange)
@@ -69,22 +80,60 @@ class Api:
             status = error.status
             return refuse(error, request.path, exchange.headers)
         finally:
-            if access_log.isEnabledFor(logging.INFO):
-                peer = exchange.server.peer if exchange.server else "-"
-                spent_ms = (time.perf_counter() - started) * 1000
-                access_log.info(
-                    "%s %s %d %.1f ms node=%s attempts=%d",
-                    request.method,
-                    request.path,
-                    status,
-                    spent_ms,
-                    peer,
-                    exchange.attempts,
-                )
+            self._note(exchange, status)
+
+    def _note(self, exchange: Exchange, status: int) -> None:
+        """Count a request at its end, and log it."""
+        spent = time.perf_counter() - exchange.began
+        path, server, metrics = exchange.request.path.rstrip("/"), exchange.server, self.metrics
+        metrics.answered(path, status, spent, model=exchange.model, attempts=exchange.attempts)
+        said = Told()
+        if server is not None:
+            metrics.carried(self._way(server), sent=len(exchange.body), received=exchange.received)
+            said = told(exchange.tail)
+            metrics.generated(exchange.model, said)
+        first = None if exchange.first is None else exchange.first - exchange.began
+        if first is not None:
+            metrics.started(exchange.model, first)
+        if not access_log.isEnabledFor(logging.INFO):
+            return
+        fields = {
+            "id": exchange.id,
+            "method": exchange.request.method,
+            "path": exchange.request.path,
+            "status": status,
+            "seconds": round(spent, 4),
+            "first_byte_seconds": None if first is None else round(first, 4),
+            "model": exchange.model,
+            "node": server.peer if server else "",
+            "attempts": exchange.attempts,
+            "sent": len(exchange.body),
+            "received": exchange.received,
+            "tokens": said.completion,
+        }
+        access_log.info(
+            "%s %s %d %.1f ms model=%s node=%s attempts=%d id=%s",
+            exchange.request.method,
+            exchange.request.path,
+            status,
+            spent * 1000,
+            exchange.model or "-",
+            server.peer if server else "-",
+            exchange.attempts,
+            exchange.id,
+            extra={"fields": fields},
+        )
+
+    def _way(self, server: Server) -> str:
+        if server.local:
+            return "local"
+        return next(
+            (peer.path or "none" for peer in self._source.snapshot.peers if peer.id == server.peer), "none"
+        )
 
     async def _answer(self, exchange: Exchange) -> web.StreamResponse:
         request = exchange.request
-        exchange.headers = self._check_page(request)
+        exchange.headers |= self._check_page(request)
         method, path = request.method, request.path.rstrip("/")
         if method == "OPTIONS":
             return _preflight(request, exchange.headers)
@@ -111,7 +160,7 @@ class Api:
             raise ApiError(403, "origin_refused", message)
         return {
             "Access-Control-Allow-Origin": origin,
-            "Access-Control-Expose-Headers": "X-Libmesh-Node, X-Libmesh-Attempts, Retry-After",
+            "Access-Control-Expose-Headers": EXPOSED,
             "Vary": "Origin",
         }
 
@@ -153,6 +202,11 @@ class Api:
             "status": {"value": "loaded" if model.servers else "unloaded"},
             "meta": {"n_ctx": model.context_length, "size": model.size_bytes},
         }
+
+
+def request_id(asked: str) -> str:
+    """The client's own name for its request, if it can be one, or a new one."""
+    return asked if _REQUEST_ID.fullmatch(asked) else f"req-{secrets.token_hex(12)}"
 
 
 def refuse(error: ApiError, path: str, headers: dict[str, str]) -> web.Response:

@@ -1,4 +1,4 @@
-"""The console's port: the page, `/api/…` for people and for the command line, and the API under `/v1/`.
+"""The console's port: the page, `/api/…` for people and for the command line, `/metrics`, and the API under `/v1/`.
 
 Reading is open to whoever reaches the port. Changing anything is for programs and pages of this machine: the caller
 must come from a loopback address, name this machine as `Host`, send `application/json` (which no page of a stranger
@@ -22,6 +22,7 @@ from libmesh_node.http.access import is_loopback, is_private_host
 from libmesh_node.http.api import Api, refuse
 from libmesh_node.http.commands import COMMANDS, Refusal
 from libmesh_node.http.errors import ApiError
+from libmesh_node.http.metrics import CONTENT_TYPE
 from libmesh_node.http.proxy import Proxy
 from libmesh_node.http.status import status_json, tunnels_json
 
@@ -80,6 +81,7 @@ class Console:
             "/api/status": self._status,
             "/api/events": self._events,
             "/api/tunnels": self._tunnels,
+            "/metrics": self._metrics,
         }
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
@@ -115,6 +117,11 @@ class Console:
 
     async def _tunnels(self, request: web.BaseRequest) -> web.StreamResponse:
         return _reply(200, {"tunnels": tunnels_json(self._bridge.snapshot.tunnels)})
+
+    async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
+        proxy = self._proxy
+        text = self._api.metrics.text(self._bridge.snapshot, proxy.in_flight, proxy.waiting)
+        return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _events(self, request: web.BaseRequest) -> web.StreamResponse:
         if self._watchers >= MAX_WATCHERS:

@@ -14,6 +14,7 @@ import logging
 import random
 import socket
 import struct
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import closing, contextmanager
@@ -23,6 +24,7 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
+from libmesh_node.http.answers import TAIL, refined_error
 from libmesh_node.http.errors import ApiError, encode_stream_error
 from libmesh_node.http.exposure import forwarded_headers, returned_headers
 from libmesh_node.http.routing import RETRY_AFTER, choose_server, no_server
@@ -56,13 +58,32 @@ _UPSTREAM_FAILURES = (aiohttp.ClientError, OSError, TimeoutError)
 
 @dataclass(slots=True, kw_only=True)
 class Exchange:
-    """One request on its way. `attempts` and `server` are filled in as it goes, for the log and the headers."""
+    """One request on its way. What has a default is filled in as it goes, for the log, the headers and the metrics.
+
+    Attributes:
+        id: names the request in the log, at the server and to the client.
+        headers: for the answer: the id, and CORS.
+        began: when its head had been read, by `time.perf_counter`.
+        first: when the first bytes of a streamed answer came, by the same clock.
+        received: bytes of the answer so far, and `tail` the last of them.
+    """
 
     request: web.BaseRequest
+    id: str
     body: bytes
-    headers: dict[str, str]  # for the answer: CORS
+    headers: dict[str, str]
+    began: float
     attempts: int = 0
+    model: str = ""
     server: Server | None = None
+    first: float | None = None
+    received: int = 0
+    tail: bytes = b""
+
+    def saw(self, data: bytes) -> None:
+        """More of the answer came."""
+        self.received += len(data)
+        self.tail = (self.tail + data[-TAIL:])[-TAIL:]
 
 
 class Proxy:
@@ -73,6 +94,7 @@ class Proxy:
         self._fresh = _new_session(aiohttp.TCPConnector(limit=0, force_close=True))
         self._rng = rng or random.Random()
         self.in_flight: Counter[str] = Counter()
+        self.waiting = 0
 
     async def aclose(self) -> None:
         """Close the connections to all servers."""
@@ -94,7 +116,7 @@ class Proxy:
             if server is None:
                 break
             exchange.attempts += 1
-            exchange.server = server
+            exchange.server, exchange.model = server, model.name
             with self._occupied(server):
                 try:
                     upstream, start = await self._open(exchange, server, fresh=server.base_url in hung_up)
@@ -128,25 +150,30 @@ class Proxy:
         """
         request = exchange.request
         headers = forwarded_headers(request.headers)
+        headers["X-Request-Id"] = exchange.id
         data: bytes | AsyncIterator[bytes] | None = exchange.body or None
         if len(exchange.body) > _SLICE:
             headers["Content-Length"] = str(len(exchange.body))
             data = _slices(exchange.body)
         session = self._fresh if fresh or _STREAM in exchange.body else self._kept
-        upstream = await session.request(
-            request.method,
-            URL(server.base_url + request.rel_url.raw_path_qs, encoded=True),
-            data=data,
-            headers=headers,
-            allow_redirects=False,
-        )
+        self.waiting += 1
         try:
-            if upstream.content_length is not None and upstream.content_length <= WHOLE_ANSWER:
-                return upstream, await upstream.read()
-            return upstream, await upstream.content.readany()
-        except BaseException:
-            upstream.close()
-            raise
+            upstream = await session.request(
+                request.method,
+                URL(server.base_url + request.rel_url.raw_path_qs, encoded=True),
+                data=data,
+                headers=headers,
+                allow_redirects=False,
+            )
+            try:
+                if upstream.content_length is not None and upstream.content_length <= WHOLE_ANSWER:
+                    return upstream, await upstream.read()
+                return upstream, await upstream.content.readany()
+            except BaseException:
+                upstream.close()
+                raise
+        finally:
+            self.waiting -= 1
 
     async def _relay(
         self, exchange: Exchange, upstream: aiohttp.ClientResponse, start: bytes
@@ -158,12 +185,18 @@ class Proxy:
         headers["X-Libmesh-Attempts"] = str(exchange.attempts)
         if upstream.content.at_eof() and request.method != "HEAD":
             headers.popall("Content-Length", None)
+            exchange.saw(start)
+            if upstream.status >= 400:
+                status, body = refined_error(upstream.status, start, request.path)
+                return web.Response(status=status, headers=headers, body=body)
             return web.Response(status=upstream.status, reason=upstream.reason, headers=headers, body=start)
+        exchange.first = time.perf_counter()
         response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
         await response.prepare(request)
         try:
             chunk = start
             while chunk:
+                exchange.saw(chunk)
                 await response.write(chunk)
                 chunk = await _next(upstream)
         except _Broken as broken:

@@ -1,0 +1,64 @@
+"""The real `anthropic` client, which is what Claude Code speaks, against real llama-servers through the API."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import anthropic
+import pytest
+
+from tests.http.conftest import Node
+
+pytestmark = pytest.mark.llama
+
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+GREEDY = {"temperature": 0}
+
+
+@pytest.fixture
+def client(two_models: Node) -> Iterator[anthropic.Anthropic]:
+    url = f"http://127.0.0.1:{two_models.api_port}"
+    with anthropic.Anthropic(base_url=url, api_key="secret", max_retries=0) as made:
+        yield made
+
+
+def test_message_has_text_and_usage(client: anthropic.Anthropic) -> None:
+    answer = client.messages.create(model="tiny", max_tokens=8, messages=HELLO, system="Be brief.")
+    assert answer.content[0].type == "text"
+    assert answer.content[0].text
+    assert answer.stop_reason == "max_tokens"
+    assert answer.usage.output_tokens == 8
+    assert answer._request_id
+
+
+def test_stream_gives_the_same_text_in_pieces(client: anthropic.Anthropic) -> None:
+    whole = client.messages.create(model="tiny", max_tokens=8, messages=HELLO, extra_body=GREEDY).content[0]
+    assert whole.type == "text"
+    with client.messages.stream(model="tiny", max_tokens=8, messages=HELLO, extra_body=GREEDY) as stream:
+        pieces = list(stream.text_stream)
+        final = stream.get_final_message()
+    assert "".join(pieces) == whole.text
+    assert len(pieces) > 1
+    assert final.usage.output_tokens == 8
+
+
+def test_tokens_are_counted_without_an_answer(client: anthropic.Anthropic) -> None:
+    assert client.messages.count_tokens(model="other", messages=HELLO).input_tokens > 0
+
+
+def test_errors_raise_the_clients_own_classes(client: anthropic.Anthropic) -> None:
+    with pytest.raises(anthropic.NotFoundError, match="Did you mean `tiny`") as missing:
+        client.messages.create(model="tinny", max_tokens=8, messages=HELLO)
+    assert missing.value.request_id
+    with pytest.raises(anthropic.BadRequestError, match="context size"):
+        client.messages.create(
+            model="tiny", max_tokens=8, messages=[{"role": "user", "content": "word " * 20_000}]
+        )
+
+
+def test_same_key_or_none_makes_no_difference(two_models: Node) -> None:
+    """There are no keys here; `auth_token` is what Claude Code sends behind a gateway."""
+    url = f"http://127.0.0.1:{two_models.api_port}"
+    with anthropic.Anthropic(base_url=url, auth_token="anything", max_retries=0) as client:
+        assert client.messages.create(model="other", max_tokens=2, messages=HELLO).content
