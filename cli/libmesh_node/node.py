@@ -18,7 +18,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 
@@ -37,15 +37,17 @@ from libmesh import (
     read_invite,
 )
 from libmesh_node import picture
-from libmesh_node.announced import AnnouncedModel, NodeStatus
+from libmesh_node.announced import AnnouncedModel, Distance, NodeStatus
 from libmesh_node.bridge import Bridge, CommandFailed
 from libmesh_node.datadir import DataDir, NodeInfo, ephemeral_data_dir, held_data_dir
+from libmesh_node.ending import end_for_sure, end_on_signal
 from libmesh_node.errors import NodeError
 from libmesh_node.http.server import Listening, serve_http
 from libmesh_node.inviting import Inviting
 from libmesh_node.logs import logging_to
 from libmesh_node.membership import Membership, secret_key
 from libmesh_node.options import NodeOptions
+from libmesh_node.placement.seen import distances
 from libmesh_node.serving import LocalModels
 from libmesh_node.session import Session
 from libmesh_node.snapshot import NodeSnapshot, Server
@@ -55,10 +57,6 @@ log = logging.getLogger(__name__)
 
 TICK = 2.0
 """Seconds between looks at what changes without an event. The console and `status --watch` are no faster."""
-
-PATIENCE = 2.8
-"""Seconds after the first signal, or `stop`, after which the process ends come what may. llama.cpp's processes cannot
-outlive it: their guards see to that."""
 
 _REPLY_TIME = 0.1  # seconds for the answer to `stop` to get out
 
@@ -75,9 +73,9 @@ async def run_node(options: NodeOptions) -> int:
         async with trio.open_nursery() as nursery:
             outcome: list[NodeError] = []
             ending = trio.CancelScope(shield=True)
-            nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope, ending)
+            nursery.start_soon(end_on_signal, signals, nursery.cancel_scope, ending)
             nursery.start_soon(_run_and_end, Node(options, folder, nursery.cancel_scope), ending, outcome)
-        signal.setitimer(signal.ITIMER_REAL, 0)  # `_end_for_sure` has done its duty
+        signal.setitimer(signal.ITIMER_REAL, 0)  # `end_for_sure` has done its duty
         if outcome:
             raise outcome[0]
     return 0
@@ -104,27 +102,6 @@ def _first(group: BaseExceptionGroup[BaseException]) -> Exception:
 
 def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
-
-
-async def _end_on_signal(
-    signals: AsyncIterator[int], scope: trio.CancelScope, ending: trio.CancelScope
-) -> None:
-    """Cancel `scope` at the first signal; end the process at the second, listened for until `ending` is cancelled."""
-    async for _ in signals:
-        if scope.cancel_called:
-            os._exit(130)
-        log.info("ending; once more to end at once")
-        scope.cancel()
-        _end_for_sure()
-        with ending:
-            async for _ in signals:
-                os._exit(130)
-
-
-def _end_for_sure() -> None:
-    """Let the kernel end the process if it is still there after `PATIENCE`: whatever hangs, the promise holds."""
-    signal.signal(signal.SIGALRM, lambda *_: os._exit(1))
-    signal.setitimer(signal.ITIMER_REAL, PATIENCE)
 
 
 @contextmanager
@@ -159,6 +136,8 @@ class Node:
         self._invited = False
         self._unwritten = ""
         self._introduced: set[MeshId] = set()
+        self._distances: tuple[Distance, ...] = ()
+        self._announced: NodeStatus | None = None
         self._stays = Stays(
             options, folder, self._key, opened=self._opened, entered=self._entered, closed=self._closed
         )
@@ -199,14 +178,14 @@ class Node:
     # ── stays ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _opened(self, mesh: Mesh, membership: Membership, nursery: trio.Nursery) -> None:
-        self._session = Session(mesh, self._models, self._refresh)
+        self._session = Session(mesh, self._models, self._options, self._view_changed, self._status)
         self._inviting = Inviting(mesh, self._folder, self._options)
         self._invited = membership.token is not None
         nursery.start_soon(self._session.run)
         self._models_changed()
 
     def _closed(self) -> None:
-        self._session, self._inviting = None, None
+        self._session, self._inviting, self._announced = None, None, None
 
     def _entered(self, mesh: Mesh, membership: Membership) -> None:
         """Say in a few lines what a person needs to know now."""
@@ -238,7 +217,17 @@ class Node:
         """A server of ours came or went: offer, announce and show it."""
         if self._session is not None:
             self._session.sync_offers()
-            self._session.announce(self._status())
+            self._session.splits.look()
+        self._view_changed()
+
+    def _view_changed(self) -> None:
+        """Tell the others what is new of this node, if anything is, and show what there is now."""
+        if self._session is not None:
+            digests = [entry.digest for entry in self._models.entries.values() if entry.digest]
+            self._distances = distances(self._session.mesh.view, digests, self._distances)
+            if (status := self._status()) != self._announced:
+                self._session.announce(status)
+                self._announced = status
         self._refresh()
 
     def _refresh(self) -> None:
@@ -249,7 +238,7 @@ class Node:
             await trio.sleep(TICK)
             if self._inviting is not None:
                 self._keep(self._inviting)
-            self._refresh()
+            self._view_changed()
 
     def _keep(self, inviting: Inviting) -> None:
         """Write down what changed. A full disk is told once and does not end a node that serves."""
@@ -272,11 +261,18 @@ class Node:
             memory_bytes=self._models.memory_bytes,
             models=self._models.announced,
             node_status=self._word(),
+            spare_bytes=self._models.spare_bytes,
+            bandwidth=self._models.bandwidth,
+            accelerated=bool(self._models.own_devices),
+            rpc_protocol=self._models.rpc_protocol,
+            distances=self._distances,
         )
 
     def _word(self) -> str:
         alone = self._session is None or not self._session.mesh.view.peers
-        return picture.node_status(client=self._options.client, own=self._models.announced, alone=alone)
+        lends = self._session is not None and bool(self._session.splits.processes)
+        own = self._models.announced
+        return picture.node_status(client=self._options.client, own=own, alone=alone, lends=lends)
 
     def _picture(self) -> NodeSnapshot:
         session = self._session
@@ -300,7 +296,7 @@ class Node:
             peers=picture.peers(view, session.mesh.admission_of)
             if session is not None and view is not None
             else (),
-            processes=self._models.processes,
+            processes=self._models.processes + (session.splits.processes if session is not None else ()),
             tunnels=session.forwards if session is not None else (),
             notices=self._notices(view),
         )
@@ -372,7 +368,7 @@ class Node:
     async def stop(self) -> None:
         """See `NodeCommands.stop`."""
         log.info("ending, as asked")
-        _end_for_sure()
+        end_for_sure()
         trio.lowlevel.spawn_system_task(self._stop_soon)
 
     async def _stop_soon(self) -> None:

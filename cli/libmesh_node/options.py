@@ -33,6 +33,12 @@ class NodeOptions:
         bin_dir: where to look first for the llama.cpp programs.
         max_vram_gb: cap, in units of 1e9 bytes, on the memory that models may take; `None` for no cap.
         device: passed on to llama.cpp as it is.
+        split: serve models together with other nodes even if they fit here.
+        min_peers: wait for as many other nodes with a model before it is split.
+        tensor_split: shares of the workers, nearest first, then of the host; empty follows memory.
+        max_rtt_ms: workers farther away are not taken.
+        draft: a small model that guesses ahead for the models served here; `None` for none.
+        draft_max: guesses at once.
         data_dir: ignored with `ephemeral`.
         announce_addresses: multiaddrs that peers are told to reach this node at, besides those found.
         relays: multiaddrs of the relays to be reached through, instead of those that members are.
@@ -49,6 +55,12 @@ class NodeOptions:
     bin_dir: Path | None = None
     max_vram_gb: float | None = None
     device: str | None = None
+    split: bool = False
+    min_peers: int = 0
+    tensor_split: tuple[float, ...] = ()
+    max_rtt_ms: float = 80.0
+    draft: Path | None = None
+    draft_max: int = 8
     data_dir: Path
     ephemeral: bool = False
     announce_addresses: tuple[str, ...] = ()
@@ -82,6 +94,12 @@ def node_options(args: argparse.Namespace) -> NodeOptions:
         bin_dir=args.bin_dir,
         max_vram_gb=args.max_vram,
         device=args.device,
+        split=args.split,
+        min_peers=args.min_peers,
+        tensor_split=args.tensor_split,
+        max_rtt_ms=args.max_rtt,
+        draft=None if args.no_draft else args.draft,
+        draft_max=args.draft_max,
         data_dir=data_dir(args),
         ephemeral=args.ephemeral,
         announce_addresses=tuple(dict.fromkeys(args.announce_addr)),
@@ -153,6 +171,35 @@ def gigabytes(text: str) -> float:
     if not (0 < value < math.inf):
         raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; give gigabytes, such as 8 or 0.5")
     return value
+
+
+def count(text: str) -> int:
+    """A whole number from 0 to 4096."""
+    if not (text.isascii() and text.isdigit()) or int(text) > 4096:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count; give a whole number from 0 to 4096")
+    return int(text)
+
+
+def milliseconds(text: str) -> float:
+    """A positive number of milliseconds, with or without `ms` behind it."""
+    try:
+        value = float(text.strip().removesuffix("ms"))
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; give milliseconds, such as 80")
+    return value
+
+
+def ratios(text: str) -> tuple[float, ...]:
+    """Two to 17 shares that are not negative, separated by commas, with at least one above zero."""
+    try:
+        values = tuple(float(part) for part in text.split(","))
+    except ValueError:
+        values = ()
+    if not 2 <= len(values) <= 17 or not all(0 <= value < math.inf for value in values) or not sum(values):
+        raise argparse.ArgumentTypeError(f"{text!r} are no shares; write them like 3,1")
+    return values
 
 
 def path(text: str) -> Path:

@@ -11,12 +11,14 @@ from libmesh_node.snapshot import Model, Peer, Server
 ModelsByName = Mapping[str, Sequence[tuple[AnnouncedModel, Server | None]]]
 
 
-def node_status(*, client: bool, own: Sequence[AnnouncedModel], alone: bool) -> str:
+def node_status(*, client: bool, own: Sequence[AnnouncedModel], alone: bool, lends: bool = False) -> str:
     """The first mesh's word for what this node is doing."""
     if client:
         return "Client"
     if any(model.ready for model in own):
-        return "Serving"
+        return "Serving (split)" if all(model.workers for model in own if model.ready) else "Serving"
+    if lends:
+        return "Worker (split)"
     return "Idle" if alone or own else "Standby"
 
 

@@ -4,32 +4,81 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import trio
 
 from libmesh_node.announced import AnnouncedModel
 from libmesh_node.datadir import DataDir
 from libmesh_node.errors import NodeError
-from libmesh_node.hardware import detect
-from libmesh_node.llama.engine import Binary, find_engine
+from libmesh_node.hardware import Hardware, detect, memory_bandwidth
+from libmesh_node.llama.engine import Binary, Engine, cache_root, find_engine
+from libmesh_node.llama.gguf import GgufHeader, read_header
 from libmesh_node.llama.probe import list_devices
-from libmesh_node.llama.server import ServerPlan, plan_server
+from libmesh_node.llama.server import MIN_CONTEXT, ServerPlan, plan_server
 from libmesh_node.llama.supervisor import LlamaServer
 from libmesh_node.models.digest import model_digest
 from libmesh_node.models.reference import ModelFile, model_folders, resolve
 from libmesh_node.options import NodeOptions
+from libmesh_node.placement.shape import ModelShape, shape_of
+from libmesh_node.placement.splitting import needed
 from libmesh_node.snapshot import Process
 
 log = logging.getLogger(__name__)
 
 
-class LocalModels:
-    """The models that `--model` named. `prepare` finds them, `run` keeps them served.
+@dataclass
+class Entry:
+    """One of this node's models.
 
     Attributes:
+        headers: of all its parts.
+        plan: how to serve it on this machine alone.
+        alone: it is served so. If not, it takes other nodes with the same file.
+        digest: empty until the file has been read; `identified` is set then, or when it could not be read.
+        servers: the processes that serve it, the one that answers requests first. Two during a change of placement.
+        workers: peers that the first one is split over, and `split_bytes` the memory of this machine that it takes.
+    """
+
+    model: ModelFile
+    headers: tuple[GgufHeader, ...]
+    plan: ServerPlan
+    alone: bool
+    digest: str = ""
+    identified: trio.Event = field(default_factory=trio.Event)
+    servers: list[LlamaServer] = field(default_factory=list)
+    workers: tuple[str, ...] = ()
+    split_bytes: int = 0
+
+    @property
+    def base_url(self) -> str | None:
+        """Where it answers now; `None` if it does not."""
+        return self.servers[0].base_url if self.servers else None
+
+    @property
+    def home_bytes(self) -> int:
+        """Memory that it takes here if it is served alone."""
+        return needed(self.shape) if self.alone else 0
+
+    @property
+    def shape(self) -> ModelShape:
+        """What placement needs to know of it."""
+        least = min(MIN_CONTEXT, self.model.header.context_length or MIN_CONTEXT)
+        return shape_of(self.headers, self.digest, least)
+
+
+class LocalModels:
+    """The models that `--model` named. `prepare` finds them, `run` keeps those served that fit this machine.
+
+    Attributes:
+        entries: by name, in the order of the command line.
         memory_bytes: memory for models on this machine; 0 on a client, and before `prepare`.
+        bandwidth: of that memory, in bytes per second.
+        engine: llama.cpp's programs; `None` on a client.
+        own_devices: the GPUs that llama-server can use here, by its names for them.
 
     Args:
         options: the command line.
@@ -39,25 +88,38 @@ class LocalModels:
 
     def __init__(self, options: NodeOptions, folder: DataDir, on_change: Callable[[], None]) -> None:
         self._options, self._folder = options, folder
+        self.entries: dict[str, Entry] = {}
         self.memory_bytes = 0
-        self._on_change = on_change
-        self._servers: dict[str, LlamaServer] = {}
-        self._digests: dict[str, str] = {}
+        self.bandwidth = 0
+        self.engine: Engine | None = None
+        self.own_devices: tuple[str, ...] = ()
+        self.on_change = on_change
 
     @property
     def processes(self) -> tuple[Process, ...]:
         """The state of each server, in the order of the command line."""
-        return tuple(server.process for server in self._servers.values())
+        return tuple(server.process for entry in self.entries.values() for server in entry.servers)
 
     @property
     def announced(self) -> tuple[AnnouncedModel, ...]:
         """The models as other nodes are told of them, in the order of the command line."""
-        return tuple(self._announced(server) for server in self._servers.values())
+        return tuple(map(_announced, self.entries.values()))
+
+    @property
+    def spare_bytes(self) -> int:
+        """Memory that no model takes which is served on this machine alone."""
+        return max(0, self.memory_bytes - sum(entry.home_bytes for entry in self.entries.values()))
+
+    @property
+    def rpc_protocol(self) -> str:
+        """Of the rpc-server that can be lent; empty if there is none."""
+        binary = self.engine.rpc_server if self.engine is not None else None
+        return (binary.rpc_protocol or "") if binary is not None else ""
 
     def base_url(self, name: str) -> str | None:
         """Where a model's server answers; `None` unless it is ready."""
-        server = self._servers.get(name)
-        return server.base_url if server is not None else None
+        entry = self.entries.get(name)
+        return entry.base_url if entry is not None else None
 
     async def prepare(self) -> None:
         """Find the engine and all models, and plan their servers; nothing runs yet.
@@ -71,44 +133,71 @@ class LocalModels:
         self.memory_bytes = hardware.model_memory(max_vram_gb=cap)
         if not self._options.models:
             return
-        engine = await trio.to_thread.run_sync(find_engine, self._options.bin_dir)
-        for note in engine.notes:
+        self.engine = await trio.to_thread.run_sync(find_engine, self._options.bin_dir)
+        for note in self.engine.notes:
             log.warning("%s", note)
-        binary = engine.require_llama_server()
+        binary = self.engine.require_llama_server()
         devices = await trio.to_thread.run_sync(list_devices, binary.path)
         self.memory_bytes = hardware.model_memory(gpu_usable=bool(devices), max_vram_gb=cap)
+        self._choose_devices(devices)
+        self.bandwidth = await self._bandwidth(hardware)
         models = [await self._find(reference) for reference in self._options.models]
         budget = self.memory_bytes // max(1, len(models))
         for model in models:
-            if model.name in self._servers:
+            if model.name in self.entries:
                 raise NodeError(
                     f"Two models are named {model.name}. Requests could not tell them apart: rename one of the files."
                 )
             plan = plan_server(model, memory_bytes=budget, device=self._options.device)
-            self._servers[model.name] = self._server(binary, plan)
-            self._introduce(model, plan, binary)
+            headers = await trio.to_thread.run_sync(_headers, model)
+            entry = Entry(model, headers, plan, alone=False)
+            entry.alone = needed(entry.shape) <= self.spare_bytes and not self._options.split
+            self.entries[model.name] = entry
+            self._introduce(entry, binary)
+
+    def _choose_devices(self, devices: Sequence[str]) -> None:
+        names = [device.partition(":")[0] for device in devices]
+        chosen = self._options.device
+        if chosen is not None:
+            wanted = {name.lower() for name in chosen.split(",")}
+            names = [name for name in names if name.lower() in wanted]
+        self.own_devices = tuple(names)
+
+    async def _bandwidth(self, hardware: Hardware) -> int:
+        if self.own_devices:
+            return int(max((gpu.bandwidth for gpu in hardware.gpus), default=0.0))
+        return int(await trio.to_thread.run_sync(memory_bandwidth, cache_root() / "hardware.json"))
 
     async def run(self) -> None:
-        """Serve all models until cancelled; then end their servers, within 2.5 s."""
+        """Serve the models that fit until cancelled; then end their servers, within 2.5 s. Identify all."""
         async with trio.open_nursery() as nursery:
-            for server in self._servers.values():
-                nursery.start_soon(server.run)
-                nursery.start_soon(self._identify, server.plan.model)
+            for entry in self.entries.values():
+                if entry.alone:
+                    server = self._server(entry)
+                    entry.servers.append(server)
+                    nursery.start_soon(server.run)
+                nursery.start_soon(self._identify, entry)
 
     async def _find(self, reference: str) -> ModelFile:
         find = partial(resolve, reference, model_folders(self._folder.path))
         return await trio.to_thread.run_sync(find)
 
-    def _server(self, binary: Binary, plan: ServerPlan) -> LlamaServer:
+    def _server(self, entry: Entry) -> LlamaServer:
+        assert self.engine is not None
         return LlamaServer(
-            binary,
-            plan,
-            log=self._folder.llama_log(plan.model.name),
+            self.engine.require_llama_server(),
+            entry.plan,
+            log=self._folder.llama_log(entry.model.name),
             environment=os.environ,
             on_change=lambda process: self._changed(process),
         )
 
-    def _introduce(self, model: ModelFile, plan: ServerPlan, binary: Binary) -> None:
+    def log_of(self, name: str) -> Path:
+        """The file for the output of a model's llama-server."""
+        return self._folder.llama_log(name)
+
+    def _introduce(self, entry: Entry, binary: Binary) -> None:
+        model, plan = entry.model, entry.plan
         log.info(
             "model      %s (%s, context %d), by llama-server %s",
             model.name,
@@ -118,36 +207,43 @@ class LocalModels:
         )
         if model.is_demo:
             log.info("           it is a toy with random weights: what it says is nonsense, and meant to be")
-        if model.size_bytes * 1.1 > self.memory_bytes:
-            log.warning(
-                "%s needs about %.1f GB and this machine has %.1f GB for models; it may fail or be very slow",
+        if not entry.alone and not self._options.split:
+            log.info(
+                "%s needs %s and this machine has %s left for models; it is served together with other nodes that have it",
                 model.name,
-                model.size_bytes * 1.1 / 1e9,
-                self.memory_bytes / 1e9,
+                _size(needed(entry.shape)),
+                _size(self.spare_bytes),
             )
 
     def _changed(self, process: Process) -> None:
         if process.status == "ready":
             log.info("%s is ready", process.model)
-        self._on_change()
+        self.on_change()
 
-    async def _identify(self, model: ModelFile) -> None:
+    async def _identify(self, entry: Entry) -> None:
         try:
-            self._digests[model.name] = await model_digest(model.parts)
+            entry.digest = await model_digest(entry.model.parts)
         except OSError as exc:
-            log.warning("cannot read %s to identify it: %s", model.path, exc.strerror)
-        self._on_change()
+            log.warning("cannot read %s to identify it: %s", entry.model.path, exc.strerror)
+        entry.identified.set()
+        self.on_change()
 
-    def _announced(self, server: LlamaServer) -> AnnouncedModel:
-        plan = server.plan
-        return AnnouncedModel(
-            name=plan.model.name,
-            digest=self._digests.get(plan.model.name, ""),
-            size_bytes=plan.model.size_bytes,
-            context_length=_usable_context(plan),
-            slots=plan.slots,
-            ready=server.base_url is not None,
-        )
+
+def _announced(entry: Entry) -> AnnouncedModel:
+    plan = entry.servers[0].plan if entry.servers else entry.plan
+    return AnnouncedModel(
+        name=entry.model.name,
+        digest=entry.digest,
+        size_bytes=entry.model.size_bytes,
+        context_length=_usable_context(plan),
+        slots=plan.slots,
+        ready=entry.base_url is not None,
+        workers=entry.workers if entry.base_url is not None else (),
+    )
+
+
+def _headers(model: ModelFile) -> tuple[GgufHeader, ...]:
+    return (model.header, *(read_header(part) for part in model.parts[1:]))
 
 
 def _usable_context(plan: ServerPlan) -> int:

@@ -27,8 +27,10 @@ from libmesh import (
 )
 from libmesh_node.announced import SERVICE_PREFIX, AnnouncedModel, NodeStatus, decode_status, encode_status
 from libmesh_node.bridge import CommandFailed
+from libmesh_node.options import NodeOptions
 from libmesh_node.serving import LocalModels
 from libmesh_node.snapshot import Server, Tunnel
+from libmesh_node.splits import Splits
 
 log = logging.getLogger(__name__)
 
@@ -50,11 +52,25 @@ class Session:
     Args:
         mesh: the mesh, open.
         models: this node's own.
+        options: the command line.
         on_change: called in trio's thread when a tunnel came or went, or the view changed.
+        status: what this node announces at the moment.
+
+    Attributes:
+        splits: its part in models that are split over nodes.
     """
 
-    def __init__(self, mesh: Mesh, models: LocalModels, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        models: LocalModels,
+        options: NodeOptions,
+        on_change: Callable[[], None],
+        status: Callable[[], NodeStatus],
+    ) -> None:
         self.mesh = mesh
+        self.splits = Splits(mesh, models, options, status)
+        self._offering: dict[str, trio.Lock] = {}
         self._models, self._on_change = models, on_change
         self._offers: dict[tuple[str, int], trio.CancelScope] = {}
         self._tunnels: dict[tuple[PeerId, str], trio.CancelScope] = {}
@@ -72,10 +88,12 @@ class Session:
         async with trio.open_nursery() as nursery, self.mesh.watch() as views:
             self._tasks = nursery
             self.sync_offers()
+            nursery.start_soon(self.splits.run)
             try:
                 async for _ in views:
                     self._sync_tunnels()
                     self._on_change()
+                    self.splits.look()
             finally:
                 self._tasks = None
                 nursery.cancel_scope.cancel()
@@ -103,10 +121,11 @@ class Session:
 
     async def _offer(self, name: str, port: int, scope: trio.CancelScope) -> None:
         with scope:
-            try:
-                await expose(self.mesh, SERVICE_PREFIX + name, "127.0.0.1", port)
-            except ValueError as exc:
-                log.warning("%s is served on this machine only: %s", name, exc)
+            async with self._offering.setdefault(name, trio.Lock()):  # until its predecessor is withdrawn
+                try:
+                    await expose(self.mesh, SERVICE_PREFIX + name, "127.0.0.1", port)
+                except ValueError as exc:
+                    log.warning("%s is served on this machine only: %s", name, exc)
 
     # ── what others offer ────────────────────────────────────────────────────────────────────────────────────────
 

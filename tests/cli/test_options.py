@@ -43,6 +43,8 @@ def test_every_flag_reaches_the_node(tmp_path: Path) -> None:
         *("--bind-port", "3", "--listen-all", "--bin-dir", "bin", "--max-vram", "1.5", "--device", "CUDA0"),
         *("--data-dir", str(tmp_path), "--announce-addr", "/ip4/1.2.3.4/tcp/5", "--invite-file", "~/i"),
         *("--relay", RELAY, "--relay", RELAY),
+        *("--split", "--min-peers", "2", "--tensor-split", "3,1", "--max-rtt", "20ms"),
+        *("--draft", "~/d.gguf", "--draft-max", "4"),
         *("--json-logs", "--verbose"),
     )
     assert chosen == options.NodeOptions(
@@ -55,6 +57,12 @@ def test_every_flag_reaches_the_node(tmp_path: Path) -> None:
         bin_dir=Path.cwd() / "bin",
         max_vram_gb=1.5,
         device="CUDA0",
+        split=True,
+        min_peers=2,
+        tensor_split=(3.0, 1.0),
+        max_rtt_ms=20.0,
+        draft=Path.home() / "d.gguf",
+        draft_max=4,
         data_dir=tmp_path,
         announce_addresses=("/ip4/1.2.3.4/tcp/5",),
         relays=(RELAY,),
@@ -64,6 +72,16 @@ def test_every_flag_reaches_the_node(tmp_path: Path) -> None:
     )
     assert parse("--client", "--ephemeral").client
     assert parse("--client", "--ephemeral").ephemeral
+
+
+@pytest.mark.parametrize("text", ["1", "1,x", "-1,2", "0,0", "1,inf", ",".join("1" * 18)])
+def test_shares_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(SystemExit):
+        parse("--tensor-split", text)
+
+
+def test_no_draft_beats_a_draft() -> None:
+    assert parse("--draft", "d.gguf", "--no-draft").draft is None
 
 
 def test_zero_is_a_port_of_the_systems_choice_and_not_an_absent_one() -> None:

@@ -33,6 +33,46 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="where llama-server is, if neither on PATH nor installed by 'libmesh-node engine install'",
     )
 
+    splitting = parser.add_argument_group("models too large for one machine")
+    splitting.add_argument(
+        "--split", action="store_true", help="serve models together with other nodes even if they fit here"
+    )
+    splitting.add_argument(
+        "--min-peers",
+        type=options.count,
+        default=0,
+        metavar="N",
+        help="split a model only once N other nodes have it",
+    )
+    splitting.add_argument(
+        "--tensor-split",
+        type=options.ratios,
+        default=(),
+        metavar="R,R",
+        help="shares of the workers, nearest first, then of the host (default: by memory)",
+    )
+    splitting.add_argument(
+        "--max-rtt",
+        type=options.milliseconds,
+        default=80.0,
+        metavar="MS",
+        help="take no workers whose round trip is longer (default: %(default)g)",
+    )
+    splitting.add_argument(
+        "--draft",
+        type=options.path,
+        metavar="PATH",
+        help="a small model with the same vocabulary that guesses ahead for the models served here",
+    )
+    splitting.add_argument("--no-draft", action="store_true", help="guess nothing ahead")
+    splitting.add_argument(
+        "--draft-max",
+        type=options.count,
+        default=8,
+        metavar="N",
+        help="tokens to guess at once (default: %(default)s)",
+    )
+
     mesh = parser.add_argument_group("mesh")
     mesh.add_argument(
         "--join",

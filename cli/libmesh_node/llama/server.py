@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from libmesh_node.llama.engine import Binary
 from libmesh_node.llama.gguf import GgufHeader
@@ -29,6 +30,33 @@ _PROMPT_CACHE_MIB = 8192  # llama-server's own default, for machines that have i
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SplitPlan:
+    """How a model is spread over rpc-servers.
+
+    Attributes:
+        ports: at 127.0.0.1, one for each worker, in the order of a token's way.
+        layers: for each device in that order how many layers, the output as one more; own devices last.
+        own_devices: names of this machine's own devices that take part, as llama-server lists them.
+        home_layers: the first layers, which stay with the processor.
+        logits_home: the output is computed by the processor.
+    """
+
+    ports: tuple[int, ...]
+    layers: tuple[int, ...]
+    own_devices: tuple[str, ...] = ()
+    home_layers: int = 0
+    logits_home: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DraftPlan:
+    """A small model that guesses ahead: it runs on the host only. `tokens`: guesses at once."""
+
+    path: Path
+    tokens: int = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServerPlan:
     """How to serve a model.
 
@@ -38,6 +66,8 @@ class ServerPlan:
         slots: requests at once.
         device: as llama-server's `--device` takes it; `None` for all it finds; `cpu` for none.
         prompt_cache_mib: main memory for the caches of earlier conversations.
+        split: the workers, if there are any.
+        draft: speculative decoding.
     """
 
     model: ModelFile
@@ -46,6 +76,8 @@ class ServerPlan:
     device: str | None = None
     threads: int | None = None
     prompt_cache_mib: int = 512
+    split: SplitPlan | None = None
+    draft: DraftPlan | None = None
 
     @property
     def alias(self) -> str:
@@ -90,12 +122,20 @@ def server_args(binary: Binary, plan: ServerPlan, port: int) -> list[str]:
     to embeddings, but since it switches the model per batch, chat works as before and costs the same (seen with 0.5.0).
     """
     model = plan.model
-    arguments = [str(binary.path), "--model", str(model.path), "--alias", plan.alias]
+    arguments = [str(binary.path)]
+    if plan.split is not None:  # --rpc makes the devices that --device then names, so it comes first
+        arguments += ["--rpc", ",".join(f"127.0.0.1:{port}" for port in plan.split.ports)]
+    arguments += ["--model", str(model.path), "--alias", plan.alias]
     arguments += ["--host", "127.0.0.1", "--port", str(port)]
     arguments += ["--ctx-size", str(plan.context), "--parallel", str(plan.slots)]
-    if plan.device is not None:
-        arguments += ["--device", "none" if plan.device.lower() == "cpu" else plan.device]
-    arguments += ["--n-gpu-layers", "99"]
+    if plan.split is not None:
+        arguments += _split_args(plan.split, model.header.n_layers)
+    else:
+        if plan.device is not None:
+            arguments += ["--device", "none" if plan.device.lower() == "cpu" else plan.device]
+        arguments += ["--n-gpu-layers", "99"]
+    if plan.draft is not None:
+        arguments += _draft_args(binary, plan.draft)
     if plan.threads is not None:
         arguments += ["--threads", str(plan.threads)]
     if model.is_demo:
@@ -109,7 +149,8 @@ def server_args(binary: Binary, plan: ServerPlan, port: int) -> list[str]:
         ("--embeddings",),
         # Models made for embeddings bring their own pooling; for the others the mean is the usual choice.
         () if model.header.is_embedding_model else ("--pooling", "mean"),
-        ("--cache-ram", str(plan.prompt_cache_mib)),
+        # Over RPC each switch of conversations would fetch and return the whole cache.
+        ("--cache-ram", "0" if plan.split is not None else str(plan.prompt_cache_mib)),
         # Otherwise any web page that the user visits may read the answers: the default origin is `*`.
         ("--cors-origins", "localhost"),
     )
@@ -117,6 +158,33 @@ def server_args(binary: Binary, plan: ServerPlan, port: int) -> list[str]:
         if option and option[0] in binary.flags:
             arguments += option
     return arguments
+
+
+def _split_args(split: SplitPlan, layers: int) -> list[str]:
+    workers = len(split.layers) - len(split.own_devices)
+    devices = [*(f"RPC{number}" for number in range(workers)), *split.own_devices]
+    arguments = ["--device", ",".join(devices), "--n-gpu-layers", str(layers + 1 - split.home_layers)]
+    arguments += ["--split-mode", "layer", "--fit", "off"]
+    if len(split.layers) > 1:
+        arguments += ["--tensor-split", ",".join(map(str, split.layers))]
+    if split.logits_home:
+        arguments += ["--override-tensor", "^output\\.weight=CPU"]
+    return arguments
+
+
+def _draft_args(binary: Binary, draft: DraftPlan) -> list[str]:
+    """Names of these options changed in 2026; each build is spoken to in its own. The draft stays off the workers."""
+    flags = binary.flags
+    arguments = ["--model-draft", str(draft.path)]
+    if "--spec-type" in flags:
+        arguments += ["--spec-type", "draft-simple"]
+    count = next((flag for flag in ("--spec-draft-n-max", "--draft-max") if flag in flags), None)
+    if count is not None:
+        arguments += [count, str(draft.tokens)]
+    device = next(
+        (flag for flag in ("--device-draft", "--spec-draft-device", "-devd") if flag in flags), None
+    )
+    return arguments if device is None else [*arguments, device, "none"]
 
 
 def child_environment(parent: Mapping[str, str]) -> dict[str, str]:

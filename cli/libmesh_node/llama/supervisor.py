@@ -227,6 +227,14 @@ async def _serves(port: int, alias: str) -> bool:
         return False
 
 
+async def busy(port: int) -> bool:
+    """Whether the llama-server at `port` is answering requests. One that does not say is not."""
+    found = re.search(
+        rb"^llamacpp:requests_(?:processing|deferred) [1-9]", await _get(port, "/metrics"), re.MULTILINE
+    )
+    return found is not None
+
+
 async def _get_status(port: int, path: str) -> int | None:
     """The HTTP status of one request; `None` if there was no answer in time."""
     words = (await _get(port, path)).split(b" ", 2)

@@ -23,6 +23,7 @@ MAX_BUFFERS = 4096
 OPERATIONS = 101
 """GGML_OP_COUNT of protocol 7.0; later 7.x may have more, and are then refused here."""
 
+_TYPES = {**TENSOR_TYPES, 42: (64, 18)}  # Q2_0, which the gguf package does not know yet
 _DTYPE = np.dtype(
     {
         "names": ["type", "buffer", "ne", "nb", "op", "data"],
@@ -34,7 +35,7 @@ _DTYPE = np.dtype(
 _ONE = struct.Struct("<8xIQ8II")  # type, buffer, ne, nb, op: the fields of `_DTYPE` up to `data`
 _BLOCKS = np.zeros(64, np.float64)
 _BLOCK_BYTES = np.zeros(64, np.float64)
-for _number, (_values, _bytes) in TENSOR_TYPES.items():
+for _number, (_values, _bytes) in _TYPES.items():
     _BLOCKS[_number], _BLOCK_BYTES[_number] = _values, _bytes
 _LARGEST = float(1 << 52)  # sums of products stay exact in a double below this
 
@@ -94,7 +95,7 @@ class Armour:
     def check_range(self, tensor: bytes, offset: int, size: int) -> None:
         """`size` bytes from `offset` on in a tensor that lies in a buffer, and end there as well."""
         kind, pointer, n0, n1, n2, n3, b0, b1, b2, b3, op = _ONE.unpack_from(tensor)
-        block, block_bytes = TENSOR_TYPES.get(kind, (0, 0))
+        block, block_bytes = _TYPES.get(kind, (0, 0))
         held = self._buffers.get(pointer)
         if not block or op >= OPERATIONS or held is None:
             raise ProtocolError("a tensor of unknown type, of an unknown operation or in no buffer")

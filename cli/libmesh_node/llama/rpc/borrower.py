@@ -50,12 +50,13 @@ class SessionRefused(Exception):
 
 
 class Borrowed:
-    """One worker, for one llama-server. Obtained from `borrow`.
+    """One worker, for one llama-server: `open`, then `listen`, in the end `close`; or all three by `borrow`.
 
     Attributes:
         port: at 127.0.0.1, for llama-server's `--rpc`.
         facts: what the worker said of itself.
         weights: of the model.
+        waiting_since: when the oldest request under way was sent, by trio's clock; `None` if none is.
         lost: set with `why` when the session in use has ended before llama-server ended its connection.
         spared: bytes of uploads that needed not travel; `sent` and `received`: what did, both ways.
     """
@@ -71,6 +72,7 @@ class Borrowed:
         self.port = 0
         self.lost = trio.Event()
         self.why = ""
+        self.waiting_since: float | None = None
         self.spared = 0
         self.sent = 0
         self.received = 0
@@ -127,6 +129,7 @@ class Borrowed:
             why = await conversation.run(effects)
         finally:
             stream.reset()
+            self.waiting_since = None
             self.spared += end.spared
             await trio.to_thread.run_sync(self._hashes.save)
         if why is not None:
@@ -137,6 +140,12 @@ class Borrowed:
         if not self.lost.is_set():
             self.why = why
             self.lost.set()
+
+    async def listen(self, nursery: trio.Nursery) -> None:
+        """Serve connections in `nursery` from now on, at `port`. Raises `OSError`."""
+        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        self.port = listeners[0].socket.getsockname()[1]
+        nursery.start_soon(trio.serve_listeners, self.serve, listeners)
 
     def close(self) -> None:
         """End a session that nobody came to use."""
@@ -152,10 +161,8 @@ async def borrow(
     borrowed = Borrowed(open_stream, request, weights, hashes)
     await borrowed.open()
     try:
-        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        borrowed.port = listeners[0].socket.getsockname()[1]
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(trio.serve_listeners, borrowed.serve, listeners)
+            await borrowed.listen(nursery)
             yield borrowed
             nursery.cancel_scope.cancel()
     finally:
@@ -192,6 +199,7 @@ class _Conversation:
     async def _from_client(self) -> None:
         while data := await self._sock.receive_some(READ_BYTES):
             self._apply(self._end.from_client(data))
+            self._watch()
             await self._to_worker.room()
 
     async def _from_worker(self) -> None:
@@ -202,8 +210,16 @@ class _Conversation:
             if not data:
                 raise ProtocolError("the worker ended the session")
             self._worker.received += len(data)
+            self._worker.waiting_since = None
             self._apply(self._end.from_worker(data))
+            self._watch()
             await self._to_client.room()
+
+    def _watch(self) -> None:
+        if not self._end.waiting:
+            self._worker.waiting_since = None
+        elif self._worker.waiting_since is None:
+            self._worker.waiting_since = trio.current_time()
 
     def _apply(self, effects: list[Effect]) -> None:
         for effect in effects:

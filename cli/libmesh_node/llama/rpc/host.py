@@ -132,6 +132,11 @@ class HostEnd:
         self.references = 0
         self.spared = 0
 
+    @property
+    def waiting(self) -> bool:
+        """Whether the worker owes an answer."""
+        return bool(self._commands) or self._streaming
+
     def from_client(self, data: bytes) -> list[Effect]:
         """llama-server sent `data`."""
         effects: list[Effect] = []

@@ -53,9 +53,6 @@ from libmesh_node.snapshot import Process
 
 log = logging.getLogger(__name__)
 
-SERVICE = "rpc"
-"""The service that a lender offers, scope WORKER."""
-
 ASK_LIMIT = 10.0
 """Seconds that a host has for its first frame, and for each further one once it has begun."""
 

@@ -1,0 +1,101 @@
+"""From announcements to machines: what the view of the mesh means for placement. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from libmesh import PathKind, PeerState, PeerView, Scope, View
+from libmesh_node.announced import MAX_DISTANCES, AnnouncedModel, Distance, NodeStatus, decode_status
+from libmesh_node.placement.machine import Machine
+
+SERVICE = "rpc"
+"""The service of a node that lends its rpc-server, scope WORKER."""
+
+_NOTABLE = 0.25  # part by which a distance must change to be told anew: everybody hears of it
+_NOTABLE_SECONDS = 0.001
+_BELIEVED = (PeerState.ALIVE, PeerState.SUSPECT)
+
+
+def machines_with(
+    digest: str, view: View, mine: NodeStatus, *, protocol: str, refused: Mapping[str, str]
+) -> list[Machine]:
+    """All nodes that announce the model, this one included, sorted by peer.
+
+    Args:
+        digest: of the model.
+        view: of the mesh.
+        mine: what this node announces itself, so that it reckons with the same numbers as everybody else.
+        protocol: of this node's own llama.cpp, to tell who speaks another.
+        refused: peers that have refused this node lately, and why.
+    """
+    own = _machine(view.me, mine, lends=view.scope >= Scope.WORKER and bool(mine.rpc_protocol), why="")
+    found = {view.me: own} if _has(mine, digest) else {}
+    for peer in view.peers:
+        status = decode_status(peer.attributes)
+        if peer.state in _BELIEVED and _has(status, digest):
+            why = refused.get(peer.peer, "") or _why_not(peer, status, protocol)
+            found[peer.peer] = _machine(peer.peer, status, lends=_lends(peer, status), why=why)
+    return [found[peer] for peer in sorted(found)]
+
+
+def host_elsewhere(digest: str, view: View) -> tuple[str, AnnouncedModel] | None:
+    """The peer that serves the model now, the first by id if several do, and what it says of it."""
+    for peer in view.peers:
+        if peer.state in _BELIEVED and peer.scope >= Scope.WORKER:
+            for model in decode_status(peer.attributes).models:
+                if model.digest == digest and model.ready:
+                    return peer.peer, model
+    return None
+
+
+def distances(view: View, digests: Iterable[str], told: tuple[Distance, ...]) -> tuple[Distance, ...]:
+    """How far the peers with one of these models are. What was told before stays until it is notably wrong.
+
+    Sorted by peer; peers without a path, or whose time has not been measured, are left out.
+    """
+    wanted, before = frozenset(digests), {far.peer: far for far in told}
+    found: list[Distance] = []
+    for peer in view.peers:
+        if peer.path is None or peer.path.rtt is None or peer.state not in _BELIEVED:
+            continue
+        if not any(model.digest in wanted for model in decode_status(peer.attributes).models if model.digest):
+            continue
+        now = Distance(peer.peer, float(f"{peer.path.rtt:.2g}"), peer.path.kind is PathKind.RELAYED)
+        old = before.get(peer.peer)
+        found.append(old if old is not None and not _notable(old, now) else now)
+    return tuple(found[:MAX_DISTANCES])
+
+
+def _notable(old: Distance, now: Distance) -> bool:
+    change = abs(now.rtt - old.rtt)
+    return old.relayed != now.relayed or (change > _NOTABLE_SECONDS and change > _NOTABLE * old.rtt)
+
+
+def _has(status: NodeStatus, digest: str) -> bool:
+    return any(model.digest == digest for model in status.models)
+
+
+def _lends(peer: PeerView, status: NodeStatus) -> bool:
+    offered = any(service.name == SERVICE for service in peer.services)
+    return peer.scope >= Scope.WORKER and offered and bool(status.rpc_protocol)
+
+
+def _why_not(peer: PeerView, status: NodeStatus, protocol: str) -> str:
+    if peer.scope < Scope.WORKER:
+        return "its invite does not let it work for others"
+    if status.rpc_protocol and status.rpc_protocol.split(".")[0] != protocol.split(".")[0]:
+        return f"it speaks llama.cpp's RPC protocol {status.rpc_protocol}, this node {protocol or 'none'}"
+    return ""
+
+
+def _machine(peer: str, status: NodeStatus, *, lends: bool, why: str) -> Machine:
+    return Machine(
+        peer=peer,
+        memory=status.spare_bytes,
+        bandwidth=float(status.bandwidth),
+        accelerated=status.accelerated,
+        lends=lends,
+        rtts={far.peer: far.rtt for far in status.distances},
+        relayed=frozenset(far.peer for far in status.distances if far.relayed),
+        excluded=why,
+    )

@@ -1,0 +1,249 @@
+"""One split while it runs: sessions with the workers, their local ports, and the llama-server that uses them.
+
+    opening ─▶ loading ─▶ ready ─▶ over
+        └─────────┴──────────────────▲
+
+A split lives once. When a worker is lost llama-server aborts, whatever it was doing; so there is nothing to keep, and the
+next placement starts afresh. What is told at the end is the cause, not llama-server's death that follows from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import trio
+
+from libmesh import Mesh, MeshError, PeerId
+from libmesh_node.errors import NodeError
+from libmesh_node.llama.engine import Binary, cache_root
+from libmesh_node.llama.restart import RestartConfig, RestartPolicy
+from libmesh_node.llama.rpc.borrower import Borrowed, SessionRefused
+from libmesh_node.llama.rpc.frames import ProtocolError
+from libmesh_node.llama.rpc.opening import SessionRequest, read_protocol
+from libmesh_node.llama.rpc.weights import LearnedHashes, open_weights
+from libmesh_node.llama.server import DraftPlan, ServerPlan, SplitPlan
+from libmesh_node.llama.supervisor import LlamaServer
+from libmesh_node.models.reference import ModelFile
+from libmesh_node.placement.machine import short
+from libmesh_node.placement.seen import SERVICE
+from libmesh_node.placement.shape import ModelShape
+from libmesh_node.placement.splitting import COMPUTE_BYTES, OVERHEAD, Placement, Share
+from libmesh_node.snapshot import Process
+
+log = logging.getLogger(__name__)
+
+STALLED_AFTER = 300.0
+"""Seconds that a worker may take for one answer. A batch of a long prompt takes the slowest machines tens."""
+
+_STEP = 256  # llama.cpp pads its cache to multiples of this
+
+
+class SplitFailed(Exception):
+    """A split could not be started, or has ended. `peer`: whose fault it was; empty if nobody's or this node's.
+
+    `later`: that peer's memory was taken; it may be free another time.
+    """
+
+    def __init__(self, reason: str, peer: str = "", *, later: bool = False) -> None:
+        super().__init__(reason)
+        self.peer = peer
+        self.later = later
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitSetting:
+    """What all splits of one model share.
+
+    Attributes:
+        log: file for llama-server's output.
+        own_devices: of this machine's own GPUs, as llama-server names them; empty on a processor.
+        slots: requests at once.
+    """
+
+    mesh: Mesh
+    binary: Binary
+    model: ModelFile
+    shape: ModelShape
+    log: Path
+    own_devices: tuple[str, ...]
+    slots: int
+    draft: DraftPlan | None = None
+
+
+class SplitRun:
+    """One split. `run` is its life.
+
+    Args:
+        memory: for each peer, bytes that it offers; no worker is asked for more.
+        on_change: called when the server's state changed.
+
+    Attributes:
+        server: its llama-server, once the workers are ready.
+        ready_since: when it took over, by trio's clock.
+        scope: cancel it to end the split.
+    """
+
+    def __init__(
+        self,
+        setting: SplitSetting,
+        placement: Placement,
+        memory: dict[str, int],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.placement = placement
+        self.server: LlamaServer | None = None
+        self.ready_since: float | None = None
+        self.scope = trio.CancelScope()
+        self._setting, self._memory, self._on_change = setting, memory, on_change
+        self._context = _context(setting, placement, memory)
+        self._failure: SplitFailed | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether it answers now."""
+        return self.server is not None and self.server.base_url is not None
+
+    async def run(self) -> SplitFailed | None:
+        """Live until cancelled by `scope`; then `None`. If it ends by itself, the reason."""
+        with self.scope:
+            try:
+                await self._live()
+            except (OSError, NodeError) as exc:
+                self._fail(SplitFailed(str(exc)))
+        return self._failure
+
+    async def _live(self) -> None:
+        setting = self._setting
+        hashes = await trio.to_thread.run_sync(
+            LearnedHashes, cache_root() / "rpc-hashes" / f"{setting.shape.digest}.json"
+        )
+        with open_weights(setting.model.parts) as weights:
+            workers = [
+                Borrowed(
+                    partial(setting.mesh.open_service, PeerId(share.peer), SERVICE),
+                    self._request(share),
+                    weights,
+                    hashes,
+                )
+                for share in self.placement.workers
+            ]
+            try:
+                async with trio.open_nursery() as nursery:
+                    for worker, share in zip(workers, self.placement.workers, strict=True):
+                        nursery.start_soon(self._open, worker, share.peer, nursery.cancel_scope)
+                if self._failure is None:
+                    await self._serve(workers)
+            finally:
+                for worker in workers:
+                    worker.close()
+
+    async def _open(self, worker: Borrowed, peer: str, scope: trio.CancelScope) -> None:
+        try:
+            await worker.open()
+        except SessionRefused as exc:
+            self._fail(SplitFailed(str(exc), peer, later=exc.later))
+        except (ProtocolError, MeshError, trio.BrokenResourceError) as exc:
+            self._fail(SplitFailed(str(exc), peer))
+        else:
+            return
+        scope.cancel()
+
+    async def _serve(self, workers: list[Borrowed]) -> None:
+        async with trio.open_nursery() as nursery:
+            for worker, share in zip(workers, self.placement.workers, strict=True):
+                await worker.listen(nursery)
+                nursery.start_soon(self._watch, worker, share.peer, nursery.cancel_scope)
+            self.server = LlamaServer(
+                self._setting.binary,
+                self._plan(workers),
+                log=self._setting.log,
+                environment=os.environ,
+                on_change=self._changed,
+                policy=RestartPolicy(RestartConfig(failures=1)),
+            )
+            await self.server.run()
+            await trio.sleep(0.2)  # the loss of a worker, if that was the cause, is told by its own task
+            self._fail(SplitFailed(self.server.process.failure))
+            nursery.cancel_scope.cancel()
+
+    async def _watch(self, worker: Borrowed, peer: str, scope: trio.CancelScope) -> None:
+        while not worker.lost.is_set():
+            with trio.move_on_after(STALLED_AFTER / 10):
+                await worker.lost.wait()
+            since = worker.waiting_since
+            if since is not None and trio.current_time() - since > STALLED_AFTER:
+                worker.why = f"it has not answered for {STALLED_AFTER:g} s"
+                break
+        self._fail(SplitFailed(worker.why, peer))
+        scope.cancel()
+
+    def _fail(self, failure: SplitFailed) -> None:
+        if self._failure is None:
+            self._failure = failure
+
+    def _changed(self, process: Process) -> None:
+        if process.status == "ready":
+            told = ", ".join(f"{short(share.peer)} ({share.layers})" for share in self.placement.workers)
+            log.info("%s is ready, split over this node and %s", process.model, told)
+        self._on_change()
+
+    def _request(self, share: Share) -> SessionRequest:
+        return SessionRequest(
+            digest=self._setting.shape.digest,
+            memory_bytes=min(_memory(share, self._context), self._memory.get(share.peer, 0)),
+            protocol=read_protocol(self._setting.binary.rpc_protocol or "0.0.0"),
+            model=self._setting.model.name,
+        )
+
+    def _plan(self, workers: list[Borrowed]) -> ServerPlan:
+        setting, placement = self._setting, self.placement
+        layers: list[int] = []
+        for worker, share in zip(workers, placement.workers, strict=True):
+            layers += _over(share.layers, [device.free for device in worker.facts.devices])
+        own = setting.own_devices if placement.home.layers else ()
+        if own:
+            layers += _over(placement.home.layers, [1] * len(own))
+        return ServerPlan(
+            model=setting.model,
+            context=self._context,
+            slots=setting.slots,
+            split=SplitPlan(
+                ports=tuple(worker.port for worker in workers),
+                layers=tuple(layers),
+                own_devices=own,
+                home_layers=0 if setting.own_devices else placement.home.layers,
+                logits_home=placement.logits_home,
+            ),
+            draft=setting.draft,
+        )
+
+
+def _over(layers: int, room: list[int]) -> list[int]:
+    """`layers` over the devices of one machine, in proportion to their room."""
+    whole, given, counts = sum(room) or 1, 0, []
+    reached = 0
+    for free in room:
+        reached += free
+        count = round(layers * reached / whole) - given
+        counts.append(count)
+        given += count
+    return counts
+
+
+def _memory(share: Share, context: int) -> int:
+    """Bytes that a share takes with a cache for `context` tokens."""
+    return int(share.weights * OVERHEAD) + share.kv_per_token * context + COMPUTE_BYTES
+
+
+def _context(setting: SplitSetting, placement: Placement, memory: dict[str, int]) -> int:
+    """Tokens of cache that fit beside the weights on every machine."""
+    most = (setting.model.header.context_length or setting.shape.context) * setting.slots
+    for share in (*placement.workers, placement.home):
+        if share.kv_per_token:
+            most = min(most, (memory.get(share.peer, 0) - _memory(share, 0)) // share.kv_per_token)
+    return max(setting.shape.context, min(most, 65536) // _STEP * _STEP)

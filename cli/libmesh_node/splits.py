@@ -1,0 +1,341 @@
+"""This node's part in splits, for one stay in one mesh: it lends its rpc-server, and hosts what the election gives it.
+
+Every node looks at the same announcements and elects the same host (`placement/`). The host acts: it asks the workers for
+sessions, starts llama-server, and announces the model when it answers. A worker only answers. So nobody votes, and two
+nodes that see things differently for a moment meet at a worker, which lends its memory once.
+
+Make before break: a better placement is started beside the running one. Only if a worker refuses since its memory is taken
+(by the running one) does that end first. Requests that the old one is answering are finished before it ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from functools import partial
+
+import trio
+
+from libmesh import Mesh, Scope
+from libmesh_node.announced import AnnouncedModel, NodeStatus
+from libmesh_node.llama.rpc.lender import Lender, LentModel
+from libmesh_node.llama.server import DraftPlan
+from libmesh_node.llama.supervisor import LlamaServer, busy
+from libmesh_node.options import NodeOptions
+from libmesh_node.placement.electing import elect, predict
+from libmesh_node.placement.machine import Machine, short
+from libmesh_node.placement.seen import SERVICE, host_elsewhere, machines_with
+from libmesh_node.placement.splitting import Placement, Share, Shortage, SplitRules
+from libmesh_node.placement.steering import Abandon, Adopt, Broken, Looked, Steering
+from libmesh_node.serving import Entry, LocalModels
+from libmesh_node.snapshot import Process
+from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting
+
+log = logging.getLogger(__name__)
+
+REFUSED_FOR = 20.0
+"""Seconds for which a peer that refused, or was lost, is not asked again."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds until the next try after a split that failed; doubled with each failure, forgotten after `HEALTHY_AFTER`."""
+
+HEALTHY_AFTER = 60.0
+
+DRAIN_LIMIT = 120.0
+"""Seconds that a replaced server may take to finish what it is answering."""
+
+
+class Splits:
+    """Lends and hosts. `run` until cancelled; `look` whenever the view or this node's status changed.
+
+    Args:
+        mesh: the mesh of this stay.
+        models: this node's own; what is hosted here is entered there.
+        options: the command line.
+        status: what this node announces at the moment.
+    """
+
+    def __init__(
+        self, mesh: Mesh, models: LocalModels, options: NodeOptions, status: Callable[[], NodeStatus]
+    ) -> None:
+        self._hosts = [
+            _Host(mesh, models, entry, options, status)
+            for entry in models.entries.values()
+            if not entry.alone
+        ]
+        self._mesh, self._models = mesh, models
+        self._lender = _lender(models, options)
+
+    @property
+    def processes(self) -> tuple[Process, ...]:
+        """The rpc-servers that work for others."""
+        return self._lender.processes if self._lender is not None else ()
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """What keeps a model from being served, in words."""
+        return tuple(
+            f"{host.name} is not served: {host.missing}."
+            for host in self._hosts
+            if host.missing and not host.served
+        )
+
+    def look(self) -> None:
+        """Something changed. Never blocks."""
+        for host in self._hosts:
+            host.look()
+        if self._lender is not None:
+            for entry in self._models.entries.values():
+                if entry.digest:
+                    name, parts = entry.model.name, entry.model.parts
+                    self._lender.models[entry.digest] = LentModel(name=name, digest=entry.digest, parts=parts)
+
+    async def run(self) -> None:
+        """Lend and host until cancelled; then all sessions and servers end."""
+        async with trio.open_nursery() as nursery:
+            if self._lender is not None and self._mesh.scope >= Scope.WORKER:
+                nursery.start_soon(self._lend, self._lender)
+            for host in self._hosts:
+                nursery.start_soon(host.run)
+
+    async def _lend(self, lender: Lender) -> None:
+        with self._mesh.offer(SERVICE, lender.serve, scope=Scope.WORKER):
+            await trio.sleep_forever()
+
+
+def _lender(models: LocalModels, options: NodeOptions) -> Lender | None:
+    binary = models.engine.rpc_server if models.engine is not None else None
+    if binary is None or not models.entries:
+        return None
+
+    def memory() -> int:
+        hosted = sum(entry.split_bytes for entry in models.entries.values())
+        return models.spare_bytes - hosted
+
+    return Lender(
+        binary,
+        memory=memory,
+        environment=os.environ,
+        device=options.device,
+        cpu=not models.own_devices,
+        on_change=models.on_change,
+    )
+
+
+class _Host:
+    """Hosts one model whenever the election says so."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        models: LocalModels,
+        entry: Entry,
+        options: NodeOptions,
+        status: Callable[[], NodeStatus],
+    ) -> None:
+        self.name = entry.model.name
+        self.missing = ""
+        self.served = False
+        self._mesh, self._models, self._entry, self._options, self._status = (
+            mesh,
+            models,
+            entry,
+            options,
+            status,
+        )
+        self._rules = SplitRules(
+            max_rtt=options.max_rtt_ms / 1000,
+            ratios=options.tensor_split or None,
+            force=options.split,
+            min_peers=options.min_peers,
+        )
+        self._steering = Steering()
+        self._run: SplitRun | None = None
+        self._coming: SplitRun | None = None
+        self._refused: dict[str, tuple[str, float]] = {}
+        self._pause, self._not_before = FIRST_PAUSE, 0.0
+        self._news = trio.Event()
+
+    def look(self) -> None:
+        self._news.set()
+
+    async def run(self) -> None:
+        await self._entry.identified.wait()
+        if not self._entry.digest:
+            return
+        try:
+            async with trio.open_nursery() as nursery:
+                while True:
+                    self._news = trio.Event()
+                    self._step(nursery)
+                    with trio.move_on_at(self._wake_at()):
+                        await self._news.wait()
+        finally:
+            self._entry.servers.clear()
+            self._entry.workers, self._entry.split_bytes = (), 0
+
+    # ── deciding ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _wake_at(self) -> float:
+        times = [self._steering.deadline(), *(until for _, until in self._refused.values())]
+        if self._not_before > trio.current_time():
+            times.append(self._not_before)
+        known = [time for time in times if time is not None]
+        return max(min(known, default=float("inf")), trio.current_time() + 0.05)
+
+    def _step(self, nursery: trio.Nursery) -> None:
+        now = trio.current_time()
+        self._refused = {peer: entry for peer, entry in self._refused.items() if entry[1] > now}
+        machines = machines_with(
+            self._entry.digest,
+            self._mesh.view,
+            self._status(),
+            protocol=self._models.rpc_protocol,
+            refused={peer: why for peer, (why, _) in self._refused.items()},
+        )
+        shape = self._entry.shape
+        best = elect(shape, machines, self._rules)
+        elsewhere = host_elsewhere(self._entry.digest, self._mesh.view)
+        self.served = elsewhere is not None or (self._run is not None and self._run.ready)
+        self._tell(best)
+        self._yield_to(best, elsewhere[0] if elsewhere is not None else None)
+        if self._coming is not None or now < self._not_before:
+            return
+        running: float | None = None
+        if self._run is not None:
+            running = predict(shape, self._run.placement, machines)
+        elif elsewhere is not None:
+            self._steering.current = there = _placement(*elsewhere)
+            if (running := predict(shape, there, machines)) is None:
+                return  # it says that it serves; if that is over, it will say so, or fall silent
+        for effect in self._steering.handle(Looked(best, running), now):
+            match effect:
+                case Adopt(placement) if placement.host == self._mesh.view.me:
+                    self._start(placement, machines, nursery)
+                case Adopt():  # another one's to start; ours ends when that one answers
+                    self._steering.current = self._run.placement if self._run is not None else None
+                case Abandon(why):
+                    log.warning("%s cannot be served any more: %s", self.name, why)
+                    self._stop(self._run)
+
+    def _tell(self, best: Placement | Shortage) -> None:
+        missing = str(best) if isinstance(best, Shortage) else ""
+        if missing and missing != self.missing and not self.served:
+            log.info("%s waits: %s", self.name, missing)
+        self.missing = missing
+
+    def _yield_to(self, best: Placement | Shortage, elsewhere: str | None) -> None:
+        """Two hosts of one model: the one that would be elected stays, once it answers."""
+        run = self._run
+        if run is None or not run.ready or elsewhere is None:
+            return
+        if isinstance(best, Placement) and best.host == elsewhere:
+            log.info("%s is served by the peer %s now", self.name, short(elsewhere))
+            self._stop(run)
+
+    # ── acting ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self, placement: Placement, machines: list[Machine], nursery: trio.Nursery) -> None:
+        told = ", ".join(f"{short(share.peer)} ({share.layers} layers)" for share in placement.workers)
+        what = f"split over this node ({placement.home.layers} layers) and {told}" if told else "alone"
+        log.info("%s: %s; about %.1f tokens per second", self.name, what, placement.tokens_per_second)
+        assert self._models.engine is not None
+        setting = SplitSetting(
+            mesh=self._mesh,
+            binary=self._models.engine.require_llama_server(),
+            model=self._entry.model,
+            shape=self._entry.shape,
+            log=self._models.log_of(self.name),
+            own_devices=self._models.own_devices,
+            slots=self._entry.plan.slots,
+            draft=_draft(self._options),
+        )
+        memory = {machine.peer: machine.memory for machine in machines}
+        self._coming = run = SplitRun(setting, placement, memory, partial(self._changed, nursery))
+        nursery.start_soon(self._live, run)
+
+    async def _live(self, run: SplitRun) -> None:
+        failure = await run.run()
+        if run.server in self._entry.servers:
+            self._entry.servers.remove(run.server)
+        if failure is not None:
+            self._failed(run, failure)
+        if run is self._coming:
+            self._coming = None
+        if run is self._run:
+            self._run = None
+            self._entry.workers, self._entry.split_bytes = (), 0
+        self._models.on_change()
+        self.look()
+
+    def _failed(self, run: SplitRun, failure: SplitFailed) -> None:
+        now = trio.current_time()
+        who = f"the peer {short(failure.peer)}: " if failure.peer else ""
+        log.warning(
+            "%s: the split %s: %s%s", self.name, "ended" if run is self._run else "failed", who, failure
+        )
+        if failure.later and self._run is not None and run is self._coming:
+            log.info("%s: memory is only free once the running split has ended; ending it", self.name)
+            self._stop(self._run)
+            self._steering.handle(Broken(), now)
+            return
+        if failure.peer:
+            self._refused[failure.peer] = str(failure), now + REFUSED_FOR
+        lasted = run.ready_since is not None and now - run.ready_since >= HEALTHY_AFTER
+        self._pause = FIRST_PAUSE if lasted else min(self._pause * 2, LONGEST_PAUSE)
+        self._not_before = now + (0.0 if run.ready_since is not None and failure.peer else self._pause)
+        if run is self._run or self._run is None:
+            self._steering.handle(Broken(), now)
+        else:
+            self._steering.current = self._run.placement
+
+    def _changed(self, nursery: trio.Nursery) -> None:
+        """A server's state changed: when the coming one answers, it takes over."""
+        coming = self._coming
+        if coming is not None and coming.server is not None and coming.server not in self._entry.servers:
+            self._entry.servers.append(coming.server)
+        if coming is not None and coming.ready and coming.server is not None:
+            old, self._run, self._coming = self._run, coming, None
+            coming.ready_since = trio.current_time()
+            self._entry.servers.remove(coming.server)
+            self._entry.servers.insert(0, coming.server)
+            self._entry.workers = tuple(share.peer for share in coming.placement.workers)
+            self._entry.split_bytes = coming.placement.home.granted
+            if old is not None:
+                nursery.start_soon(self._drain, old)
+        self._models.on_change()
+
+    async def _drain(self, run: SplitRun) -> None:
+        """End a replaced run when it has answered what it was asked."""
+        with trio.move_on_after(DRAIN_LIMIT):
+            while run.server is not None and await _is_busy(run.server):  # noqa: ASYNC110 - another process is asked
+                await trio.sleep(0.2)
+        self._stop(run)
+
+    def _stop(self, run: SplitRun | None) -> None:
+        if run is not None:
+            run.scope.cancel()
+
+
+def _placement(host: str, model: AnnouncedModel) -> Placement:
+    """What another node says of its own split, as far as its members go."""
+
+    def share(peer: str) -> Share:
+        return Share(peer=peer, layers=0, weights=0, granted=0)
+
+    return Placement(
+        host=host, home=share(host), workers=tuple(map(share, model.workers)), tokens_per_second=0.0
+    )
+
+
+async def _is_busy(server: LlamaServer) -> bool:
+    return server.base_url is not None and await busy(server.process.port)
+
+
+def _draft(options: NodeOptions) -> DraftPlan | None:
+    return (
+        DraftPlan(path=options.draft, tokens=options.draft_max)
+        if options.draft is not None and options.draft_max
+        else None
+    )
