@@ -252,6 +252,11 @@ class YamuxStream(StockFace):
         A `send_all` that is under way in another task raises `ClosedResourceError`, and the stream is reset instead:
         the peer must not take half a message for the whole.
         """
+        self.close_nowait()
+        await trio.lowlevel.checkpoint()
+
+    def close_nowait(self) -> None:
+        """What `aclose` does."""
         if not self._closed:
             if self.view is not None:
                 self.reset_nowait()
@@ -259,7 +264,6 @@ class YamuxStream(StockFace):
                 self._closed = True
                 self.muxed_conn.abandon(self, self._drop())
                 self._wake()
-        await trio.lowlevel.checkpoint()
 
     def release(self) -> None:
         """Send an end of file, and have the stream reset if the peer does not end its own direction in time.

@@ -295,23 +295,37 @@ class Answerer:
         """
         lines, inner = self._lines, self._inner
         answers = b""
-        while (line := lines.read_nowait()) is not None:
-            if not self._header_seen:
-                if line != HEADER:
-                    raise StreamReset("the peer does not speak multistream-select 1.0")
-                self._header_seen = True
-                answers = _HEADER_LINE
-            elif self._known(line):
-                inner.post(answers + encode_line(line), hurry=not inner.unread)
-                return line
-            elif self._refused == MAX_PROPOSALS - 1:
-                raise StreamReset(f"none of {MAX_PROPOSALS} proposed protocols is known")
-            else:
-                self._refused += 1
-                answers += _NOT_AVAILABLE_LINE
+        try:
+            while (line := lines.read_nowait()) is not None:
+                if not self._header_seen:
+                    if line != HEADER:
+                        raise StreamReset("the peer does not speak multistream-select 1.0")
+                    self._header_seen = True
+                    answers = _HEADER_LINE
+                elif self._known(line):
+                    inner.post(answers + encode_line(line), hurry=not inner.unread)
+                    return line
+                elif self._refused == MAX_PROPOSALS - 1:
+                    raise StreamReset(f"none of {MAX_PROPOSALS} proposed protocols is known")
+                else:
+                    self._refused += 1
+                    answers += _NOT_AVAILABLE_LINE
+        except StreamReset:
+            if answers:
+                inner.post(
+                    answers
+                )  # what does not read as a proposal may be a request that came with the one before
+            raise
         if answers:
             inner.post(answers)
         return None
+
+    def give_up(self) -> None:
+        """End the stream after a failure. An opener that was refused is to see that first, and not a mere reset."""
+        if 0 < self._refused < MAX_PROPOSALS - 1 and isinstance(self._inner, YamuxStream):
+            self._inner.close_nowait()
+        else:
+            self._inner.reset_nowait()
 
 
 async def accept_stream(muxed_stream: IMuxedStream, peer: PeerId, known: Callable[[str], bool]) -> Stream:
@@ -327,9 +341,9 @@ async def accept_stream(muxed_stream: IMuxedStream, peer: PeerId, known: Callabl
             while (protocol := answerer.step()) is None:
                 await inner.wait_receivable()
     except BaseException:
-        inner.reset_nowait()
+        answerer.give_up()
         raise
     if protocol is None:
-        inner.reset_nowait()
+        answerer.give_up()
         raise StreamReset(f"no protocol was named within {NEGOTIATION_TIME} s")
     return Libp2pStream(inner, peer, protocol, agreed=True)

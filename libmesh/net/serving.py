@@ -79,7 +79,7 @@ class StreamServer:
         try:
             protocol = answerer.step()
         except (StreamReset, trio.ClosedResourceError) as exc:
-            self._give_up(muxed, exc)
+            self._give_up(muxed, exc, answerer)
             return
         if protocol is None:
             self.tasks.start_soon(self._serve_later, muxed, answerer)
@@ -90,9 +90,12 @@ class StreamServer:
         return protocol in self.handlers or protocol in self._host_handlers()
 
     @staticmethod
-    def _give_up(muxed: YamuxStream, why: object) -> None:
+    def _give_up(muxed: YamuxStream, why: object, answerer: Answerer | None = None) -> None:
         log.debug("a stream of %s failed: %s", muxed.muxed_conn.peer, why)
-        muxed.reset_nowait()
+        if answerer is None:
+            muxed.reset_nowait()
+        else:
+            answerer.give_up()
 
     async def _serve_later(self, muxed: YamuxStream, answerer: Answerer) -> None:
         connection = muxed.muxed_conn
@@ -106,7 +109,7 @@ class StreamServer:
                 while (protocol := answerer.step()) is None:  # first, as more may have come since `take`
                     await muxed.wait_receivable()
         except (StreamReset, trio.ClosedResourceError) as exc:
-            self._give_up(muxed, exc)
+            self._give_up(muxed, exc, answerer)
             return
         except BaseException:
             muxed.reset_nowait()

@@ -16,6 +16,7 @@ from libmesh.net.muxed_stream import YamuxStream
 from libmesh.net.muxer import YamuxConnection
 from libmesh.net.negotiate import accept_stream, encode_line, open_lazy_stream
 from libmesh.peers import PeerId
+from tests.net.hosts import join, networks
 from tests.net.pairs import drain, fill, muxed_pair, stream_pair
 
 PEER = PeerId("somebody")
@@ -259,3 +260,13 @@ async def test_both_sides_together_and_half_closed() -> None:
             await stream.aclose()
         await trio.testing.wait_all_tasks_blocked(0.01)
         assert a.stream_count == b.stream_count == 0
+
+
+@pytest.mark.parametrize("size", [1, 100, 5000])
+async def test_a_request_that_came_with_a_refused_proposal_does_not_hide_the_refusal(size: int) -> None:
+    async with networks(2) as (near, far):
+        await join(near, far)
+        stream = await near.open_stream(far.peer, "/nobody/serves/this")
+        with pytest.raises(ServiceRefused), trio.fail_after(60):
+            await stream.send_all(bytes(size))
+            await stream.receive_some()
