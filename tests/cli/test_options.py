@@ -12,7 +12,6 @@ from libmesh_node.datadir import default_data_dir
 from libmesh_node.errors import UsageError
 from libmesh_node.main import node_parser
 
-
 RELAY = "/ip4/192.0.2.1/tcp/4001/p2p/12D3KooWDpJ7As7BWAwRMfu1VU2WCqNjvq387JEYKDBj4kx6nXTN"
 
 
