@@ -174,7 +174,7 @@ class Reachability:
         self._mapped: tuple[str, ...] = ()
         self._seen: dict[PeerId, Seen] = {}
         self._candidates: dict[str, _Candidate] = {}
-        self._told: tuple[object, ...] = ()
+        self._told: tuple[tuple[str, ...], Standing] = ((), Standing.UNKNOWN)
 
     # ── what is known ────────────────────────────────────────────────────────────────────────────────────────────
 
