@@ -2,7 +2,7 @@
 
 Wire (libp2p/specs `noise`, "Wire format"): each message is `length u16 big endian | ciphertext`, at most 65,535 bytes of
 ciphertext, of which 16 are the tag; ChaCha20-Poly1305 with an empty associated data and a nonce of four zero bytes and
-a 64-bit little-endian counter (Noise specification, 12.3).
+a 64-bit little-endian counter (Noise specification, 12.3), or what the handshake agreed on instead (`ciphers.py`).
 
 Sealing writes the ciphertext straight into the buffer that the socket is given, and opening makes the bytes object that
 the reader of a stream receives. There is no other copy of a full record on either way.
@@ -16,11 +16,11 @@ from struct import Struct
 
 import trio
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from libp2p.abc import ISecureConn
 from libp2p.io.exceptions import ConnectionClosedError
 
 from libmesh.net.base import StreamReset
+from libmesh.net.ciphers import CHACHA, Cipher
 from libmesh.net.pipes import TAKE_BYTES, BufferPool, Pipe, SocketPipe, guarded
 
 TAG_BYTES = 16
@@ -29,7 +29,6 @@ BUFFER_BYTES = TAKE_BYTES + 65537
 """A full read behind the largest unfinished record; also room for a usual batch of sealed records."""
 
 _LENGTH = Struct("!H")
-_NONCE = Struct("<IQ")
 _JOIN_BELOW = (
     8192  # smaller pieces are copied together into one record: a record costs as much as 3 KB of copying
 )
@@ -76,13 +75,21 @@ class Channel(ABC):
 
 
 class RecordChannel(Channel):
-    """A pipe secured with the two keys of a finished Noise handshake. Owns the pipe."""
+    """A pipe secured with the two keys of a finished Noise handshake. Owns the pipe.
 
-    def __init__(self, pipe: Pipe, send_key: bytes, receive_key: bytes, pool: BufferPool) -> None:
+    Attributes:
+        cipher: the name of the one that is used, both ways.
+    """
+
+    def __init__(
+        self, pipe: Pipe, send_key: bytes, receive_key: bytes, pool: BufferPool, cipher: str = CHACHA
+    ) -> None:
+        self.cipher = cipher
         self._pipe = pipe
         self._pool = pool
-        self._seal = ChaCha20Poly1305(send_key).encrypt_into
-        self._open = ChaCha20Poly1305(receive_key).decrypt
+        self._seal = Cipher(cipher, send_key)
+        self._open = Cipher(cipher, receive_key)
+        self._rekey_every = self._seal.rekey_every
         self._sealed_count = 0
         self._opened_count = 0
         self._out: bytearray | None = None  # ciphertext from _out_start to _out_end waits to be sent
@@ -118,17 +125,21 @@ class RecordChannel(Channel):
     def _open_all(self, view: memoryview) -> tuple[list[bytes], int]:
         records: list[bytes] = []
         position, end = 0, len(view)
-        count, decrypt = self._opened_count, self._open
+        count, cipher, rekey_every = self._opened_count, self._open, self._rekey_every
+        decrypt, pack_nonce = cipher.decrypt, cipher.pack_nonce
         while end - position >= 2:
             length = (view[position] << 8) | view[position + 1]
             after = position + 2 + length
             if after > end:
                 break
             try:
-                record = decrypt(_NONCE.pack(0, count), view[position + 2 : after], None)
+                record = decrypt(pack_nonce(0, count), view[position + 2 : after], None)
             except (InvalidTag, ValueError) as exc:
                 raise StreamReset("a record was damaged on the way") from exc
             count += 1
+            if rekey_every and not count % rekey_every:
+                cipher.renew()
+                decrypt = cipher.decrypt
             if record:
                 records.append(record)
             position = after
@@ -165,9 +176,12 @@ class RecordChannel(Channel):
         start = self._out_end
         _LENGTH.pack_into(out, start, length)
         view = memoryview(out)
-        self._seal(_NONCE.pack(0, self._sealed_count), plain, None, view[start + 2 : start + 2 + length])
+        cipher, count = self._seal, self._sealed_count
+        cipher.encrypt_into(cipher.pack_nonce(0, count), plain, None, view[start + 2 : start + 2 + length])
         view.release()
-        self._sealed_count += 1
+        self._sealed_count = count = count + 1
+        if self._rekey_every and not count % self._rekey_every:
+            cipher.renew()
         self._out_end = start + 2 + length
 
     def _reserve(self, size: int) -> bytearray:

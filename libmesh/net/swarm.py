@@ -33,7 +33,9 @@ SECURITY: Sequence[tuple[str, Callable[[KeyPair], ISecureTransport]]] = ((NOISE_
 """Secure channels, best first. A dialled peer takes the first that it has."""
 
 
-def new_mesh_swarm(seed: bytes, *, max_connections: int, handshake_limit: float, serve: Serve) -> Any:
+def new_mesh_swarm(
+    seed: bytes, *, max_connections: int, handshake_limit: float, serve: Serve | None = None
+) -> Any:
     """A swarm for the Ed25519 `seed`, without transports: connections are brought to it already made.
 
     `handshake_limit` is in seconds; `serve` takes each inbound stream. Typed `Any`: the class behind py-libp2p's
