@@ -44,12 +44,34 @@ class _SturdyPubsub(Pubsub):
     bytes that are none would end the service, and with it the host: one message of one guest, every peer.
     """
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._beginning: set[ID] = set()
+
     async def push_msg(self, msg_forwarder: ID, msg: Any) -> None:
         """As py-libp2p's own, but raises nothing because of what the message says."""
         try:
             await super().push_msg(msg_forwarder, msg)
         except Exception as exc:  # noqa: BLE001 - the boundary named above
             log.debug("ignored a message that the peer %s passed on: %r", msg_forwarder, exc)
+
+    async def _handle_new_peer(self, peer_id: ID) -> None:
+        """Open gossip's stream to a peer; once, and not over a connection that has ended meanwhile.
+
+        py-libp2p's own looks whether there is one, and then waits. Two that begin at once leave the first one's queue,
+        tasks and stream behind for ever; one whose peer goes while it waits is told of too late to be cleaned up, and
+        keeps the next connection from being used.
+        """
+        if peer_id in self._beginning:
+            return  # if that one fails, it tries again
+        self._beginning.add(peer_id)
+        try:
+            await super()._handle_new_peer(peer_id)
+        finally:
+            self._beginning.discard(peer_id)
+        stream: Any = self.peers.get(peer_id)
+        if stream is not None and stream.muxed_conn.is_closed:
+            self._handle_dead_peer(peer_id)
 
 
 class Gossip:
@@ -83,6 +105,11 @@ class Gossip:
     async def admitted(self, connection: Any) -> None:
         """Let gossip with the peer of `connection` begin."""
         await self._notifee.connected(self._host.get_network(), connection)
+
+    def carries(self, stream: Any) -> bool:
+        """Whether gossip goes over this stream of a muxer."""
+        ours = (getattr(opened, "muxed_stream", None) for opened in self._pubsub.peers.values())
+        return stream.protocol in PROTOCOLS or any(stream is own for own in ours)
 
     async def moved(self, peer: ID, best: Any) -> None:
         """Go on with `peer` over the connection `best`, which replaced the one that was used so far.
