@@ -32,9 +32,10 @@ from libmesh.errors import (
 )
 from libmesh.identity import SecretKey
 from libmesh.invites import InviteInfo, read_invite
-from libmesh.mesh import Mesh, ServiceHandler, open_mesh
+from libmesh.mesh import Mesh, ServiceHandler
 from libmesh.net.base import Network, Stream, StreamReset
 from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
+from libmesh.opening import open_mesh
 from libmesh.peers import Attempt, MeshId, Path, PathKind, PeerId, PeerState, PeerView, Scope, Service, View
 from libmesh.posts import Post
 from libmesh.relays import RelayUse

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 
 import trio
 
-from libmesh import hello
+from libmesh import hello, syncing
 from libmesh.core import membership_io as io
 from libmesh.core.credentials import Credential
 from libmesh.core.membership import Membership
 from libmesh.errors import AdmissionRefused, MeshError, PeerUnreachable, ServiceRefused
 from libmesh.net.base import Network, Stream
-from libmesh.peers import PeerId
+from libmesh.peers import Path, PeerId, PeerState, PeerView
 from libmesh.wire_pieces import WireError
 
 log = logging.getLogger(__name__)
@@ -31,11 +31,13 @@ class AdmissionConfig:
     Attributes:
         hello_limit: how long a hello may take, and how long a stranger may stay without one.
         seek_min, seek_max: between attempts to reach our invite's contacts while we know nobody; doubling.
+        max_followers: peers that only follow and are connected to this one; more are refused as "busy", and go elsewhere.
     """
 
     hello_limit: float = 10.0
     seek_min: float = 0.5
     seek_max: float = 30.0
+    max_followers: int = 1024
 
 
 class Admission:
@@ -69,6 +71,8 @@ class Admission:
         self._agent, self._config, self._now, self._tell = agent, config, now, tell
         self._contacts: dict[PeerId, tuple[str, ...]] = {}
         self._admitted: dict[PeerId, Credential] = {}
+        self._followers: dict[PeerId, tuple[hello.Greeted, float]] = {}
+        self.attributes = b""
         self._lonely = trio.Event()
         self._answering: set[PeerId] = set()
         self._waiting: dict[PeerId, trio.CancelScope] = {}
@@ -77,6 +81,24 @@ class Admission:
     def credential_of(self, peer: PeerId) -> Credential | None:
         """What an admitted, connected peer has shown; `None` for all others."""
         return self._admitted.get(peer)
+
+    def followers(self, path_of: Callable[[PeerId], Path | None]) -> tuple[PeerView, ...]:
+        """The connected peers that only follow, sorted: nobody else's table has them."""
+        return tuple(
+            PeerView(
+                peer=peer,
+                scope=said.credential.scope,
+                state=PeerState.ALIVE,
+                services=(),
+                attributes=said.attributes,
+                addresses=(),
+                path=path_of(peer),
+                since_unix=since,
+                incarnation=0,
+            )
+            for peer, (said, since) in sorted(self._followers.items())
+            if not self._membership.believes(peer)
+        )
 
     @property
     def anybody(self) -> bool:
@@ -88,6 +110,7 @@ class Admission:
         for peer, addresses in contacts:
             if peer != self._network.peer:
                 self._contacts[peer] = addresses
+                self._tell(io.ContactNamed(peer, addresses))
         self._lonely.set()
 
     def admitted_with(self, kind: Callable[[Credential], bool]) -> list[PeerId]:
@@ -97,18 +120,28 @@ class Admission:
     def revoke(self, peer: PeerId) -> None:
         """Treat `peer` as a stranger from now on."""
         self._admitted.pop(peer, None)
+        self._followers.pop(peer, None)
 
     def disconnected(self, peer: PeerId) -> None:
         """The last connection to `peer` is gone."""
         if (scope := self._waiting.pop(peer, None)) is not None:
             scope.cancel()
         self._admitted.pop(peer, None)
+        self._followers.pop(peer, None)
         self._tell(io.Disconnected(peer))
         if not self._admitted:
             self._lonely.set()
 
     def _greeting(self) -> hello.Greeting:
-        return hello.Greeting(self._agent, self._credential, self._membership, self._now())
+        return hello.Greeting(
+            self._agent,
+            self._credential,
+            self._membership,
+            self._now(),
+            following=self._membership.following,
+            attributes=self.attributes,
+            room=len(self._followers) < self._config.max_followers,
+        )
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
         """Connect to `peer` and be admitted. Raises `PeerUnreachable` or `AdmissionRefused`.
@@ -140,8 +173,7 @@ class Admission:
         try:
             with trio.fail_after(self._config.hello_limit):
                 async with await self._network.open_stream(peer, hello.PROTOCOL) as stream:
-                    credential = await hello.greet(stream, self._greeting())
-                    await self._admit(stream, credential, dialled=True)
+                    await self._admit(stream, await hello.greet(stream, self._greeting()), dialled=True)
         except AdmissionRefused:
             await self._network.disconnect(peer)
             raise
@@ -170,8 +202,7 @@ class Admission:
     async def _answer(self, stream: Stream) -> None:
         try:
             with trio.fail_after(self._config.hello_limit):
-                credential = await hello.answer(stream, self._greeting())
-                await self._admit(stream, credential, dialled=False)
+                await self._admit(stream, await hello.answer(stream, self._greeting()), dialled=False)
         except AdmissionRefused as exc:
             log.info("%s", exc)
             await self._network.disconnect(stream.peer)
@@ -179,11 +210,13 @@ class Admission:
             log.info("the peer %s failed to say hello: %s", stream.peer, exc or "too slow")
             await self._network.disconnect(stream.peer)
 
-    async def _admit(self, stream: Stream, credential: Credential, *, dialled: bool) -> None:
+    async def _admit(self, stream: Stream, said: hello.Greeted, *, dialled: bool) -> None:
         peer = stream.peer
-        self._admitted[peer] = credential
+        self._admitted[peer] = said.credential
+        if said.following:
+            self._followers[peer] = (said, self._now())
         self._network.admit(peer)
-        events = await hello.exchange(stream, self._membership, self._tell, opener=dialled)
+        events = await syncing.exchange(stream, self._membership, self._tell, opener=dialled)
         self._tell(io.Connected(peer))
         for event in events:
             self._tell(event)

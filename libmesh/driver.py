@@ -10,12 +10,12 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import trio
 
-from libmesh import hello, probing, wire
+from libmesh import following, hello, probing, syncing, wire
 from libmesh.admission import Admission, AdmissionConfig
 from libmesh.core import membership as core
 from libmesh.core import membership_io as io
@@ -24,15 +24,17 @@ from libmesh.core.credentials import Authority, Revocation
 from libmesh.core.liveness import LivenessConfig
 from libmesh.core.paths_io import PathsConfig
 from libmesh.core.ways import is_circuit, to_announce
-from libmesh.errors import AdmissionRefused, MeshError, PeerUnreachable, ServiceRefused
+from libmesh.errors import AdmissionRefused, PeerUnreachable, ServiceRefused
+from libmesh.following import Following, Herald
 from libmesh.identity import SecretKey
 from libmesh.net import base as net
-from libmesh.net.base import Network, Stream
+from libmesh.net.base import Network
 from libmesh.pathing import Pathing
 from libmesh.peers import PeerId, PeerState, Service, View
 from libmesh.posts import Posts
 from libmesh.probing import Prober
 from libmesh.relays import RelayUse
+from libmesh.syncing import Syncing
 from libmesh.wire_pieces import WireError
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,7 @@ class Driver:
         key: this peer's identity.
         authority: what lets us be a member.
         config: times and limits.
+        follow: announce nothing; see `Driver.take_part`.
         wall_clock: seconds since the epoch; read once.
         rng: for everything that is left to chance.
     """
@@ -85,6 +88,7 @@ class Driver:
         authority: Authority,
         config: MeshConfig,
         *,
+        follow: bool = False,
         wall_clock: Callable[[], float],
         rng: random.Random,
     ) -> None:
@@ -103,6 +107,7 @@ class Driver:
             mesh_id=authority.mesh_id,
             seal=partial(wire.seal, seed=key.seed),
             config=config.membership,
+            following=follow,
         )
         self.pathing = Pathing(
             network,
@@ -123,7 +128,11 @@ class Driver:
             tell=self.handle,
             connect=self.pathing.connect,
         )
-        self._prober = Prober(network, self.membership, self.handle, config.liveness, rng)
+        pace = replace(config.liveness, interval=following.PROBE_INTERVAL) if follow else config.liveness
+        self._prober = Prober(network, self.membership, self.handle, pace, rng)
+        self._syncing = Syncing(network, self.membership, self.handle)
+        self._herald = Herald(self.membership)
+        self._following = Following(network, self.membership, self._hear)
         self.posts = Posts(network, authority.mesh_id, self._is_live_member)
         self._topic = f"libmesh/1/{authority.mesh_id}/peers"
         self._said: tuple[tuple[Service, ...], bytes] = ((), b"")
@@ -136,7 +145,9 @@ class Driver:
     @property
     def view(self) -> View:
         """The mesh as this peer sees it now."""
-        return self.membership.view(self.pathing.path)
+        return replace(
+            self.membership.view(self.pathing.path), followers=self.admission.followers(self.pathing.path)
+        )
 
     @asynccontextmanager
     async def watch(self) -> AsyncIterator[trio.MemoryReceiveChannel[View]]:
@@ -154,6 +165,7 @@ class Driver:
     def say(self, services: tuple[Service, ...], attributes: bytes) -> None:
         """What this peer says of itself from now on, with the addresses that it has then."""
         self._said = (services, attributes)
+        self.admission.attributes = attributes
         addresses = to_announce(self.network.addresses(), wire.MAX_ADDRESSES)
         self.handle(io.SelfChanged(services, addresses, attributes))
 
@@ -171,15 +183,16 @@ class Driver:
 
     def handle(self, event: io.Event) -> None:
         """Tell the membership machine, and do what it asks."""
-        changed = False
+        changed = isinstance(event, io.Connected | io.Disconnected)
         for effect in self.membership.handle(event, self.now()):
             match effect:
                 case io.Publish(said):
-                    self._publish(wire.encode_gossip(said))
+                    self._publish(said)
                 case io.Question(peer):
                     self._prober.doubt(peer)
                 case io.Revoked(revocation):
                     log.info("a membership was revoked: %s", revocation.link_id.hex())
+                    self._herald.revoked(revocation)
                     self._drop_revoked()
                 case io.Dial(peer, addresses):
                     self._tasks.start_soon(self.admission.dial, peer, addresses)
@@ -187,13 +200,19 @@ class Driver:
                     log.info("dropping the peer %s: %s", peer, reason)
                     self.admission.revoke(peer)
                     self._tasks.start_soon(self.network.disconnect, peer)
+                case io.Release(peer):
+                    if self.network.idle(peer):
+                        log.debug("closing the connection to %s, which is of no more use", peer)
+                        self._tasks.start_soon(self.network.disconnect, peer)
                 case io.Changed(peer, before, state, reason):
                     changed = True
+                    self._herald.notice(peer)
                     self.pathing.peer_moved(peer)
                     if before is not state:
                         _log_change(peer, state, reason)
         if changed:
             self._prober.update()
+            self._following.update()
             self._tell_watchers()
         self._rearm.set()
 
@@ -214,9 +233,15 @@ class Driver:
             except trio.BrokenResourceError:
                 continue
 
-    def _publish(self, data: bytes) -> None:
+    def _publish(self, said: Record | Revocation | io.Suspicion) -> None:
+        if isinstance(said, Record) and said.announcement.peer == self.network.peer:
+            self._herald.notice(self.network.peer)
+        if self.membership.following:
+            for peer in self._following.sources:  # they tell the others
+                self._tasks.start_soon(self._syncing.compare, peer)
+            return
         try:
-            self._outbox.send_nowait(data)
+            self._outbox.send_nowait(wire.encode_gossip(said))
         except trio.WouldBlock:
             log.debug("gossip is not keeping up; an announcement was left to the next digest exchange")
 
@@ -287,49 +312,57 @@ class Driver:
     async def _sync_loop(self) -> None:
         """Anti-entropy: now and then compare with somebody what is known. Also tells of addresses that changed."""
         while True:
-            await trio.sleep(self._config.sync_interval * self._rng.uniform(0.8, 1.2))
+            pause = following.SYNC_INTERVAL if self.membership.following else self._config.sync_interval
+            await trio.sleep(pause * self._rng.uniform(0.8, 1.2))
             self.say(*self._said)
             connected = [entry.peer for entry in self.view.peers if entry.path is not None]
             if connected:
-                await self._sync(self._rng.choice(connected))
+                await self._syncing.compare(self._rng.choice(connected))
 
-    async def _sync(self, peer: PeerId) -> None:
-        try:
-            with trio.fail_after(self._config.sync_interval):
-                async with await self.network.open_stream(peer, hello.SYNC_PROTOCOL) as stream:
-                    await self._exchange(stream, opener=True)
-        except (MeshError, trio.BrokenResourceError, trio.TooSlowError) as exc:
-            log.debug("no digest exchange with %s: %s", peer, exc or "too slow")
+    def take_part(self) -> None:
+        """Follow no longer: announce this node, and hear and be heard like everybody. Harmless to repeat."""
+        if self.membership.following:
+            self._tasks.start_soon(self.take_part_now)
 
-    async def _answer_sync(self, stream: Stream) -> None:
-        try:
-            with trio.fail_after(self._config.sync_interval):
-                await self._exchange(stream, opener=False)
-        except (WireError, trio.BrokenResourceError, trio.TooSlowError) as exc:
-            log.debug("no digest exchange with %s: %s", stream.peer, exc or "too slow")
-            stream.reset()
+    async def take_part_now(self) -> None:
+        """As `take_part`; returns when gossip is heard."""
+        if not self.membership.following:
+            return
+        await self._subscribe()
+        if not self.membership.following:
+            return
+        self._prober.pace(self._config.liveness)
+        self.handle(io.TakePart())
+        self._following.update()
+        self.say(*self._said)
+        for entry in self.view.peers:  # gossip takes a moment to learn of a late subscriber
+            if entry.path is not None:
+                self._tasks.start_soon(self._syncing.compare, entry.peer)
 
-    async def _exchange(self, stream: Stream, *, opener: bool) -> None:
-        for event in await hello.exchange(stream, self.membership, self.handle, opener=opener):
-            self.handle(event)
+    async def _subscribe(self) -> None:
+        await self.network.subscribe(self._topic)
+        await self.network.subscribe(self.posts.gossip_topic)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
         """Take part for as long as the context lasts; say goodbye if it ends without an error."""
         self.network.set_handler(hello.PROTOCOL, self.admission.answer_hello, admitted_only=False)
-        self.network.set_handler(hello.SYNC_PROTOCOL, self._answer_sync)
+        self.network.set_handler(syncing.PROTOCOL, self._syncing.answer)
+        self.network.set_handler(syncing.COMPARE_PROTOCOL, self._syncing.answer_compare)
+        self.network.set_handler(following.PROTOCOL, self._herald.answer)
         self.network.set_handler(probing.PROTOCOL, self._prober.answer)
         async with self.network.events() as events, trio.open_nursery() as nursery:
             self._tasks = nursery
             await nursery.start(self.pathing.run)
-            await self.network.subscribe(self._topic)
-            await self.network.subscribe(self.posts.gossip_topic)
+            if not self.membership.following:
+                await self._subscribe()
             nursery.start_soon(self._event_loop, events)
             for task in (
                 self._publish_loop,
                 self._timer_loop,
                 self._sync_loop,
                 self._prober.run,
+                self._following.run,
                 self.admission.seek_loop,
             ):
                 nursery.start_soon(task)

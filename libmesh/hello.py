@@ -25,8 +25,6 @@ from libmesh.wire_pieces import NotAMessage, WireError
 
 PROTOCOL = "/libmesh/hello/1.0.0"
 
-SYNC_PROTOCOL = "/libmesh/sync/1.0.0"
-
 Tell = Callable[[io.Event], None]
 """Passes an event to the membership machine, and does what it asks."""
 
@@ -49,14 +47,20 @@ class Greeting:
     Attributes:
         agent: name and version, for people.
         credential: ours.
-        membership: asked for digests and records; not changed here.
+        membership: says which mesh this is, and what was revoked in it; not changed here.
         now_unix: the time, for expiry.
+        following: we announce nothing ourselves.
+        attributes: what we would say, if we follow.
+        room: whether we take another one that follows.
     """
 
     agent: str
     credential: Credential
     membership: Membership
     now_unix: float
+    following: bool = False
+    attributes: bytes = b""
+    room: bool = True
 
     def check(self, peer: PeerId, shown: Credential) -> Refusal | None:
         """Whether `peer` may be in our mesh with what it showed."""
@@ -73,12 +77,26 @@ class Greeting:
         )
 
 
-async def greet(stream: Stream, greeting: Greeting) -> Credential:
-    """Say hello first; return the other side's credential, checked.
+@dataclass(frozen=True, slots=True)
+class Greeted:
+    """What the other side showed and said: its credential, checked, and, if it follows, its `attributes`."""
+
+    credential: Credential
+    following: bool = False
+    attributes: bytes = b""
+
+
+async def greet(stream: Stream, greeting: Greeting) -> Greeted:
+    """Say hello first; return what the other side showed.
 
     Raises `AdmissionRefused` if they refuse us, or we them; `WireError` or a stream error if they make no sense.
     """
-    hello = wire.Hello(agent=greeting.agent, credential=greeting.credential)
+    hello = wire.Hello(
+        agent=greeting.agent,
+        credential=greeting.credential,
+        following=greeting.following,
+        attributes=greeting.attributes,
+    )
     await stream.send_all(frame(wire.encode_hello(hello)))
     reply = wire.decode_hello_reply(await receive_frame(stream, wire.MAX_HELLO))
     if reply.refusal is not None or reply.credential is None:
@@ -92,26 +110,33 @@ async def greet(stream: Stream, greeting: Greeting) -> Credential:
             reason=refusal.reason,
             peer=stream.peer,
         )
-    return reply.credential
+    return Greeted(reply.credential, reply.following, reply.attributes)
 
 
-async def answer(stream: Stream, greeting: Greeting) -> Credential:
-    """Take a hello; return the other side's credential, checked, with our own sent to it.
+async def answer(stream: Stream, greeting: Greeting) -> Greeted:
+    """Take a hello; return what the other side showed, with our own sent to it.
 
     Raises `AdmissionRefused` after telling them so, `WireError` or a stream error if they make no sense.
     """
     said = await receive_frame(stream, wire.MAX_HELLO)
     try:
-        shown = wire.decode_hello(said).credential
+        hello = wire.decode_hello(said)
     except NotAMessage:
         raise
     except WireError as exc:
         await _refuse(stream, greeting, Refusal("malformed", str(exc)))
-    if (refusal := greeting.check(stream.peer, shown)) is not None:
+    if (refusal := greeting.check(stream.peer, hello.credential)) is not None:
         await _refuse(stream, greeting, refusal)
-    reply = wire.HelloReply(agent=greeting.agent, credential=greeting.credential)
+    if hello.following and not greeting.room:
+        await _refuse(stream, greeting, Refusal("busy", "as many follow as there is room for"))
+    reply = wire.HelloReply(
+        agent=greeting.agent,
+        credential=greeting.credential,
+        following=greeting.following,
+        attributes=greeting.attributes,
+    )
     await stream.send_all(frame(wire.encode_hello_reply(reply)))
-    return shown
+    return Greeted(hello.credential, hello.following, hello.attributes)
 
 
 async def _refuse(stream: Stream, greeting: Greeting, refusal: Refusal) -> NoReturn:
@@ -129,27 +154,3 @@ async def _wait_until_read(stream: Stream) -> None:
     with trio.move_on_after(1):
         while await stream.receive_some():
             pass
-
-
-async def exchange(stream: Stream, membership: Membership, tell: Tell, *, opener: bool) -> list[io.Event]:
-    """Swap digests, then what the other lacks: anti-entropy. Returns the events of what we lacked.
-
-    The sides take turns, the opener first, so that neither waits for the other to read. The digest is told to the
-    machine at once, for it may change what we have to say of ourselves.
-    """
-    if opener:
-        await stream.send_all(frame(wire.encode_digest(membership.digest())))
-    theirs = wire.decode_digest(await receive_frame(stream, wire.MAX_DIGEST))
-    tell(io.DigestHeard(theirs))
-    lacking = frame(wire.encode_records(membership.newer_than(theirs), membership.revoked))
-    if opener:
-        records, revocations = wire.decode_records(await receive_frame(stream, wire.MAX_RECORDS))
-        await stream.send_all(lacking)
-        await stream.send_eof()
-    else:
-        await stream.send_all(frame(wire.encode_digest(membership.digest())) + lacking)
-        records, revocations = wire.decode_records(await receive_frame(stream, wire.MAX_RECORDS))
-    return [
-        *(io.RevocationHeard(revocation, gossiped=False) for revocation in revocations),
-        *(io.RecordHeard(record, gossiped=False) for record in records),
-    ]

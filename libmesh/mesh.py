@@ -1,13 +1,11 @@
-"""The front door: `open_mesh`, and what an application may ask of the mesh that it is in."""
+"""What an application may ask of the mesh that it is in."""
 
 from __future__ import annotations
 
 import logging
 import os
-import random
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 import trio
@@ -16,22 +14,18 @@ from libmesh import tokens, tunnel, wire
 from libmesh.core import membership_io as io
 from libmesh.core.credentials import Authority, Invite
 from libmesh.core.ways import to_announce
-from libmesh.driver import Driver, MeshConfig
+from libmesh.driver import Driver
 from libmesh.errors import (
     AdmissionRefused,
     InviteDenied,
     InviteMalformed,
-    MeshError,
     PeerUnreachable,
     ServiceRefused,
 )
-from libmesh.identity import SecretKey
 from libmesh.invites import check_invite
-from libmesh.net.base import Network, Stream
-from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
+from libmesh.net.base import Stream
 from libmesh.peers import MeshId, PeerId, Scope, Service, View
 from libmesh.posts import Post
-from libmesh.relays import relays_of
 from libmesh.wire_pieces import WireError, valid_service_name
 
 log = logging.getLogger(__name__)
@@ -77,6 +71,11 @@ class Mesh:
         return self._driver.credential.scope
 
     @property
+    def following(self) -> bool:
+        """Whether this node only follows: see `open_mesh`."""
+        return self._driver.membership.following
+
+    @property
     def expires_unix(self) -> int | None:
         """When this node's membership ends; `None` never."""
         return self._driver.credential.not_after_unix
@@ -108,6 +107,8 @@ class Mesh:
 
         Changes close together go out as one. Everybody is told again and again; keep it small and calm. Names of
         services count, too: all together must not exceed 56 KiB.
+
+        While this node follows, only those that it connects to later are told, and no more than 1 KiB.
         """
         if len(attributes) > wire.MAX_ATTRIBUTES:
             raise ValueError(
@@ -145,6 +146,7 @@ class Mesh:
             raise ValueError(f"at most {wire.MAX_SERVICES} services can be offered")
         self._check_size(self._attributes, (*self._offers, name))
         self._offers[name] = _Offer(Service(name=name, scope=scope), handler)
+        self._driver.take_part()
         self._announce()
         try:
             yield
@@ -162,6 +164,7 @@ class Mesh:
             raise ValueError(f"{topic!r} is no topic: 1 to 255 bytes, without control characters")
         if len(data) > wire.MAX_POST_DATA:
             raise ValueError(f"a message of {len(data)} bytes; at most {wire.MAX_POST_DATA} are allowed")
+        await self._driver.take_part_now()
         await self._driver.posts.publish(topic, data)
 
     @asynccontextmanager
@@ -173,6 +176,7 @@ class Mesh:
 
         Holds up to 256 messages for a slow reader; the oldest go first when it falls behind.
         """
+        await self._driver.take_part_now()
         async with self._driver.posts.subscribe(topic) as posts:
             yield posts
 
@@ -201,6 +205,8 @@ class Mesh:
 
     def _ways_in(self) -> tuple[tuple[PeerId, tuple[str, ...]], ...]:
         alive = [entry for entry in self.view.peers if entry.path is not None and entry.addresses]
+        if self.following and alive:
+            return tuple((entry.peer, to_announce(entry.addresses, 4)) for entry in alive[:3])
         others = [(entry.peer, entry.addresses[:2]) for entry in alive[:2]]
         return ((self.peer, to_announce(self.addresses, 4)), *others)
 
@@ -300,95 +306,3 @@ class Mesh:
 
     def _announce(self) -> None:
         self._driver.say(tuple(offer.service for offer in self._offers.values()), self._attributes)
-
-
-@asynccontextmanager
-async def open_mesh(
-    key: SecretKey,
-    *,
-    mesh_key: SecretKey | None = None,
-    invite: str | None = None,
-    network: Network | None = None,
-    listen: Libp2pConfig | None = None,
-    config: MeshConfig | None = None,
-    wait: bool = True,
-    revocations: Iterable[bytes] = (),
-    wall_clock: Callable[[], float] = time.time,
-    rng: random.Random | None = None,
-) -> AsyncIterator[Mesh]:
-    """Be a member of a mesh for as long as the context lasts.
-
-    Args:
-        key: this node's identity; makes its peer id.
-        mesh_key: the mesh's own key, for whoever founds it or holds it. Exactly one of this and `invite`.
-        invite: a token. It also says where the mesh can be reached.
-        network: the transport to use. By default a libp2p network made from `key` and `listen`, and closed at the end.
-        listen: where that one listens; all interfaces and a free port by default.
-        config: times and limits.
-        wait: with an invite, return only when a contact has admitted us. Without, keep trying in the background.
-        revocations: what `Mesh.revocations` told before. Those that are damaged or of another mesh are left out.
-        wall_clock: seconds since the epoch; read once.
-        rng: for what is left to chance, such as whom to probe next; not for keys.
-
-    Raises:
-        InviteError: the token cannot be used.
-        AddressUnavailable: the port is taken.
-        AdmissionRefused, PeerUnreachable: with `wait`, no contact let us in.
-
-    Leaving says goodbye, then ends all streams and connections. There is a trio nursery inside, so an error of the body
-    comes out in an exception group; the errors above do not.
-    """
-    if (mesh_key is None) == (invite is None):
-        raise ValueError("exactly one of mesh_key and invite is needed")
-    opened = check_invite(invite, now_unix=wall_clock()) if invite is not None else None
-    authority = opened.authority if opened is not None else Authority.of_mesh(_seed_of(mesh_key))
-    config, rng = config or MeshConfig(), rng or random.Random()
-
-    opening, leave = trio.Event(), trio.Event()
-    mesh: Mesh | None = None
-    kept_out: MeshError | None = None
-
-    async def stay() -> None:
-        # Shielded, so that a goodbye can still be said when the caller is cancelled; bounded by `farewell` and by the
-        # network's own closing. Not begun by `nursery.start`, which, when cancelled, waits for the end of what it began:
-        # nobody would be left to set `leave`.
-        nonlocal mesh, kept_out
-        with trio.CancelScope(shield=True):
-            try:
-                async with AsyncExitStack() as stack:
-                    transport = network
-                    if transport is None:
-                        transport = await stack.enter_async_context(open_libp2p_network(key.seed, listen))
-                    driver = Driver(transport, key, authority, config, wall_clock=wall_clock, rng=rng)
-                    await stack.enter_async_context(driver.running())
-                    driver.recall(revocations)
-                    mesh = Mesh(driver, authority)
-                    await stack.enter_async_context(relays_of(mesh, driver, config.relays))
-                    opening.set()
-                    await leave.wait()
-            except MeshError as exc:
-                if mesh is not None:
-                    raise
-                kept_out = exc
-                opening.set()
-
-    async with trio.open_nursery() as nursery:
-        try:
-            nursery.start_soon(stay)
-            await opening.wait()
-            try:
-                if mesh is not None and opened is not None:
-                    await mesh.enter(opened, wait=wait)
-            except MeshError as exc:
-                kept_out = exc
-            if mesh is not None and kept_out is None:
-                yield mesh
-        finally:
-            leave.set()
-    if kept_out is not None:
-        raise kept_out
-
-
-def _seed_of(key: SecretKey | None) -> bytes:
-    assert key is not None
-    return key.seed

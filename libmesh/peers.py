@@ -138,12 +138,17 @@ class PeerView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
-    """An immutable picture of the mesh. `peers` is sorted by peer id and never contains this node."""
+    """An immutable picture of the mesh.
+
+    `peers` is sorted by peer id and never contains this node. `followers` are those connected to this node that announce
+    nothing and only use the mesh, sorted too; those of other nodes are known to these alone.
+    """
 
     mesh_id: MeshId
     me: PeerId
     scope: Scope
     peers: tuple[PeerView, ...]
+    followers: tuple[PeerView, ...] = ()
 
     def get(self, peer: PeerId) -> PeerView | None:
         """The entry of `peer`, or `None`."""

@@ -56,6 +56,10 @@ class Prober:
             self._watched = watched
             self._handle(liveness.Watch(*watched))
 
+    def pace(self, config: LivenessConfig) -> None:
+        """Go by these times from now on."""
+        self._machine.config = config
+
     def doubt(self, peer: PeerId) -> None:
         """Probe `peer` now."""
         self._handle(liveness.Doubt(peer))

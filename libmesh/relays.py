@@ -88,7 +88,7 @@ async def follow_relays(mesh: Mesh, network: Network, use: RelayUse, approach: A
     told: tuple[str, ...] = ()
     async with mesh.watch() as views:
         async for view in views:
-            relays = relays_among(view.peers, view.me)
+            relays = () if mesh.following else relays_among(view.peers, view.me)
             if set(relays) != set(told):  # another order is no reason to move
                 told = relays
                 network.set_relays(relays, approach)

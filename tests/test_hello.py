@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import trio
 
-from libmesh import hello, keys, wire
+from libmesh import hello, keys, syncing, wire
 from libmesh.core import membership_io as io
 from libmesh.core.credentials import Authority, Credential, Revoked
 from libmesh.core.membership import Membership
@@ -60,7 +62,30 @@ async def meet(near: Greeting, far: Greeting) -> tuple[object, object]:
 
 async def test_both_sides_get_the_others_credential() -> None:
     shown = invited(1, Scope.CLIENT, not_after_unix=NOW + HOUR)
-    assert await meet(greeting(1, shown), greeting(2)) == (credential(2), shown)
+    assert await meet(greeting(1, shown), greeting(2)) == (
+        hello.Greeted(credential(2)),
+        hello.Greeted(shown),
+    )
+
+
+async def test_who_follows_says_so_on_both_sides() -> None:
+    one = replace(greeting(1), following=True, attributes=b"laptop")
+    assert await meet(one, greeting(2)) == (
+        hello.Greeted(credential(2)),
+        hello.Greeted(credential(1), following=True, attributes=b"laptop"),
+    )
+    two = replace(greeting(2), following=True)
+    near, _ = await meet(greeting(1), two)
+    assert near == hello.Greeted(credential(2), following=True)
+
+
+async def test_one_too_many_that_follows_is_told_to_come_again_and_others_are_let_in() -> None:
+    full = replace(greeting(2), room=False)
+    near, far = await meet(replace(greeting(1), following=True), full)
+    assert isinstance(near, AdmissionRefused)
+    assert isinstance(far, AdmissionRefused)
+    assert (near.reason, far.reason) == ("busy", "busy")
+    assert await meet(greeting(1), full) == (hello.Greeted(credential(2)), hello.Greeted(credential(1)))
 
 
 @pytest.mark.parametrize(
@@ -102,7 +127,7 @@ async def test_a_host_that_is_no_member_is_refused_by_the_joiner() -> None:
     near, far = await meet(greeting(1), impostor)
     assert isinstance(near, AdmissionRefused)
     assert (near.reason, near.peer) == ("wrong_mesh", peer(2))
-    assert far == credential(1)
+    assert far == hello.Greeted(credential(1))
 
 
 async def test_a_refusal_tells_nothing_but_its_word() -> None:
@@ -169,7 +194,7 @@ def told(machine: Membership) -> hello.Tell:
 
 async def swap(one: Stream, near: Membership, two: Stream, far: Membership) -> None:
     async def side(stream: Stream, machine: Membership, opener: bool) -> None:
-        for event in await hello.exchange(stream, machine, told(machine), opener=opener):
+        for event in await syncing.exchange(stream, machine, told(machine), opener=opener):
             machine.handle(event, NOW)
 
     async with trio.open_nursery() as nursery:

@@ -27,6 +27,7 @@ from libmesh.errors import NetworkError
 from libmesh.net import tcp
 from libmesh.net.base import NetworkEvent, PathChanged, PeerConnected, PeerDisconnected, Stream
 from libmesh.net.gossip import Gossip
+from libmesh.net.muxer import YamuxConnection
 from libmesh.net.raw import StreamFace
 from libmesh.net.swarm import is_open, libp2p_id, path_of
 from libmesh.peers import Path, PathKind, PeerId
@@ -192,6 +193,7 @@ class Connections:
         peer = PeerId(str(connection.muxed_conn.peer_id))
         entry = self.entry(peer)
         entry.connections.append(connection)
+        self._watch(peer, connection)
         if len(entry.connections) == 1:
             entry.best = connection
             inbound = connection.direction is Direction.INBOUND
@@ -202,19 +204,34 @@ class Connections:
             self._choose(peer, entry)
 
     async def disconnected(self, connection: Any) -> None:
-        """A connection is gone."""
+        """A connection is gone, says py-libp2p, some 0.1 s after it was."""
         peer = PeerId(str(connection.muxed_conn.peer_id))
-        entry = self.peers.get(peer)
-        if entry is None or not self.of(peer):
+        if not self.of(peer):
             await self._gossip.gone(connection)
-        if entry is None:
+        self._ended(peer, connection)
+
+    def _ended(self, peer: PeerId, connection: Any) -> None:
+        """Take a connection that is over out of the books. Harmless to repeat."""
+        entry = self.peers.get(peer)
+        if entry is None or connection not in entry.connections:
             return
         others = [other for other in entry.connections if other is not connection]
-        if not others and not self.of(peer):
-            self._forget(peer)
-        elif others:
+        if others:
             entry.connections = others
             self._choose(peer, entry)
+        elif not self.of(peer):
+            self._forget(peer)
+
+    def _watch(self, peer: PeerId, connection: Any) -> None:
+        """Hear of the connection's end at once."""
+        muxed = connection.muxed_conn
+        tell_swarm = muxed.on_close
+
+        async def over() -> None:
+            self._ended(peer, connection)
+            await tell_swarm()
+
+        muxed.on_close = over
 
     def _forget(self, peer: PeerId) -> None:
         if self.peers.pop(peer).connections:

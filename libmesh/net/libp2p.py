@@ -289,6 +289,10 @@ class Libp2pNetwork(Network):
         """Whoever adds to `addresses` says so."""
         self._emit(AddressesChanged())
 
+    def idle(self, peer: PeerId) -> bool:
+        """See `Network.idle`."""
+        return self._connections.idle(peer)
+
     async def disconnect(self, peer: PeerId) -> None:
         """See `Network.disconnect`."""
         # Shielded: a half-closed SwarmConn would stay in the swarm's books. It takes 0.1 s by py-libp2p's own sleep.

@@ -121,6 +121,11 @@ class YamuxConnection(IMuxedConn):
         return self._machine.rtt
 
     @property
+    def streams(self) -> tuple[YamuxStream, ...]:
+        """Those that are open."""
+        return tuple(self._streams.values())
+
+    @property
     def stream_count(self) -> int:
         """Streams that are known here, those included that wait for the peer to finish."""
         return len(self._machine.table.states)

@@ -122,6 +122,10 @@ class MemoryNetwork(Network):
         await trio.lowlevel.checkpoint()
         self._hub.cut(self._me, peer)
 
+    def idle(self, peer: PeerId) -> bool:
+        """See `Network.idle`."""
+        return all(link.idle for link in self.links.get(peer, ()))
+
     def path(self, peer: PeerId) -> Path | None:
         """See `Network.path`."""
         links = self.links.get(peer)

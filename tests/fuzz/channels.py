@@ -11,8 +11,7 @@ import trio.testing
 from libp2p.io.exceptions import IOException
 from libp2p.security.noise.exceptions import NoiseFailure
 
-from libmesh import hello, keys, tunnel, wire
-from libmesh.core.credentials import Credential
+from libmesh import hello, keys, syncing, tunnel, wire
 from libmesh.errors import AdmissionRefused, PeerUnreachable, ServiceRefused
 from libmesh.framing import frame
 from libmesh.net.base import Stream, StreamReset
@@ -235,10 +234,10 @@ async def _hello(stream: Stream, part: int) -> None:
     try:
         match part:
             case 0 | 1:
-                shown: Credential = await (hello.greet, hello.answer)[part](stream, greeting)
-                assert shown.links[-1].subject == keys.public_key_of(stream.peer)
+                shown = await (hello.greet, hello.answer)[part](stream, greeting)
+                assert shown.credential.links[-1].subject == keys.public_key_of(stream.peer)
             case _:
-                events = await hello.exchange(
+                events = await syncing.exchange(
                     stream, machine, lambda event: void(machine.handle(event, NOW)), opener=part == 2
                 )
                 for event in events:

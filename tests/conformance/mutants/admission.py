@@ -11,7 +11,7 @@ from google.protobuf.unknown_fields import UnknownFieldSet
 from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.security.insecure.transport import PLAINTEXT_PROTOCOL_ID, InsecureTransport
 
-from libmesh import Libp2pConfig, PeerId, framing, hello, wire, wire_pieces
+from libmesh import Libp2pConfig, PeerId, framing, hello, syncing, wire, wire_pieces
 from libmesh.core import credentials
 from libmesh.core import membership_io as io
 from libmesh.core.membership import Membership
@@ -157,14 +157,12 @@ def does_not_close_after_a_refusal(patch: Patch) -> None:
 
 @mutant("hello.exchange", "did not wait")
 def does_not_wait_for_its_turn(patch: Patch) -> None:
-    async def eager(
-        stream: Stream, membership: Membership, tell: hello.Tell, *, opener: bool
-    ) -> list[io.Event]:
+    async def eager(stream: Stream, membership: Membership, tell: hello.Tell, **how: Any) -> list[io.Event]:
         await stream.send_all(framing.frame(wire.encode_digest(membership.digest())))
-        return await exchange(stream, membership, tell, opener=opener)
+        return await exchange(stream, membership, tell, **how)
 
-    exchange = hello.exchange
-    patch.setattr(hello, "exchange", eager)
+    exchange = syncing.exchange
+    patch.setattr(syncing, "exchange", eager)
 
 
 @mutant("transport.ed25519_only", "let it in")
