@@ -309,7 +309,7 @@ class Node:
             return ("This node's membership has ended: join again with a new invite.",)
         if self._invited and not any(peer.path is not None for peer in view.peers):
             return ("Nobody in the mesh answers; this node keeps trying.",)
-        return ()
+        return self._session.splits.notices
 
     def _local_server(self, model: AnnouncedModel) -> Server | None:
         url = self._models.base_url(model.name)

@@ -31,8 +31,8 @@ from libmesh_node.llama.supervisor import LlamaServer
 from libmesh_node.models.reference import ModelFile
 from libmesh_node.placement.machine import short
 from libmesh_node.placement.seen import SERVICE
-from libmesh_node.placement.shape import ModelShape
-from libmesh_node.placement.splitting import COMPUTE_BYTES, OVERHEAD, Placement, Share
+from libmesh_node.placement.shape import BATCH, ModelShape
+from libmesh_node.placement.splitting import OVERHEAD, Placement, Share
 from libmesh_node.snapshot import Process
 
 log = logging.getLogger(__name__)
@@ -168,6 +168,10 @@ class SplitRun:
             )
             await self.server.run()
             await trio.sleep(0.2)  # the loss of a worker, if that was the cause, is told by its own task
+            short_of = next((worker for worker in workers if worker.denied), None)
+            if short_of is not None:
+                peer = self.placement.workers[workers.index(short_of)].peer
+                self._fail(SplitFailed(f"{short_of.denied / 1e6:.0f} MB more than it was asked for", peer))
             self._fail(SplitFailed(self.server.process.failure))
             nursery.cancel_scope.cancel()
 
@@ -193,11 +197,12 @@ class SplitRun:
         self._on_change()
 
     def _request(self, share: Share) -> SessionRequest:
+        setting = self._setting
         return SessionRequest(
-            digest=self._setting.shape.digest,
-            memory_bytes=min(_memory(share, self._context), self._memory.get(share.peer, 0)),
-            protocol=read_protocol(self._setting.binary.rpc_protocol or "0.0.0"),
-            model=self._setting.model.name,
+            digest=setting.shape.digest,
+            memory_bytes=min(_memory(share, self._context, setting.shape), self._memory.get(share.peer, 0)),
+            protocol=read_protocol(setting.binary.rpc_protocol or "0.0.0"),
+            model=setting.model.name,
         )
 
     def _plan(self, workers: list[Borrowed]) -> ServerPlan:
@@ -235,9 +240,10 @@ def _over(layers: int, room: list[int]) -> list[int]:
     return counts
 
 
-def _memory(share: Share, context: int) -> int:
-    """Bytes that a share takes with a cache for `context` tokens."""
-    return int(share.weights * OVERHEAD) + share.kv_per_token * context + COMPUTE_BYTES
+def _memory(share: Share, context: int, shape: ModelShape) -> int:
+    """Bytes that a share takes with a cache for `context` tokens. The last one may also make logits."""
+    logits = BATCH * 4 * shape.vocabulary
+    return int(share.weights * OVERHEAD) + share.kv_per_token * context + shape.compute + logits
 
 
 def _context(setting: SplitSetting, placement: Placement, memory: dict[str, int]) -> int:
@@ -245,5 +251,7 @@ def _context(setting: SplitSetting, placement: Placement, memory: dict[str, int]
     most = (setting.model.header.context_length or setting.shape.context) * setting.slots
     for share in (*placement.workers, placement.home):
         if share.kv_per_token:
-            most = min(most, (memory.get(share.peer, 0) - _memory(share, 0)) // share.kv_per_token)
+            most = min(
+                most, (memory.get(share.peer, 0) - _memory(share, 0, setting.shape)) // share.kv_per_token
+            )
     return max(setting.shape.context, min(most, 65536) // _STEP * _STEP)

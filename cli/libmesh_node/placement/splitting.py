@@ -16,10 +16,6 @@ from libmesh_node.placement.shape import ModelShape
 OVERHEAD = 1.1
 """Memory for weights over their size, for what llama.cpp needs besides: the first mesh's rule."""
 
-COMPUTE_BYTES = 96 << 20
-"""Memory for a machine's compute buffers, on top of its share; batches of 512 in common models stay below."""
-
-
 LINK_BANDWIDTH = 12.5e6
 """Bytes per second that a worker's answers are reckoned with: 100 Mbit/s, since nobody measures it."""
 
@@ -136,13 +132,15 @@ def split_from(
     need = needed(shape)
     taken: list[tuple[float, Machine]] = []
     memory = host.memory
+    if ranked and (memory < need or rules.force or rules.ratios):
+        memory -= min(shape.compute, memory)
     for rtt, machine in ranked:
         wanted = rules.ratios is not None and len(taken) < len(rules.ratios) - 1
         if memory >= need and not wanted and (taken or not rules.force):
             verdicts[machine.peer] = Verdict(machine.peer, False, f"not needed ({_ms(rtt)})")
             continue
         taken.append((rtt, machine))
-        memory += machine.memory
+        memory += max(0, machine.memory - shape.compute)
         verdicts[machine.peer] = Verdict(machine.peer, True, f"{_ms(rtt)}, {_gb(machine.memory)}")
     told = tuple(verdict for _, verdict in sorted(verdicts.items()))
     if memory < need or (rules.force and not taken):
@@ -194,7 +192,7 @@ def _share(
     cut = cut_layers(
         [piece.memory for piece in pieces],
         [weights[at] for at in order],
-        [machines[at].memory for at in order] if rules.ratios is None else None,
+        [machines[at].memory - shape.compute for at in order] if rules.ratios is None else None,
     )
     rtts = [*(rtt for rtt, _ in taken), 0.0]
     shares: dict[int, Share] = {}
@@ -202,7 +200,7 @@ def _share(
     for at, (start, end) in zip(order, _spans(cut), strict=True):
         mine = [*pieces[start:end], *([kept] if at == last else ())]
         seconds += sum(piece.read for piece in mine) / machines[at].speed + (rtts[at] if end > start else 0.0)
-        shares[at] = _share_of(machines[at], end - start, mine, rtts[at])
+        shares[at] = _share_of(machines[at], end - start, mine, shape.compute, rtts[at])
     workers = tuple(shares[at] for at in range(last) if shares[at].layers)
     return Placement(
         host=host.peer,
@@ -228,8 +226,8 @@ def _pieces(shape: ModelShape) -> list[_Piece]:
     return [*pieces, _Piece(int(shape.output * OVERHEAD), shape.output, shape.output, 0)]
 
 
-def _share_of(machine: Machine, layers: int, pieces: Sequence[_Piece], rtt: float) -> Share:
-    memory = sum(piece.memory for piece in pieces) + (COMPUTE_BYTES if layers else 0)
+def _share_of(machine: Machine, layers: int, pieces: Sequence[_Piece], compute: int, rtt: float) -> Share:
+    memory = sum(piece.memory for piece in pieces) + (compute if layers else 0)
     return Share(
         peer=machine.peer,
         layers=layers,

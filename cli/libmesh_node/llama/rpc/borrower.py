@@ -58,6 +58,7 @@ class Borrowed:
         weights: of the model.
         waiting_since: when the oldest request under way was sent, by trio's clock; `None` if none is.
         lost: set with `why` when the session in use has ended before llama-server ended its connection.
+        denied: bytes of an allocation that the worker did not make; 0 if it made all.
         spared: bytes of uploads that needed not travel; `sent` and `received`: what did, both ways.
     """
 
@@ -73,6 +74,7 @@ class Borrowed:
         self.lost = trio.Event()
         self.why = ""
         self.waiting_since: float | None = None
+        self.denied = 0
         self.spared = 0
         self.sent = 0
         self.received = 0
@@ -131,6 +133,7 @@ class Borrowed:
             stream.reset()
             self.waiting_since = None
             self.spared += end.spared
+            self.denied = self.denied or end.denied
             await trio.to_thread.run_sync(self._hashes.save)
         if why is not None:
             self._lose(why)

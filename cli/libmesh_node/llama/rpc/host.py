@@ -113,6 +113,7 @@ class HostEnd:
 
     Attributes:
         engaged: the session's rpc-server is in use.
+        denied: bytes of an allocation that the worker did not make; 0 if it made all.
         references: uploads that were replaced, and `spared` their bytes.
     """
 
@@ -123,12 +124,14 @@ class HostEnd:
         self._waiting: deque[bytes | int] = (
             deque()
         )  # an answer that must wait its turn, or the size of one to come
+        self._allocating = 0  # bytes asked for
         self._commands: deque[int] = deque()  # those whose answers are to come from the worker
         self._streaming = False  # a large answer is on its way, in pieces
         self._bases: dict[int, int] = {}
         self._upload: _Upload | None = None
         self._asked: tuple[bytes, int, int] | None = None
         self.engaged = False
+        self.denied = 0
         self.references = 0
         self.spared = 0
 
@@ -171,6 +174,8 @@ class HostEnd:
         if command == Command.SET_TENSOR_HASH:
             self._hash(payload, effects)
             return
+        if command == Command.ALLOC_BUFFER:
+            self._allocating = int.from_bytes(payload[4:], "little")
         if command == Command.FREE_BUFFER:
             self._bases.pop(int.from_bytes(payload, "little"), None)
         size = answer_size(command, payload)
@@ -324,6 +329,8 @@ class HostEnd:
         if command == Command.ALLOC_BUFFER:
             if len(payload) != size + 8:
                 raise ProtocolError("an allocation without its base")
+            if not any(payload[:8]):
+                self.denied = self._allocating
             self._bases[int.from_bytes(payload[:8], "little")] = int.from_bytes(payload[16:], "little")
             return payload[:16]
         if len(payload) != size:
