@@ -100,6 +100,11 @@ export class Revocations {
     return [...this.#byLink.values()].flat().map(({ revocation }) => revocation)
   }
 
+  /** Each as the link's id and the key that signed it: what Summary's fingerprint is over. */
+  get rows () {
+    return [...this.#byLink].flatMap(([id, known]) => known.map(({ key }) => Buffer.concat([Buffer.from(id, 'hex'), key])))
+  }
+
   /** Remember one. Whether it is good and new. */
   add (revocation, mesh) {
     const { meshKey, links, signer, signature } = revocation

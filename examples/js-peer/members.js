@@ -1,6 +1,7 @@
 // Who is in the mesh: the newest announcement of each peer, and what is said of them. Messages Announcement, Record,
 // Digest and Suspicion of mesh.proto. Decides; others carry its words.
 import { hex, isRecordSigned, same, signRecord, whyRefused } from './credentials.js'
+import { covers, summary } from './summary.js'
 import { SCOPE, big, decode, encode, u64 } from './wire.js'
 
 const MOST_PEERS = 4096
@@ -23,15 +24,15 @@ function isWellFormed ({ peerKey, services, addresses, attributes }) {
 }
 
 /**
- * The table. `publish(gossip)` is called with what is to be said to everybody, `changed(key, state, announcement)` when
- * what is believed of a peer changes: "alive", "left" or "dead".
+ * The table. `publish(gossip)` is called with what is to be said to everybody, `news(gossip)` with all that is new here, and
+ * `changed(key, state, announcement)` when what is believed of a peer changes: "alive", "left" or "dead".
  */
 export class Members {
   #rows = new Map() // hex key → { said, age, record, state }
   #saying = null
 
-  constructor ({ seed, key, credential, mesh, revoked, publish, changed }) {
-    Object.assign(this, { key, mesh, revoked, changed })
+  constructor ({ seed, key, credential, mesh, revoked, publish, news, changed }) {
+    Object.assign(this, { key, mesh, revoked, news, changed })
     this.publish = publish
     this.seed = seed
     this.me = { peerKey: key, credential, incarnation: BigInt(Date.now()), sequence: 0n, services: [], addresses: [] }
@@ -51,6 +52,7 @@ export class Members {
     Object.assign(this.me, change)
     this.#seal()
     this.publish({ record: this.record })
+    this.news({ record: this.record })
   }
 
   #seal () {
@@ -85,6 +87,7 @@ export class Members {
     if (!this.#isGood(said, record)) return
     const state = said.leaving ? 'left' : 'alive'
     this.#rows.set(hex(said.peerKey), { said, age, record, state })
+    this.news({ record })
     if (state !== known?.state) this.changed(said.peerKey, state, said)
   }
 
@@ -98,25 +101,32 @@ export class Members {
     const row = this.get(key)
     if (row?.state !== 'alive') return
     row.state = 'dead'
+    this.news({ suspicion: { peerKey: key, incarnation: u64(row.age[0]), sequence: u64(row.age[1]) } })
     this.changed(key, 'dead', row.said)
   }
 
-  digest () {
+  /** What is known of each peer, or of those in `part`. */
+  digest (part = null) {
     const rows = this.rows.map(({ said, age, state }) => [said.peerKey, age, state === 'dead'])
     rows.push([this.key, [this.me.incarnation, this.me.sequence], false])
-    const entries = rows.map(([peerKey, [incarnation, sequence], dead]) => (
+    const entries = rows.filter(([peerKey]) => covers(part, peerKey)).map(([peerKey, [incarnation, sequence], dead]) => (
       { peerKey, incarnation: u64(incarnation), sequence: u64(sequence), dead }
     ))
-    return { entries }
+    return part === null ? { entries } : { entries, part }
   }
 
-  /** What somebody with this digest lacks. Of the dead nothing is told. */
-  lacking (digest) {
+  summary () {
+    return summary(this.digest(), this.revoked.rows)
+  }
+
+  /** What somebody with this digest lacks, of this part. Of the dead nothing is told. */
+  lacking (digest, part = null) {
     const ages = new Map(digest.entries.map((entry) => [hex(entry.peerKey), [big(entry.incarnation), big(entry.sequence)]]))
-    const lacks = (key, age) => !ages.has(hex(key)) || isNewer(age, ages.get(hex(key)))
+    const lacks = (key, age) => covers(part, key) && (!ages.has(hex(key)) || isNewer(age, ages.get(hex(key))))
     const records = this.rows.filter(({ said, age, state }) => state !== 'dead' && lacks(said.peerKey, age))
     const mine = lacks(this.key, [this.me.incarnation, this.me.sequence]) ? [this.record] : []
-    return { records: [...mine, ...records.map(({ record }) => record)], revocations: this.revoked.all }
+    const revocations = part === null || part.revocations ? this.revoked.all : []
+    return { records: [...mine, ...records.map(({ record }) => record)], revocations }
   }
 
   /** The keys of those whom we should look for: this digest calls them dead. */

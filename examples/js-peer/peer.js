@@ -3,22 +3,26 @@ import { randomBytes } from 'node:crypto'
 import { publicKeyFromRaw } from '@libp2p/crypto/keys'
 import { peerIdFromPublicKey } from '@libp2p/peer-id'
 import { multiaddr } from '@multiformats/multiaddr'
-import { Revocations, admit, meshId, publicKey, readToken, whyRefused } from './credentials.js'
+import { Revocations, admit, meshId, publicKey, readToken, same, whyRefused } from './credentials.js'
 import { Gate } from './gate.js'
+import { Herald } from './herald.js'
 import { Members } from './members.js'
 import { MANY, createNode } from './node.js'
+import { difference } from './summary.js'
 import { Reader, SCOPE, decode, encode, has, within } from './wire.js'
 
 const AGENT = 'libmesh-js-peer/0.1.0'
 const HELLO = '/libmesh/hello/1.0.0'
 const SYNC = '/libmesh/sync/1.0.0'
+const COMPARE = '/libmesh/compare/1.0.0'
+const FOLLOW = '/libmesh/follow/1.0.0'
 const PROBE = '/libmesh/probe/1.0.0'
 const TUNNEL = '/libmesh/tunnel/1.0.0'
 
 const HELLO_LIMIT = 10 // seconds for a hello
 const ANSWER_LIMIT = 0.6 // seconds that a probe's target has, from ProbeAnswer
 const PATIENCE = 5 // seconds for other messages
-const LOOK_EVERY = 30 // seconds between exchanges of digests with somebody, and attempts to come back
+const LOOK_EVERY = 30 // seconds between comparisons with somebody, and attempts to come back
 
 const idOf = (key) => peerIdFromPublicKey(publicKeyFromRaw(key))
 const keyOf = (peer) => peer.publicKey.raw
@@ -34,6 +38,7 @@ export async function joinMesh (token, { listen = ['/ip4/127.0.0.1/tcp/0'], serv
 
 class Peer {
   #tasks = []
+  #herald = new Herald()
 
   constructor (invite, services, tell) {
     const seed = randomBytes(32)
@@ -51,6 +56,7 @@ class Peer {
       mesh: this.mesh,
       revoked: this.revoked,
       publish: (gossip) => this.#publish('peers', encode('Gossip', gossip)),
+      news: (gossip) => this.#herald.tell(gossip),
       changed: (key, state, said) => tell({ peer: idOf(key).toString(), state, services: said.services.map(({ name }) => name) })
     })
   }
@@ -67,6 +73,8 @@ class Peer {
     this.node = await createNode(this.members.seed, listen, this.gate)
     await this.node.handle(HELLO, served(this.#answerHello), MANY)
     await this.node.handle(SYNC, this.gate.guard(served(this.#answerSync)), MANY)
+    await this.node.handle(COMPARE, this.gate.guard(served(this.#answerCompare)), MANY)
+    await this.node.handle(FOLLOW, this.gate.guard(served(this.#answerFollow)), MANY)
     await this.node.handle(PROBE, this.gate.guard(served(this.#answerProbe)), MANY)
     await this.node.handle(TUNNEL, this.gate.guard(served(this.#answerTunnel)), MANY)
     const { pubsub } = this.node.services
@@ -168,12 +176,12 @@ class Peer {
 
   // ── digests and records ────────────────────────────────────────────────────────────────────────────────────────
 
-  async #exchange (reader) {
-    await reader.say('Digest', this.members.digest())
+  async #exchange (reader, part = null) {
+    await reader.say('Digest', this.members.digest(part))
     const digest = await reader.receive('Digest')
     const records = await reader.receive('Records')
     this.#doubt(this.members.hearDigest(digest))
-    await reader.say('Records', this.members.lacking(digest))
+    await reader.say('Records', this.members.lacking(digest, part))
     await reader.stream.close()
     this.#learn(records)
   }
@@ -181,13 +189,46 @@ class Peer {
   async #answerExchange (reader) {
     const digest = await reader.receive('Digest')
     this.#doubt(this.members.hearDigest(digest))
-    await reader.say('Digest', this.members.digest())
-    await reader.say('Records', this.members.lacking(digest))
+    const part = has(digest, 'part') ? digest.part : null
+    await reader.say('Digest', this.members.digest(part))
+    await reader.say('Records', this.members.lacking(digest, part))
     this.#learn(await reader.receive('Records'))
     await reader.stream.close()
   }
 
   #answerSync = (reader) => within(PATIENCE, this.#answerExchange(reader))
+
+  #answerCompare = async (reader) => {
+    const theirs = await within(PATIENCE, reader.receive('Summary'))
+    if (theirs.fingerprint.length !== 16) throw new Error('no fingerprint')
+    const { fingerprint, parts } = this.members.summary()
+    await reader.say('Summary', same(fingerprint, theirs.fingerprint) ? { fingerprint } : { fingerprint, parts })
+    await reader.stream.close()
+  }
+
+  /** Compare what we know with a peer, and exchange what differs. */
+  async #compare (connection) {
+    const mine = this.members.summary()
+    let part = null
+    try {
+      const reader = new Reader(await connection.newStream(COMPARE))
+      await reader.say('Summary', { fingerprint: mine.fingerprint })
+      const theirs = await reader.receive('Summary')
+      await reader.stream.close()
+      if (same(theirs.fingerprint, mine.fingerprint)) return
+      part = difference(mine.parts, theirs.parts)
+    } catch (error) { // it does not speak that
+      if (error.name !== 'UnsupportedProtocolError') throw error
+    }
+    await this.#exchange(new Reader(await connection.newStream(SYNC)), part)
+  }
+
+  /** The news, for a peer that only follows, until it leaves or does not read. */
+  #answerFollow = async (reader, connection) => {
+    const digest = await within(PATIENCE, reader.receive('Digest'))
+    await this.#herald.serve(connection.remotePeer, reader, this.members.lacking(digest))
+    reader.stream.abort(new Error('it has left'))
+  }
 
   #learn ({ records, revocations }) {
     for (const revocation of revocations) this.#revoke(revocation)
@@ -197,6 +238,7 @@ class Peer {
   #revoke (revocation) {
     if (!this.revoked.add(revocation, this.mesh)) return
     this.#publish('peers', encode('Gossip', { revocation }))
+    this.#herald.tell({ revocation })
     this.members.expel()
     for (const id of this.gate.admitted) {
       if (!this.revoked.covers(this.gate.credentialOf(id))) continue
@@ -218,7 +260,7 @@ class Peer {
         await Promise.any(ways.map(({ peerKey, addresses }) => this.connect(idOf(peerKey), addresses)))
       } else {
         const [connection] = this.#connections(chosen)
-        await within(PATIENCE, this.#exchange(new Reader(await connection.newStream(SYNC))))
+        await within(PATIENCE, this.#compare(connection))
       }
     } catch (error) {
       process.stderr.write(`nobody to talk to now: ${error.message}\n`)

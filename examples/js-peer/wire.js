@@ -18,6 +18,7 @@ const LIMITS = { // bytes, from the messages' comments
   HelloReply: 4 * KIB,
   Digest: KIB * KIB,
   Records: 8 * KIB * KIB,
+  Summary: KIB,
   Gossip: 60 * KIB,
   Record: 60 * KIB,
   Announcement: 60 * KIB,

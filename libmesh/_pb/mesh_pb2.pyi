@@ -358,7 +358,9 @@ class Digest(_message.Message):
     def entries(self) -> _containers.RepeatedCompositeFieldContainer[Global___Digest.Entry]: ...
     @_builtins.property
     def part(self) -> Global___Part:
-        """Only these rows are compared: others are neither in the answering Digest, nor are their records told. Absent: all."""
+        """Chosen by the opener. Only these rows are compared: others are neither in the answering Digest, which names the same
+        part, nor are their records told, by either side. Absent: all.
+        """
 
     def __init__(
         self,

@@ -37,6 +37,8 @@ def test_there_are_mutants_of_every_part() -> None:
         "closed",
         "records",
         "digest",
+        "compare",
+        "follow",
         "gossip",
         "probe",
         "tunnel",

@@ -46,7 +46,7 @@ def test_a_rule_is_a_sentence_and_named_for_its_part() -> None:
 def test_every_part_of_the_protocol_has_rules() -> None:
     parts = {rule.id.split(".")[0] for rule in RULES.values()}
     assert parts == {
-        *("transport", "hello", "closed", "records", "digest", "gossip"),
+        *("transport", "hello", "closed", "records", "digest", "compare", "follow", "gossip"),
         *("probe", "tunnel", "frame", "limits", "revocation", "survives"),
     }
 

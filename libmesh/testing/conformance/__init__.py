@@ -20,6 +20,7 @@ from libmesh.testing.conformance import (  # noqa: I001 - the order in which rul
     hellos as hellos,
     strangers as strangers,
     exchanges as exchanges,
+    comparing as comparing,
     gossiping as gossiping,
     probing as probing,
     tunnels as tunnels,
