@@ -86,7 +86,7 @@ class Puncher:
         self._underlay = underlay
         self.guesses = guesses
         self._running: dict[PeerId, trio.Event] = {}
-        self._answering: set[PeerId] = set()
+        self._answering: dict[PeerId, trio.Event] = {}
         self._attempts: list[_Attempt] = []
         underlay.set_handler(wire.DCUTR, self._serve)
 
@@ -134,6 +134,8 @@ class Puncher:
                 log.debug("hole punch to %s: %s", peer, exc)
             finally:
                 stream.reset()
+            if (answering := self._answering.get(peer)) is not None:  # it refused because it asks itself
+                await answering.wait()
         return self._direct(peer) or self._give_up(failure)
 
     async def _punch_once(self, peer: PeerId, stream: Stream) -> Path:
@@ -168,7 +170,7 @@ class Puncher:
         if ours_goes_on or peer in self._answering or len(self._answering) >= MAX_PUNCHES:
             stream.reset()
             return
-        self._answering.add(peer)
+        event = self._answering[peer] = trio.Event()
         try:
             with trio.fail_after(SYNC_LIMIT):
                 request = wire.decode_punch(await receive_frame(stream, wire.MAX_MESSAGE))
@@ -182,7 +184,8 @@ class Puncher:
             log.debug("hole punch of %s: %s", peer, exc or "too slow")
             stream.reset()
         finally:
-            self._answering.discard(peer)
+            del self._answering[peer]
+            event.set()
 
     # ── both ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

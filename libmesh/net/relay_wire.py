@@ -234,6 +234,8 @@ def encode_punch(message: PunchAddresses | PunchNow) -> bytes:
 def decode_punch(data: bytes) -> PunchAddresses | PunchNow:
     """The inverse of `encode_punch`, without the length."""
     message = parse(punch_pb.HolePunch(), data, MAX_MESSAGE)
+    if not message.HasField("type"):
+        raise WireError("not a message of a hole punch")
     if message.type == punch_pb.HolePunch.SYNC:
         return PunchNow()
     return PunchAddresses(addresses_from_pb(message.addrs[:MAX_PUNCH_ADDRESSES]))

@@ -1,0 +1,66 @@
+"""Nodes with a relay between them, on loopback."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from libmesh.core.relay_desk import RelayLimits
+from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
+from libmesh.net.relay_server import RelayServer
+from libmesh.peers import PathKind
+from tests.members import seed
+from tests.net.hosts import LOCAL, PROTOCOL, echo, join, networks, until
+
+RELAY = replace(LOCAL, relay=RelayLimits())
+
+
+@dataclass
+class Relayed:
+    """A relay, somebody who has a place there, and somebody who reaches it from there."""
+
+    relay: Libp2pNetwork
+    target: Libp2pNetwork
+    source: Libp2pNetwork
+
+    @property
+    def server(self) -> RelayServer:
+        assert self.relay.relaying.server is not None
+        return self.relay.relaying.server
+
+    async def connect(self) -> None:
+        await self.source.dial(self.target.peer, circuit_of(self.target))
+        await until(lambda: kind(self.target, self.source))
+        self.source.admit(self.target.peer)
+        self.target.admit(self.source.peer)
+
+
+def address_of(network: Libp2pNetwork) -> str:
+    return f"{network.addresses()[0]}/p2p/{network.peer}"
+
+
+def circuit_of(network: Libp2pNetwork) -> str:
+    return next(address for address in network.addresses() if "/p2p-circuit" in address)
+
+
+def kind(near: Libp2pNetwork, far: Libp2pNetwork) -> PathKind | None:
+    path = near.path(far.peer)
+    return path.kind if path else None
+
+
+async def take_place(client: Libp2pNetwork, *relays: Libp2pNetwork) -> None:
+    """Let `client` be reached through `relays`, which have admitted it."""
+    for relay in relays:
+        await join(client, relay)
+    client.set_relays([address_of(relay) for relay in relays])
+    await until(lambda: len(client.relaying.client.relays) == min(2, len(relays)))
+
+
+@asynccontextmanager
+async def relayed(config: Libp2pConfig = RELAY) -> AsyncIterator[Relayed]:
+    async with open_libp2p_network(seed(77), config) as relay, networks(2) as (target, source):
+        target.set_handler(PROTOCOL, echo)
+        await take_place(target, relay)
+        await join(source, relay)
+        yield Relayed(relay, target, source)
