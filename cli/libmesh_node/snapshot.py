@@ -20,6 +20,9 @@ class Server:
         slots: requests it answers at once.
         rtt: seconds to the peer, `None` if local or not yet measured.
         digest: of the weights that it has; empty while unknown.
+        context_length: tokens that one request may use there; 0 if unknown.
+        speed: tokens per second of one request, as its node announces; `None` if unknown.
+        busy_with_others: requests that it answers, or makes wait, for others than this node, as announced.
     """
 
     peer: str
@@ -28,6 +31,9 @@ class Server:
     slots: int = 1
     rtt: float | None = None
     digest: str = ""
+    context_length: int = 0
+    speed: float | None = None
+    busy_with_others: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

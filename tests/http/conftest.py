@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import trio
 from libmesh_node.bridge import Bridge, CommandFailed
+from libmesh_node.http import proxy
 from libmesh_node.http.server import Listening, serve_http
 from libmesh_node.llama.engine import find_engine
 from libmesh_node.models.demo import SMALL, TINY, ModelShape, write_model
@@ -79,6 +80,12 @@ def wait_until(condition: Callable[[], bool], limit: float = 60.0, every: float 
     while not condition():
         assert time.monotonic() - began < limit, "it never came true"
         time.sleep(every)
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Refuse after a moment what would wait for a server that is being started: none is, unless a test says so."""
+    monkeypatch.setattr(proxy, "PATIENCE", 0.3)
 
 
 @contextmanager

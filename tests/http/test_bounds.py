@@ -30,7 +30,7 @@ def silent() -> Iterator[Model]:
             digest="",
             size_bytes=0,
             context_length=0,
-            servers=(Server(peer="p", base_url=url, local=True),),
+            servers=(Server(peer="p", base_url=url, local=True, slots=64),),
         )
 
 

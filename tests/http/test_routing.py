@@ -1,15 +1,10 @@
-"""Which model, which server: tables and properties."""
+"""Which model a request means."""
 
 from __future__ import annotations
 
-import random
-from collections import Counter
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from libmesh_node.http.errors import ApiError
-from libmesh_node.http.routing import choose_server, find_model
+from libmesh_node.http.routing import find_model
 from libmesh_node.snapshot import Model, Server
 
 
@@ -73,50 +68,6 @@ def test_without_any_model_nothing_is_found_for_now() -> None:
         find_model((), "m")
     assert caught.value.status == 503
     assert caught.value.retry_after
-
-
-@pytest.mark.parametrize(
-    ("servers", "in_flight", "tried", "chosen"),
-    [
-        ((server("a", rtt=0.010), server("b", rtt=0.001)), {}, (), "b"),
-        ((server("a", rtt=0.010), server("b", rtt=0.001)), {"http://b": 1}, (), "a"),
-        ((server("a", local=True), server("b", rtt=0.0001)), {}, (), "a"),
-        ((server("a", slots=1), server("b", slots=8, rtt=0.2)), {"http://a": 1, "http://b": 7}, (), "b"),
-        ((server("a"), server("b", rtt=0.5)), {}, (), "b"),
-        ((server("a", rtt=0.010), server("b", rtt=0.001)), {}, ("http://b",), "a"),
-        ((server("a", slots=0),), {"http://a": 5}, (), "a"),
-    ],
-    ids=["nearest", "least loaded", "local", "per slot", "measured", "untried", "only one"],
-)
-def test_choice(
-    servers: tuple[Server, ...], in_flight: dict[str, int], tried: tuple[str, ...], chosen: str
-) -> None:
-    for seed in range(10):
-        found = choose_server(servers, in_flight, tried, random.Random(seed))
-        assert found is not None
-        assert found.peer == chosen
-
-
-def test_when_all_are_tried_none_is_chosen() -> None:
-    assert choose_server((server("a"),), {}, ("http://a",), random.Random(0)) is None
-    assert choose_server((), {}, (), random.Random(0)) is None
-
-
-@given(
-    st.lists(
-        st.tuples(st.integers(1, 8), st.sampled_from([None, 0.001, 0.0012, 0.2])), min_size=1, max_size=6
-    ),
-    st.integers(0, 99),
-)
-def test_load_stays_in_proportion_to_slots(shapes: list[tuple[int, float | None]], seed: int) -> None:
-    servers = [server(f"p{i}", slots=slots, rtt=rtt) for i, (slots, rtt) in enumerate(shapes)]
-    in_flight: Counter[str] = Counter()
-    for _ in range(50):
-        chosen = choose_server(servers, in_flight, (), random.Random(seed))
-        assert chosen is not None
-        in_flight[chosen.base_url] += 1
-    loads = [in_flight[each.base_url] / each.slots for each in servers]
-    assert max(loads) - min(loads) <= 1
 
 
 def test_without_models_the_error_tells_what_is_wrong_with_the_node() -> None:

@@ -22,10 +22,11 @@ from libmesh_node.http.access import is_allowed_origin, is_private_host
 from libmesh_node.http.answers import Told, told
 from libmesh_node.http.body import NotText, TooComplex, form_model, scan_model
 from libmesh_node.http.errors import ApiError, encode_error, speaks_anthropic
+from libmesh_node.http.exchange import Exchange
 from libmesh_node.http.exposure import METHODS, check_endpoint
 from libmesh_node.http.intake import Intake
 from libmesh_node.http.metrics import Metrics
-from libmesh_node.http.proxy import Exchange, Proxy
+from libmesh_node.http.proxy import Proxy
 from libmesh_node.http.routing import IDLE, RETRY_AFTER, find_model
 from libmesh_node.snapshot import Model, NodeSnapshot, Server
 

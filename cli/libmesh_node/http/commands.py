@@ -72,12 +72,19 @@ async def tunnel(bridge: Bridge, arguments: Mapping[str, object]) -> dict[str, o
     return {"port": await bridge.call(lambda node: node.connect(peer, name, wanted))}
 
 
+async def plan(bridge: Bridge, arguments: Mapping[str, object]) -> dict[str, object]:
+    """`{"model"}` → how it would be served now; the fields are those of `planning.plan_json`."""
+    model = _text(arguments, "model")
+    return await bridge.call(lambda node: node.plan(model))
+
+
 COMMANDS: Mapping[str, Callable[[Bridge, Mapping[str, object]], Awaitable[dict[str, object]]]] = {
     "/api/join": join,
     "/api/invite": invite,
     "/api/revoke": revoke,
     "/api/stop": stop,
     "/api/tunnels": tunnel,
+    "/api/plan": plan,
 }
 
 

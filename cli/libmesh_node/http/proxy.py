@@ -1,8 +1,4 @@
-"""Carry one request to a llama-server and its answer back, byte for byte and as it comes.
-
-Until the client has been sent something, a failed server is no failure: the next one is tried. After that the answer
-must not end as if it were complete: an event stream gets an error event, and the connection is closed without the end
-that HTTP asks for, so that every client notices.
+"""Find each request a server, and another one if that fails, until the client has been sent something.
 
 A client that goes away cancels the handler (`handler_cancellation`), which closes the connection to the server; that is
 how llama-server learns to stop generating.
@@ -10,267 +6,251 @@ how llama-server learns to stop generating.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import random
-import socket
-import struct
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 
 import aiohttp
 from aiohttp import web
-from yarl import URL
 
-from libmesh_node.http.answers import TAIL, refined_error
-from libmesh_node.http.errors import ApiError, encode_stream_error
-from libmesh_node.http.exposure import forwarded_headers, returned_headers
-from libmesh_node.http.routing import RETRY_AFTER, choose_server, no_server
+from libmesh_node.http.affinity import Affinity
+from libmesh_node.http.answers import told
+from libmesh_node.http.balance import Balance
+from libmesh_node.http.continuing import Succession
+from libmesh_node.http.errors import ApiError
+from libmesh_node.http.exchange import Exchange
+from libmesh_node.http.exposure import forwarded_headers
+from libmesh_node.http.queue import Queues
+from libmesh_node.http.relay import relay
+from libmesh_node.http.routing import RETRY_AFTER, no_server
+from libmesh_node.http.transcript import track
+from libmesh_node.http.upstream import FAILURES, Upstream, hung_up, in_words
+from libmesh_node.http.wanted import NOTHING, read_wanted
 from libmesh_node.snapshot import Model, Server
 
 log = logging.getLogger("libmesh_node.http")
 
-CONNECT_TIMEOUT = 5.0
-"""Seconds to connect to a loopback port. More than one means a stopped process."""
+MAX_DEATHS = 4
+"""Servers that may break off on one request before it is given up, so that one which kills its server does not kill
+them all."""
 
-MAX_ATTEMPTS = 4
-"""Servers tried for one request, so that one which kills its server does not kill them all."""
+PATIENCE = 20.0
+"""Seconds that a request waits for a server of a model that is known, while none answers: one may be loading, or be
+started again. Then it is refused."""
 
-IDLE_CONNECTION = 4.0
-"""Seconds that an unused connection to a server is kept. llama-server closes after 5 (cpp-httplib,
-CPPHTTPLIB_KEEPALIVE_TIMEOUT_SECOND); closing first means hardly ever to write into a closed one."""
+PAUSE = 0.1
+"""Seconds between two looks at who serves a model."""
 
-WHOLE_ANSWER = 1 << 20
-"""Answers announced to be no longer than this are read in full before the client is sent anything, so that a server
-that dies while sending one can still be replaced."""
+BACKLOG = 2
+"""Requests sent to a server beyond its slots, so that none of them is ever idle. Further ones wait here."""
 
-_STREAM = b'"stream"'
-"""In a body that may ask for a stream; if it does not, nothing is lost. Such a request has a connection of its own:
-llama-server 0.5.0 announces `Keep-Alive` with a stream and then closes all the same, so that a request which follows
-on the same connection fails whenever it is faster."""
-
-_SLICE = 1 << 18
-
-_UPSTREAM_FAILURES = (aiohttp.ClientError, OSError, TimeoutError)
-
-
-@dataclass(slots=True, kw_only=True)
-class Exchange:
-    """One request on its way. What has a default is filled in as it goes, for the log, the headers and the metrics.
-
-    Attributes:
-        id: names the request in the log, at the server and to the client.
-        headers: for the answer: the id, and CORS.
-        began: when its head had been read, by `time.perf_counter`.
-        first: when the first bytes of a streamed answer came, by the same clock.
-        received: bytes of the answer so far, and `tail` the last of them.
-    """
-
-    request: web.BaseRequest
-    id: str
-    body: bytes
-    headers: dict[str, str]
-    began: float
-    attempts: int = 0
-    model: str = ""
-    server: Server | None = None
-    first: float | None = None
-    received: int = 0
-    tail: bytes = b""
-
-    def saw(self, data: bytes) -> None:
-        """More of the answer came."""
-        self.received += len(data)
-        self.tail = (self.tail + data[-TAIL:])[-TAIL:]
+_LARGE = 1 << 18
+"""Bytes of a body from which on it is read in a thread of its own."""
 
 
 class Proxy:
-    """Sends exchanges to servers and counts what is under way. To be made in a running loop."""
+    """Sends exchanges to servers. To be made in a running loop.
+
+    Attributes:
+        balance: what is known of the servers.
+        queues: who waits for which model.
+        upstream: the connections.
+    """
 
     def __init__(self, rng: random.Random | None = None) -> None:
-        self._kept = _new_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION))
-        self._fresh = _new_session(aiohttp.TCPConnector(limit=0, force_close=True))
-        self._rng = rng or random.Random()
+        self.upstream = Upstream()
+        self.balance = Balance(rng or random.Random())
+        self.queues = Queues()
+        self._affinity = Affinity()
         self.in_flight: Counter[str] = Counter()
-        self.waiting = 0
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have had no byte of an answer yet."""
+        return self.upstream.waiting
 
     async def aclose(self) -> None:
         """Close the connections to all servers."""
-        await self._kept.close()
-        await self._fresh.close()
+        await self.upstream.aclose()
 
     async def forward(self, exchange: Exchange, find: Callable[[], Model]) -> web.StreamResponse:
         """Answer `exchange` from a server of the model that `find` returns, which is asked before each try.
 
-        Raises `ApiError` 503 if nobody serves it, 502 if servers were tried and none could answer; in both cases the
-        client has been sent nothing.
+        Raises `ApiError` 429 if too many wait, 503 if nobody serves it for `PATIENCE` seconds, 502 if servers were tried
+        and none could answer; in all cases the client has been sent nothing.
         """
-        tried: set[str] = set()
-        hung_up: set[str] = set()
-        failure: Exception | None = None
-        while exchange.attempts < MAX_ATTEMPTS:
-            model = find()
-            server = choose_server(model.servers, self.in_flight, tried, self._rng)
-            if server is None:
-                break
+        await self._read(exchange)
+        search = _Search(exchange, find)
+        while True:
+            server = await self._next(search)
             exchange.attempts += 1
-            exchange.server, exchange.model = server, model.name
-            with self._occupied(server):
+            exchange.server, exchange.model = server, search.model.name
+            search.asked = time.perf_counter()
+            with self._occupied(server, search.model.name):
                 try:
-                    upstream, start = await self._open(exchange, server, fresh=server.base_url in hung_up)
-                except _UPSTREAM_FAILURES as exc:
-                    failure = exc
-                    log.warning("%s at %s did not answer: %s", model.name, server.peer, _in_words(exc))
-                    # A kept connection may have been closed under us. That says nothing of the server: ask once more.
-                    if _hung_up(exc) and server.base_url not in hung_up:
-                        hung_up.add(server.base_url)
-                    else:
-                        tried.add(server.base_url)
+                    upstream, start = await self._open(
+                        exchange, server, fresh=server.base_url in search.hung_up
+                    )
+                except FAILURES as exc:
+                    self._note_failure(search, server, exc)
                     continue
                 with closing(upstream):
-                    tried.add(server.base_url)
-                    if upstream.status == 503 and choose_server(model.servers, {}, tried, self._rng):
+                    search.tried.add(server.base_url)
+                    if self._is_for_another(search, upstream, start):
                         continue
-                    return await self._relay(exchange, upstream, start)
-        if failure is None and exchange.attempts == 0:
-            raise no_server(find())
-        message = (
-            f"The servers of `{find().name}` that were asked broke off or could not be reached; try again."
+                    succession = Succession(self.upstream.fresh, find, self._successor, server.digest)
+                    response = await relay(exchange, upstream, start, succession, self.balance)
+                    if response.status < 400:
+                        self._learn(exchange, search)
+                    return response
+
+    # ── who is next ──────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _next(self, search: _Search) -> Server:
+        """The server for the next try, once there is one with room."""
+        exchange = search.exchange
+        model = search.model
+        if exchange.request.method == "POST":
+            await self.queues.turn(
+                model.name,
+                batch=exchange.wanted.batch,
+                has_room=lambda: self._has_room(search.model),
+                slots=lambda: sum(server.slots for server in search.model.servers),
+            )
+        while True:
+            search.check_deaths()
+            model, now = search.model, time.monotonic()
+            warm = self._affinity.warm(
+                model.digest or model.name, exchange.wanted.prefixes, exchange.wanted.session, now
+            )
+            server = self.balance.choose(model.servers, search.tried, exchange.wanted, now, warm)
+            if server is not None:
+                return server
+            search.check_time()
+            search.tried.clear()
+            await asyncio.sleep(PAUSE)
+
+    def _has_room(self, model: Model) -> bool:
+        return not model.servers or not all(self.balance.is_full(server, BACKLOG) for server in model.servers)
+
+    def _successor(self, servers: Collection[Server], refused: Collection[str]) -> Server | None:
+        return self.balance.choose(servers, refused, NOTHING, time.monotonic())
+
+    def _is_for_another(self, search: _Search, upstream: aiohttp.ClientResponse, start: bytes) -> bool:
+        """Whether an answer is a refusal that another server may not repeat."""
+        if upstream.status == 503:
+            return True
+        server = search.exchange.server
+        assert server is not None
+        if upstream.status == 400 and b"exceed_context_size_error" in start:
+            larger = [other for other in search.model.servers if other.context_length > server.context_length]
+            return any(other.base_url not in search.tried for other in larger)
+        return False
+
+    # ── what came of it ──────────────────────────────────────────────────────────────────────────────────────────
+
+    def _note_failure(self, search: _Search, server: Server, failure: Exception) -> None:
+        log.warning("%s at %s did not answer: %s", search.model.name, server.peer, in_words(failure))
+        # A kept connection may have been closed under us. That says nothing of the server: ask once more.
+        if hung_up(failure) and server.base_url not in search.hung_up:
+            search.hung_up.add(server.base_url)
+            return
+        search.tried.add(server.base_url)
+        search.failed = True
+        search.deaths += not isinstance(failure, aiohttp.ClientConnectorError)
+        self.balance.failed(server, time.monotonic())
+
+    def _learn(self, exchange: Exchange, search: _Search) -> None:
+        server, said = exchange.server, told(exchange.tail)
+        if server is None:
+            return
+        first = None if exchange.first is None else exchange.first - search.asked
+        self.balance.answered(server, first=first, speed=said.speed)
+        wanted, model = exchange.wanted, search.model
+        self._affinity.learn(
+            model.digest or model.name, wanted.prefixes, wanted.session, server.peer, time.monotonic()
         )
-        raise ApiError(502, "server_failed", message, retry_after=RETRY_AFTER)
+
+    # ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _read(self, exchange: Exchange) -> None:
+        """Find out what the request wants, and whether its answer could be continued."""
+        request, body = exchange.request, exchange.body
+        if request.method != "POST" or request.content_type == "multipart/form-data":
+            return
+        if len(body) > _LARGE:
+            exchange.wanted = await asyncio.to_thread(read_wanted, body, request.headers)
+            exchange.transcript = await asyncio.to_thread(track, request.path, body)
+        else:
+            exchange.wanted = read_wanted(body, request.headers)
+            exchange.transcript = track(request.path, body)
+        if exchange.transcript is not None:
+            exchange.body = exchange.transcript.body
 
     async def _open(
         self, exchange: Exchange, server: Server, *, fresh: bool
     ) -> tuple[aiohttp.ClientResponse, bytes]:
-        """Send the request and wait for the start of the answer: its whole if it is short, else the first bytes.
-
-        With `fresh`, on a connection of its own.
-        """
-        request = exchange.request
-        headers = forwarded_headers(request.headers)
-        headers["X-Request-Id"] = exchange.id
-        data: bytes | AsyncIterator[bytes] | None = exchange.body or None
-        if len(exchange.body) > _SLICE:
-            headers["Content-Length"] = str(len(exchange.body))
-            data = _slices(exchange.body)
-        session = self._fresh if fresh or _STREAM in exchange.body else self._kept
-        self.waiting += 1
-        try:
-            upstream = await session.request(
-                request.method,
-                URL(server.base_url + request.rel_url.raw_path_qs, encoded=True),
-                data=data,
-                headers=headers,
-                allow_redirects=False,
-            )
-            try:
-                if upstream.content_length is not None and upstream.content_length <= WHOLE_ANSWER:
-                    return upstream, await upstream.read()
-                return upstream, await upstream.content.readany()
-            except BaseException:
-                upstream.close()
-                raise
-        finally:
-            self.waiting -= 1
-
-    async def _relay(
-        self, exchange: Exchange, upstream: aiohttp.ClientResponse, start: bytes
-    ) -> web.StreamResponse:
-        request = exchange.request
-        headers = returned_headers(upstream.headers.items())
-        headers.update(exchange.headers)
-        headers["X-Libmesh-Node"] = exchange.server.peer if exchange.server else ""
-        headers["X-Libmesh-Attempts"] = str(exchange.attempts)
-        if upstream.content.at_eof() and request.method != "HEAD":
-            headers.popall("Content-Length", None)
-            exchange.saw(start)
-            if upstream.status >= 400:
-                status, body = refined_error(upstream.status, start, request.path)
-                return web.Response(status=status, headers=headers, body=body)
-            return web.Response(status=upstream.status, reason=upstream.reason, headers=headers, body=start)
-        exchange.first = time.perf_counter()
-        response = web.StreamResponse(status=upstream.status, reason=upstream.reason, headers=headers)
-        await response.prepare(request)
-        try:
-            chunk = start
-            while chunk:
-                exchange.saw(chunk)
-                await response.write(chunk)
-                chunk = await _next(upstream)
-        except _Broken as broken:
-            await self._break_off(exchange, response, broken)
-        return response
-
-    async def _break_off(self, exchange: Exchange, response: web.StreamResponse, broken: _Broken) -> None:
-        """End the answer so that no client can take it for complete."""
-        request = exchange.request
-        peer = exchange.server.peer if exchange.server else "?"
-        log.warning("the answer of %s to %s broke off: %s", peer, request.path, broken)
-        if response.content_type == "text/event-stream":
-            message = "The server broke off in the middle of its answer. What came before is all there is."
-            await response.write(encode_stream_error(ApiError(502, "server_failed", message), request.path))
-        transport = request.transport
-        if transport is None:
-            return
-        if request.version < aiohttp.HttpVersion11:
-            # Its answers end with the connection, so only a reset is not an end; without the linger abort() sends none.
-            linger = struct.pack("ii", 1, 0)
-            transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-            transport.abort()
-        else:
-            transport.close()  # after what was written, and without the last chunk
+        headers = forwarded_headers(exchange.request.headers) | {"X-Request-Id": exchange.id}
+        url = server.base_url + exchange.request.rel_url.raw_path_qs
+        return await self.upstream.open(exchange.request.method, url, headers, exchange.body, fresh=fresh)
 
     @contextmanager
-    def _occupied(self, server: Server) -> Iterator[None]:
+    def _occupied(self, server: Server, model: str) -> Iterator[None]:
+        began = time.monotonic()
         self.in_flight[server.base_url] += 1
+        self.balance.begins(server)
         try:
             yield
         finally:
+            self.balance.ends(server)
             self.in_flight[server.base_url] -= 1
             if self.in_flight[server.base_url] <= 0:
                 del self.in_flight[server.base_url]
+            self.queues.ended(model, time.monotonic() - began)
 
 
-def _new_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
-    """A client for servers: adds nothing to requests, decodes nothing, waits as long as it takes."""
-    return aiohttp.ClientSession(
-        connector=connector,
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        auto_decompress=False,
-        skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
-        read_bufsize=_SLICE,
-    )
+class _Search:
+    """One request's search for a server.
 
+    Attributes:
+        tried: base URLs that refused or failed since the last pause.
+        hung_up: base URLs of servers that closed a kept connection.
+        deaths: servers that broke off on this request.
+        failed: whether any server was asked in vain.
+        asked: when the last server was asked, by `time.perf_counter`.
+    """
 
-class _Broken(Exception):
-    """The server's side of an answer ended early."""
+    def __init__(self, exchange: Exchange, find: Callable[[], Model]) -> None:
+        self.exchange, self._find = exchange, find
+        self.tried: set[str] = set()
+        self.hung_up: set[str] = set()
+        self.deaths = 0
+        self.failed = False
+        self.asked = time.perf_counter()
+        self._until = time.monotonic() + (PATIENCE if exchange.request.method == "POST" else 0.0)
 
+    @property
+    def model(self) -> Model:
+        """As it is served now. Raises `ApiError` when it is no more."""
+        return self._find()
 
-def _in_words(failure: Exception) -> str:
-    """For the log: the text of aiohttp's own error for a failed connection is full of its parameters."""
-    if isinstance(failure, aiohttp.ClientConnectorError):
-        return f"cannot connect: {failure.os_error.strerror or failure.os_error}"
-    return str(failure) or type(failure).__name__
+    def check_time(self) -> None:
+        """Raise `ApiError` if this has gone on for long enough."""
+        if time.monotonic() >= self._until:
+            raise self._in_vain() if self.failed else no_server(self.model)
 
+    def check_deaths(self) -> None:
+        """Raise `ApiError` if this has cost enough servers."""
+        if self.deaths >= MAX_DEATHS:
+            raise self._in_vain()
 
-def _hung_up(failure: Exception) -> bool:
-    """Whether a connection that stood was closed before any answer."""
-    if isinstance(failure, aiohttp.ClientConnectorError):
-        return False
-    return isinstance(failure, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
-
-
-async def _next(upstream: aiohttp.ClientResponse) -> bytes:
-    try:
-        return await upstream.content.readany()
-    except _UPSTREAM_FAILURES as exc:
-        raise _Broken(str(exc) or type(exc).__name__) from exc
-
-
-async def _slices(body: bytes) -> AsyncIterator[bytes]:
-    view = memoryview(body)
-    for start in range(0, len(body), _SLICE):
-        yield bytes(view[start : start + _SLICE])
+    def _in_vain(self) -> ApiError:
+        model = self.model
+        message = (
+            f"The servers of `{model.name}` that were asked broke off or could not be reached; try again."
+        )
+        return ApiError(502, "server_failed", message, retry_after=RETRY_AFTER)

@@ -1,13 +1,12 @@
-"""Which model a request means, and which server answers it. Pure: no clock, no I/O, randomness is an argument."""
+"""Which model a request means. Pure."""
 
 from __future__ import annotations
 
 import difflib
-import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 
 from libmesh_node.http.errors import ApiError
-from libmesh_node.snapshot import Model, Server
+from libmesh_node.snapshot import Model
 
 RETRY_AFTER = 5
 """Seconds we ask a client to wait when no server has its model: about a model's restart, warm."""
@@ -43,38 +42,10 @@ def find_model(models: Sequence[Model], name: str | None, notices: Sequence[str]
     return next((model for model in found if model.servers), found[0])
 
 
-def choose_server(
-    servers: Sequence[Server], in_flight: Mapping[str, int], tried: Collection[str], rng: random.Random
-) -> Server | None:
-    """The server for the next try, or `None` when all have been `tried` (a collection of base URLs).
-
-    Least loaded first: requests under way from this node, per slot. Among equals the nearest, a local one nearest of
-    all. Among those at random, so that many nodes with the same picture do not all pick the same server; never by
-    this node's own id, which would tie a client to one server for ever.
-    """
-    left = [server for server in servers if server.base_url not in tried]
-    if not left:
-        return None
-
-    def cost(server: Server) -> tuple[float, float]:
-        load = in_flight.get(server.base_url, 0) / max(server.slots, 1)
-        return load, 0.0 if server.local else _distance(server.rtt)
-
-    best = min(map(cost, left))
-    return rng.choice([server for server in left if cost(server) == best])
-
-
 def no_server(model: Model) -> ApiError:
     """The refusal for a model that nobody serves at this moment."""
     message = f"No node serves `{model.name}` at the moment. It may be loading or its node may have left; try again."
     return ApiError(503, "no_server", message, retry_after=RETRY_AFTER)
-
-
-def _distance(rtt: float | None) -> float:
-    """Round-trip times in classes of a doubling each, from 1 ms up, so that noise does not decide."""
-    if rtt is None:
-        return float("inf")
-    return float((max(int(rtt * 1000), 0)).bit_length() + 1)
 
 
 def _listing(models: Sequence[Model]) -> str:

@@ -1,0 +1,170 @@
+"""Which server answers first: predicted from what each is known to do, with two random candidates compared. Pure.
+
+Comparing two candidates drawn at random, and not all, keeps many nodes with the same picture from running to the same
+server at once (M. Mitzenmacher, "The Power of Two Choices in Randomized Load Balancing", IEEE TPDS 12(10), 2001).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from libmesh_node.http.wanted import Wanted
+from libmesh_node.snapshot import Server
+
+SMOOTHING = 0.3
+"""Weight of a new measurement."""
+
+TYPICAL_TOKENS = 200
+"""Tokens of an answer whose request says nothing; also the most that a stated limit counts for, as few are used up."""
+
+UNKNOWN_SPEED = 20.0
+"""Tokens per second of a server nobody has measured, where none has been."""
+
+UNKNOWN_DISTANCE = 0.02
+"""Seconds of a round trip to a peer that was not measured yet."""
+
+FAILURES = 3
+"""Failures in a row after which a server is left alone for a while."""
+
+REST, MAX_REST = 2.0, 60.0
+"""Seconds that a failing server is left alone, doubled with each further failure. Then one request may try."""
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is known of one server. Times in seconds."""
+
+    in_flight: int = 0
+    first: float | None = None  # from a request to its first token, with an idle server
+    speed: float | None = None  # tokens per second of one request
+    failures: int = 0
+    rests_until: float = 0.0
+    probing: bool = False
+
+
+@dataclass(slots=True)
+class Balance:
+    """Chooses servers and learns from how they did.
+
+    Args:
+        rng: for the draw of candidates.
+    """
+
+    rng: random.Random
+    _known: dict[str, _Known] = field(default_factory=dict)
+
+    def choose(
+        self,
+        servers: Iterable[Server],
+        tried: Collection[str],
+        wanted: Wanted,
+        now: float,
+        warm: str | None = None,
+    ) -> Server | None:
+        """The server for the next try; `None` when none is left that has not been `tried` (base URLs).
+
+        `warm` is a peer that has the prompt's beginning; it is taken unless it is full and another is not. Servers
+        whose context the request cannot fit are left out, unless it fits none: then the server says so best. So are
+        servers that keep failing, while there are others.
+        """
+        left = [server for server in servers if server.base_url not in tried]
+        left = [server for server in left if self._fits(server, wanted)] or left
+        left = [server for server in left if self._is_up(server, now)] or left
+        if not left:
+            return None
+        favourite = next((server for server in left if server.peer == warm), None)
+        if favourite is not None:
+            full = self.load(favourite) >= favourite.slots
+            if not full or all(self.load(server) >= server.slots for server in left):
+                return favourite
+        drawn = left if len(left) <= 2 else self.rng.sample(left, 2)
+        costs = [self.cost(server, wanted, left) for server in drawn]
+        best = min(costs)
+        return self.rng.choice([server for server, cost in zip(drawn, costs, strict=True) if cost == best])
+
+    def cost(self, server: Server, wanted: Wanted, among: Sequence[Server]) -> float:
+        """Seconds until `server` would have answered, as predicted."""
+        known = self._of(server)
+        speed = known.speed or server.speed or self._usual_speed(among)
+        tokens = min(wanted.max_tokens if wanted.max_tokens is not None else TYPICAL_TOKENS, TYPICAL_TOKENS)
+        alone = (known.first or 0.0) + max(tokens, 1) / speed
+        return alone * (1 + self.load(server) / max(server.slots, 1)) + 2 * _distance(server)
+
+    def load(self, server: Server) -> int:
+        """Requests under way at `server`: ours, and what it tells of others'."""
+        return self._of(server).in_flight + server.busy_with_others
+
+    def is_full(self, server: Server, backlog: int) -> bool:
+        """Whether `server` has all its slots busy and `backlog` requests waiting besides."""
+        return self.load(server) >= server.slots + backlog
+
+    def in_flight(self, server: Server) -> int:
+        """Requests under way there from this node."""
+        return self._of(server).in_flight
+
+    # ── what happened ────────────────────────────────────────────────────────────────────────────────────────────
+
+    def begins(self, server: Server) -> None:
+        """A request is sent to `server`; to be followed by one `ends`."""
+        known = self._of(server)
+        known.in_flight += 1
+        known.probing = known.failures >= FAILURES
+
+    def ends(self, server: Server) -> None:
+        """A request to `server` is over, whatever came of it."""
+        known = self._of(server)
+        known.in_flight -= 1
+        if known == _Known():
+            del self._known[server.base_url]
+
+    def failed(self, server: Server, now: float) -> None:
+        """`server` could not be reached, or broke off."""
+        known = self._of(server)
+        known.failures += 1
+        known.probing = False
+        if known.failures >= FAILURES:
+            known.rests_until = now + min(REST * 2.0 ** min(known.failures - FAILURES, 16), MAX_REST)
+
+    def answered(self, server: Server, *, first: float | None = None, speed: float | None = None) -> None:
+        """`server` answered: seconds to its first token, and tokens per second, where they were measured."""
+        known = self._of(server)
+        known.failures, known.probing, known.rests_until = 0, False, 0.0
+        if first is not None:
+            known.first = _smooth(known.first, first)
+        if speed is not None and speed > 0:
+            known.speed = _smooth(known.speed, speed)
+
+    def forget(self, present: Collection[str]) -> None:
+        """Drop what is known of servers that are gone (`present`: base URLs that are there)."""
+        for url in [url for url, known in self._known.items() if url not in present and not known.in_flight]:
+            del self._known[url]
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _of(self, server: Server) -> _Known:
+        return self._known.setdefault(server.base_url, _Known())
+
+    def _is_up(self, server: Server, now: float) -> bool:
+        known = self._of(server)
+        return known.failures < FAILURES or (now >= known.rests_until and not known.probing)
+
+    @staticmethod
+    def _fits(server: Server, wanted: Wanted) -> bool:
+        return not server.context_length or wanted.prompt_tokens < server.context_length
+
+    def _usual_speed(self, servers: Sequence[Server]) -> float:
+        speeds = sorted(speed for server in servers if (speed := self._of(server).speed or server.speed))
+        return speeds[len(speeds) // 2] if speeds else UNKNOWN_SPEED
+
+
+def _distance(server: Server) -> float:
+    """Seconds of a round trip."""
+    if server.local:
+        return 0.0
+    return UNKNOWN_DISTANCE if server.rtt is None else server.rtt
+
+
+def _smooth(before: float | None, new: float) -> float:
+    return new if before is None else before + SMOOTHING * (new - before)

@@ -1,0 +1,49 @@
+"""One request on its way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from libmesh_node.http.answers import TAIL
+from libmesh_node.http.transcript import Transcript
+from libmesh_node.http.wanted import NOTHING, Wanted
+from libmesh_node.snapshot import Server
+
+
+@dataclass(slots=True, kw_only=True)
+class Exchange:
+    """One request on its way. What has a default is filled in as it goes, for the log, the headers and the metrics.
+
+    Attributes:
+        id: names the request in the log, at the server and to the client.
+        headers: for the answer: the id, and CORS.
+        began: when its head had been read, by `time.perf_counter`.
+        wanted: what it says of itself.
+        transcript: of its answer, if that could be continued.
+        attempts: servers that were asked.
+        resumed: servers that went on with its answer.
+        first: when the first bytes of a streamed answer came, by the same clock as `began`.
+        received: bytes of the answer so far, and `tail` the last of them.
+    """
+
+    request: web.BaseRequest
+    id: str
+    body: bytes
+    headers: dict[str, str]
+    began: float
+    wanted: Wanted = NOTHING
+    transcript: Transcript | None = None
+    attempts: int = 0
+    resumed: int = 0
+    model: str = ""
+    server: Server | None = None
+    first: float | None = None
+    received: int = 0
+    tail: bytes = b""
+
+    def saw(self, data: bytes) -> None:
+        """More of the answer came."""
+        self.received += len(data)
+        self.tail = (self.tail + data[-TAIL:])[-TAIL:]

@@ -1,0 +1,101 @@
+"""Who waits for a server, in what order, and when it is more honest to say no."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from libmesh_node.http.errors import ApiError
+
+PER_SLOT = 8
+"""Requests that may wait for each slot of a model's servers. When full, further ones get 429."""
+
+LOOK = 0.25
+"""Seconds after which a waiting request looks again by itself: servers come without telling."""
+
+USUAL = 5.0
+"""Seconds of a request, as long as none has been measured."""
+
+
+@dataclass(slots=True)
+class _Line:
+    """Those who wait for one model."""
+
+    interactive: deque[asyncio.Future[None]] = field(default_factory=deque)
+    batch: deque[asyncio.Future[None]] = field(default_factory=deque)
+    seconds: float = USUAL
+
+    def __len__(self) -> int:
+        return len(self.interactive) + len(self.batch)
+
+    def first(self) -> asyncio.Future[None] | None:
+        return next(iter(self.interactive or self.batch), None)
+
+
+class Queues:
+    """A line for each model: interactive requests before batches, and first come, first served among equals."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, _Line] = {}
+
+    def waiting(self, model: str) -> int:
+        """Requests in the line for `model`."""
+        return len(self._lines.get(model, ()))
+
+    async def turn(
+        self, model: str, *, batch: bool, has_room: Callable[[], bool], slots: Callable[[], int]
+    ) -> None:
+        """Wait until it is this request's turn and `has_room`.
+
+        `slots` is how many requests the model's servers answer at once. Raises `ApiError` 429 if the line is full, with
+        the time that it will take by the measured rate. Cancelling leaves the line.
+        """
+        line = self._lines.setdefault(model, _Line())
+        if not (len(line.interactive) if not batch else len(line)) and has_room():
+            return
+        if len(line) >= PER_SLOT * max(slots(), 1):
+            raise self._full(model, line, slots())
+        mine = line.batch if batch else line.interactive
+        with self._place(mine) as place:
+            while not (line.first() is place[0] and has_room()):
+                await asyncio.wait(place, timeout=LOOK)
+                if place[0].done():
+                    index = mine.index(place[0])
+                    place[0] = mine[index] = asyncio.get_running_loop().create_future()
+        self.nudge(model)
+
+    def ended(self, model: str, seconds: float) -> None:
+        """A request for `model` took `seconds` at its server."""
+        line = self._lines.setdefault(model, _Line())
+        line.seconds += 0.2 * (seconds - line.seconds)
+        self.nudge(model)
+
+    def nudge(self, model: str) -> None:
+        """There may be room now."""
+        line = self._lines.get(model)
+        place = line.first() if line is not None else None
+        if place is not None and not place.done():
+            place.set_result(None)
+
+    @staticmethod
+    @contextmanager
+    def _place(line: deque[asyncio.Future[None]]) -> Iterator[list[asyncio.Future[None]]]:
+        place = [asyncio.get_running_loop().create_future()]
+        line.append(place[0])
+        try:
+            yield place
+        finally:
+            line.remove(place[0])
+
+    @staticmethod
+    def _full(model: str, line: _Line, slots: int) -> ApiError:
+        wait = math.ceil((len(line) + 1) * line.seconds / max(slots, 1))
+        message = (
+            f"All servers of `{model}` are busy and {len(line)} requests wait already; "
+            f"by the present rate there is room in about {wait} s."
+        )
+        return ApiError(429, "overloaded", message, retry_after=max(wait, 1))

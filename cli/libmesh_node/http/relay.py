@@ -1,0 +1,174 @@
+"""Carry an answer to the client, whatever becomes of its server.
+
+What was sent cannot be taken back. So an event stream that breaks off goes on from another server where that is right
+(`transcript.py`), and ends with an error event where it is not. Any other answer is closed without the end that HTTP asks
+for. No client can take a part for the whole.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import struct
+import time
+from contextlib import closing
+
+import aiohttp
+from aiohttp import web
+
+from libmesh_node.http.answers import refined_error
+from libmesh_node.http.balance import Balance
+from libmesh_node.http.continuing import NobodyGoesOn, Succession
+from libmesh_node.http.errors import ApiError, encode_stream_error
+from libmesh_node.http.exchange import Exchange
+from libmesh_node.http.exposure import returned_headers
+from libmesh_node.http.sse import EventTooLong, comment
+from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript
+from libmesh_node.http.upstream import STALL, Broken, read_on
+
+log = logging.getLogger("libmesh_node.http")
+
+MAX_BARREN = 4
+"""Servers in a row that took an answer over and broke off before they had added a byte."""
+
+
+async def relay(
+    exchange: Exchange,
+    upstream: aiohttp.ClientResponse,
+    start: bytes,
+    succession: Succession,
+    balance: Balance,
+) -> web.StreamResponse:
+    """Send the client `upstream`'s answer, of which `start` was read already, and whatever must follow it.
+
+    Closes the answers of further servers, not `upstream`.
+    """
+    headers = returned_headers(upstream.headers.items())
+    headers.update(exchange.headers)
+    headers["X-Libmesh-Node"] = exchange.server.peer if exchange.server else ""
+    headers["X-Libmesh-Model"] = exchange.model
+    headers["X-Libmesh-Attempts"] = str(exchange.attempts)
+    status, reason, request = upstream.status, upstream.reason, exchange.request
+    transcript = (
+        exchange.transcript if upstream.content_type == "text/event-stream" and status == 200 else None
+    )
+    if transcript is None and upstream.content.at_eof() and request.method != "HEAD":
+        headers.popall("Content-Length", None)
+        exchange.saw(start)
+        if status >= 400:
+            status, start = refined_error(status, start, request.path)
+            reason = None
+        return web.Response(status=status, reason=reason, headers=headers, body=start)
+    exchange.first = time.perf_counter()
+    response = web.StreamResponse(status=status, reason=reason, headers=headers)
+    await response.prepare(request)
+    if transcript is not None:
+        carrier = _Carrier(exchange, transcript, response, succession, balance)
+        try:
+            await carrier.carry(upstream, start)
+        except (Broken, BrokenOff, Diverged, EventTooLong) as exc:
+            await _break_off(exchange, response, exc)
+        return response
+    try:
+        chunk = start
+        while chunk:
+            exchange.saw(chunk)
+            await response.write(chunk)
+            chunk = await read_on(upstream)
+    except Broken as exc:
+        await _break_off(exchange, response, exc)
+    return response
+
+
+class _Carrier:
+    """Carries one event stream over as many servers as it takes."""
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        transcript: Transcript,
+        response: web.StreamResponse,
+        succession: Succession,
+        balance: Balance,
+    ) -> None:
+        self._exchange, self._transcript, self._response = exchange, transcript, response
+        self._succession, self._balance = succession, balance
+
+    async def carry(self, upstream: aiohttp.ClientResponse, start: bytes) -> None:
+        """Until the client has the whole. Raises what stopped it if nobody can go on."""
+        try:
+            await self._drain(upstream, start)
+            return
+        except (Broken, BrokenOff) as exc:
+            broken: Exception = exc
+        barren = 0
+        while True:
+            failed = self._exchange.server
+            assert failed is not None
+            if not self._transcript.can_resume or barren >= MAX_BARREN:
+                raise broken
+            log.warning(
+                "the answer of %s broke off: %s; looking for a server that goes on", failed.peer, broken
+            )
+            self._balance.failed(failed, time.monotonic())
+            before = self._exchange.received
+            try:
+                server, answer = await self._succession.next(
+                    self._transcript, failed.base_url, self._keep_waiting
+                )
+            except NobodyGoesOn:
+                raise broken from None
+            self._exchange.server = server
+            self._exchange.resumed += 1
+            self._balance.begins(server)
+            try:
+                with closing(answer):
+                    await self._drain(answer, b"")
+                self._balance.answered(server)
+                return
+            except (Broken, BrokenOff) as exc:
+                broken = exc
+                barren = 0 if self._exchange.received > before else barren + 1
+            finally:
+                self._balance.ends(server)
+
+    async def _drain(self, answer: aiohttp.ClientResponse, start: bytes) -> None:
+        transcript = self._transcript
+        chunk = start
+        while not transcript.finished:
+            if not chunk:
+                try:
+                    async with asyncio.timeout(STALL):
+                        chunk = await read_on(answer)
+                except TimeoutError:
+                    raise Broken(f"nothing came for {STALL:g} s") from None
+            if not chunk:
+                raise Broken("it ended without an end")
+            self._exchange.saw(chunk)
+            if out := transcript.feed(chunk):
+                await self._response.write(out)
+            chunk = b""
+
+    async def _keep_waiting(self) -> None:
+        await self._response.write(comment("the server broke off; waiting for another that goes on"))
+
+
+async def _break_off(exchange: Exchange, response: web.StreamResponse, broken: Exception) -> None:
+    """End the answer so that no client can take it for complete."""
+    request = exchange.request
+    peer = exchange.server.peer if exchange.server else "?"
+    log.warning("the answer of %s to %s broke off: %s", peer, request.path, broken or type(broken).__name__)
+    if response.content_type == "text/event-stream":
+        message = "The server broke off in the middle of its answer. What came before is all there is."
+        await response.write(encode_stream_error(ApiError(502, "server_failed", message), request.path))
+    transport = request.transport
+    if transport is None:
+        return
+    if request.version < aiohttp.HttpVersion11:
+        # Its answers end with the connection, so only a reset is not an end; without the linger abort() sends none.
+        linger = struct.pack("ii", 1, 0)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+        transport.abort()
+    else:
+        transport.close()  # after what was written, and without the last chunk

@@ -1,0 +1,121 @@
+"""Requests to llama-servers: connections, what counts as a failure, and answers as they come."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+
+import aiohttp
+from yarl import URL
+
+CONNECT_TIMEOUT = 5.0
+"""Seconds to connect to a loopback port. More than one means a stopped process."""
+
+IDLE_CONNECTION = 4.0
+"""Seconds that an unused connection to a server is kept. llama-server closes after 5 (cpp-httplib,
+CPPHTTPLIB_KEEPALIVE_TIMEOUT_SECOND); closing first means hardly ever to write into a closed one."""
+
+WHOLE_ANSWER = 1 << 20
+"""Answers announced to be no longer than this are read in full before the client is sent anything, so that a server
+that dies while sending one can still be replaced."""
+
+STALL = 60.0
+"""Seconds without a byte of an event stream that has begun. llama-server sends a comment every 30."""
+
+FAILURES = (aiohttp.ClientError, OSError, TimeoutError)
+
+_STREAM = b'"stream"'
+"""In a body that may ask for a stream; if it does not, nothing is lost. Such a request has a connection of its own:
+llama-server 0.5.0 announces `Keep-Alive` with a stream and then closes all the same, so that a request which follows
+on the same connection fails whenever it is faster."""
+
+_SLICE = 1 << 18
+
+
+class Broken(Exception):
+    """The server's side of an answer ended early."""
+
+
+class Upstream:
+    """Connections to servers. To be made in a running loop.
+
+    Attributes:
+        waiting: requests that have had no byte of an answer yet.
+    """
+
+    def __init__(self) -> None:
+        self._kept = _new_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION))
+        self.fresh = _new_session(aiohttp.TCPConnector(limit=0, force_close=True))
+        self.waiting = 0
+
+    async def aclose(self) -> None:
+        """Close the connections to all servers."""
+        await self._kept.close()
+        await self.fresh.close()
+
+    async def open(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, *, fresh: bool
+    ) -> tuple[aiohttp.ClientResponse, bytes]:
+        """Send a request and wait for the start of the answer: its whole if it is short, else the first bytes.
+
+        With `fresh`, on a connection of its own. Raises one of `FAILURES`. The caller closes the answer.
+        """
+        headers = dict(headers)
+        data: bytes | AsyncIterator[bytes] | None = body or None
+        if len(body) > _SLICE:
+            headers["Content-Length"] = str(len(body))
+            data = _slices(body)
+        session = self.fresh if fresh or _STREAM in body else self._kept
+        self.waiting += 1
+        try:
+            answer = await session.request(
+                method, URL(url, encoded=True), data=data, headers=headers, allow_redirects=False
+            )
+            try:
+                if answer.content_length is not None and answer.content_length <= WHOLE_ANSWER:
+                    return answer, await answer.read()
+                return answer, await answer.content.readany()
+            except BaseException:
+                answer.close()
+                raise
+        finally:
+            self.waiting -= 1
+
+
+async def read_on(answer: aiohttp.ClientResponse) -> bytes:
+    """The next bytes of an answer; empty at its end. Raises `Broken`."""
+    try:
+        return await answer.content.readany()
+    except FAILURES as exc:
+        raise Broken(str(exc) or type(exc).__name__) from exc
+
+
+def in_words(failure: Exception) -> str:
+    """For the log: the text of aiohttp's own error for a failed connection is full of its parameters."""
+    if isinstance(failure, aiohttp.ClientConnectorError):
+        return f"cannot connect: {failure.os_error.strerror or failure.os_error}"
+    return str(failure) or type(failure).__name__
+
+
+def hung_up(failure: Exception) -> bool:
+    """Whether a connection that stood was closed before any answer."""
+    if isinstance(failure, aiohttp.ClientConnectorError):
+        return False
+    return isinstance(failure, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
+
+
+def _new_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+    """A client for servers: adds nothing to requests, decodes nothing, waits as long as it takes."""
+    return aiohttp.ClientSession(
+        connector=connector,
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        auto_decompress=False,
+        skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
+        read_bufsize=_SLICE,
+    )
+
+
+async def _slices(body: bytes) -> AsyncIterator[bytes]:
+    view = memoryview(body)
+    for start in range(0, len(body), _SLICE):
+        yield bytes(view[start : start + _SLICE])

@@ -1,0 +1,129 @@
+"""What a request says of itself that matters for where it is sent. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+MAX_PREFIXES = 256
+"""Turns of a conversation that are told apart, counted from its end; also the blocks of a plain prompt."""
+
+BLOCK = 1024
+"""Characters of a plain prompt that make one prefix. A shorter prompt is warm nowhere: computing it costs nothing."""
+
+CHARACTERS_PER_TOKEN = 3
+"""To guess how long a prompt is, rather too long than too short: English has about 4, code and German about 3."""
+
+_PICTURE_TOKENS = 500
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wanted:
+    """One request, as far as routing cares.
+
+    Attributes:
+        prefixes: names of what the prompt begins with, the longest first: a server that answered one has it warm.
+        session: what the client calls this conversation; empty if it does not.
+        prompt_tokens: a guess.
+        max_tokens: that it may generate; `None` if it does not say.
+        tools: whether it offers tools to the model.
+        vision: whether it shows pictures.
+        batch: whether it can wait: others go first.
+    """
+
+    prefixes: tuple[bytes, ...] = ()
+    session: str = ""
+    prompt_tokens: int = 0
+    max_tokens: int | None = None
+    tools: bool = False
+    vision: bool = False
+    batch: bool = False
+
+
+NOTHING = Wanted()
+"""Of a request that says nothing, or nothing that can be read."""
+
+
+def read_wanted(body: bytes, headers: Mapping[str, str]) -> Wanted:
+    """Read a request's JSON body and headers. What cannot be read counts as not there; never raises."""
+    batch = headers.get("X-Priority", "").lower() in ("batch", "low")
+    try:
+        request = json.loads(body) if body else {}
+    except (ValueError, RecursionError):
+        request = {}
+    if not isinstance(request, dict):
+        request = {}
+    messages = request.get("messages") or request.get("input")
+    messages = messages if isinstance(messages, list) else []
+    limits = (
+        request.get(key) for key in ("max_completion_tokens", "max_tokens", "max_output_tokens", "n_predict")
+    )
+    return Wanted(
+        prefixes=tuple(_prefixes(request, messages)),
+        session=_session(request),
+        prompt_tokens=_guess(request, messages),
+        max_tokens=next((limit for limit in limits if type(limit) is int and limit >= 0), None),
+        tools=bool(request.get("tools")),
+        vision=any(kind in ("image_url", "input_image", "image") for kind in _part_types(messages)),
+        batch=batch or request.get("service_tier") in ("flex", "batch"),
+    )
+
+
+def _session(request: dict[str, Any]) -> str:
+    for key in ("session_id", "prompt_cache_key", "user"):
+        value = request.get(key)
+        if isinstance(value, str) and value:
+            return value[:200]
+    return ""
+
+
+def _prefixes(request: dict[str, Any], messages: list[Any]) -> list[bytes]:
+    """The longest first. Each name covers the tools, the system's words and all turns up to one."""
+    chain = hashlib.blake2b(digest_size=16)
+    head = [request.get(key) for key in ("tools", "system", "instructions")]
+    chain.update(_encode(head))
+    prompt = request.get("prompt")
+    if not messages and isinstance(prompt, str):
+        whole = len(prompt) - len(prompt) % BLOCK
+        pieces = [prompt[start : start + BLOCK].encode() for start in range(0, whole, BLOCK)]
+    else:
+        pieces = [_encode(message) for message in messages]
+    names: list[bytes] = []
+    for piece in pieces:
+        chain.update(len(piece).to_bytes(8) + piece)
+        names.append(chain.digest())
+    return names[: -MAX_PREFIXES - 1 : -1]
+
+
+def _part_types(messages: list[Any]) -> Iterator[str]:
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, list) else ():
+            if isinstance(part, dict):
+                yield str(part.get("type"))
+
+
+def _guess(request: dict[str, Any], messages: list[Any]) -> int:
+    characters = 0
+    prompt = request.get("prompt")
+    if isinstance(prompt, str):
+        characters += len(prompt)
+    if request.get("tools"):
+        characters += len(_encode(request["tools"]))
+    pictures = 0
+    for message in messages:
+        content = message.get("content") if isinstance(message, dict) else None
+        if isinstance(content, str):
+            characters += len(content)
+        for part in content if isinstance(content, list) else ():
+            text = part.get("text") if isinstance(part, dict) else None
+            characters += len(text) if isinstance(text, str) else 0
+            pictures += text is None
+    return characters // CHARACTERS_PER_TOKEN + pictures * _PICTURE_TOKENS
+
+
+def _encode(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()

@@ -1,0 +1,124 @@
+"""Who waits, in what order, and what the refused are told. With a loop of its own each; nothing sleeps for long."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+from libmesh_node.http.errors import ApiError
+from libmesh_node.http.queue import PER_SLOT, Queues
+
+
+def run(test: Callable[[], Awaitable[None]]) -> None:
+    asyncio.run(asyncio.wait_for(test(), 60))
+
+
+class Server:
+    """Room for some requests, and the order in which they came in."""
+
+    def __init__(self, room: int) -> None:
+        self.room, self.queues, self.order = room, Queues(), list[str]()
+
+    async def ask(self, name: str, *, batch: bool = False) -> None:
+        await self.queues.turn("m", batch=batch, has_room=lambda: self.room > 0, slots=lambda: 1)
+        self.room -= 1
+        self.order.append(name)
+
+    def leave(self, seconds: float = 2.0) -> None:
+        self.room += 1
+        self.queues.ended("m", seconds)
+
+
+async def settle() -> None:
+    for _ in range(10):
+        await asyncio.sleep(0)
+
+
+def test_with_room_nobody_waits() -> None:
+    async def test() -> None:
+        server = Server(room=2)
+        await server.ask("a")
+        await server.ask("b")
+        assert server.order == ["a", "b"]
+
+    run(test)
+
+
+def test_first_come_first_served_and_batches_after_all_others() -> None:
+    async def test() -> None:
+        server = Server(room=0)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(server.ask("batch", batch=True))
+            tasks.create_task(server.ask("first"))
+            tasks.create_task(server.ask("second"))
+            await settle()
+            assert server.queues.waiting("m") == 3
+            for _ in range(3):
+                server.leave()
+                await settle()
+        assert server.order == ["first", "second", "batch"]
+        assert server.queues.waiting("m") == 0
+
+    run(test)
+
+
+def test_newcomer_does_not_pass_those_who_wait() -> None:
+    async def test() -> None:
+        server = Server(room=0)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(server.ask("first"))
+            await settle()
+            server.room += 1  # nobody was told yet
+            tasks.create_task(server.ask("second"))
+            await settle()
+            server.leave()
+        assert server.order == ["first", "second"]
+
+    run(test)
+
+
+def test_room_that_came_without_a_word_is_found() -> None:
+    async def test() -> None:
+        server = Server(room=0)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(server.ask("a"))
+            await settle()
+            server.room += 1
+        assert server.order == ["a"]
+
+    run(test)
+
+
+def test_who_leaves_the_line_holds_up_nobody() -> None:
+    async def test() -> None:
+        server = Server(room=0)
+        async with asyncio.TaskGroup() as tasks:
+            gone = tasks.create_task(server.ask("gone"))
+            tasks.create_task(server.ask("stays"))
+            await settle()
+            gone.cancel()
+            await settle()
+            server.leave()
+        assert server.order == ["stays"]
+
+    run(test)
+
+
+def test_full_line_refuses_with_the_time_by_the_measured_rate() -> None:
+    async def test() -> None:
+        server = Server(room=0)
+        for _ in range(40):
+            server.queues.ended("m", 2.0)
+        async with asyncio.TaskGroup() as tasks:
+            waiting = [tasks.create_task(server.ask(str(index))) for index in range(PER_SLOT)]
+            await settle()
+            with pytest.raises(ApiError) as caught:
+                await server.ask("too many")
+            assert (caught.value.status, caught.value.code) == (429, "overloaded")
+            assert caught.value.retry_after in range(2 * (PER_SLOT + 1), 2 * (PER_SLOT + 1) + 2)
+            for task in waiting:
+                task.cancel()
+        assert server.order == []
+
+    run(test)
