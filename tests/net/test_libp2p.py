@@ -190,8 +190,8 @@ async def test_a_handler_that_raises_is_logged_and_leaves_the_host_up(
         await answers(one, two)
 
 
-@pytest.mark.parametrize("security", ["/plaintext/2.0.0", "/secio/1.0.0", "/tls/1.0.0"])
-async def test_no_security_but_noise_is_spoken(security: str) -> None:
+@pytest.mark.parametrize("security", ["/plaintext/2.0.0", "/secio/1.0.0", "/mplex/6.7.0"])
+async def test_no_security_but_noise_and_tls_is_spoken(security: str) -> None:
     async with networks(1) as (one,):
         async with await trio.open_tcp_stream("127.0.0.1", one.port) as stream:
             await stream.send_all(encode_line("/multistream/1.0.0") + encode_line(security))
