@@ -313,6 +313,7 @@ async def test_silence_and_vanishing_clients_cost_a_relay_nothing(monkeypatch: p
         await silent.send_all(b"\x02")
         with pytest.raises(StreamReset):
             await silent.receive_some()
+        monkeypatch.undo()
         for _ in range(5):
             stream = await nodes.source.open_stream(nodes.relay.peer, wire.HOP)
             await stream.send_all(wire.encode_hop_request(Connect(nodes.target.peer)))
