@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.netlab.crowd import Forks
 from tests.netlab.lab import Lab, open_lab
 from tests.netlab.namespaces import available
 
@@ -16,3 +17,10 @@ def lab() -> Iterator[Lab]:
         pytest.skip(f"no lab can be built here: {missing}")
     with open_lab() as opened:
         yield opened
+
+
+@pytest.fixture(scope="package")
+def forks() -> Iterator[Forks]:
+    """Starts peers fast."""
+    with Forks() as forks:
+        yield forks

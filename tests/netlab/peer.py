@@ -1,0 +1,173 @@
+"""A member of a mesh in a process of its own, for the lab: takes orders on stdin and answers on stdout, JSON by line.
+
+It offers the service `echo`. The first line that it says is its id, with an invite if it holds the mesh's key. Orders:
+
+    {"id": 1, "do": "connect", "peer": ID}      from nothing: seconds to the first byte back, and the path's kind then
+    {"id": 2, "do": "path", "peer": ID}         the path now
+    {"id": 3, "do": "state"}                    its addresses and how others reach it
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import random
+import signal
+import socket
+import sys
+from typing import Any
+
+import trio
+
+from libmesh import (
+    Libp2pConfig,
+    Mesh,
+    MeshConfig,
+    MeshError,
+    PeerId,
+    RelayLimits,
+    RelayUse,
+    Scope,
+    SecretKey,
+    Stream,
+    open_mesh,
+)
+
+ECHO = "echo"
+
+
+async def main(options: dict[str, Any]) -> None:
+    """Be a member until stdin ends."""
+    listen = Libp2pConfig(
+        port=options["port"], announce=tuple(options.get("announce", ())), relay=RelayLimits(), map_port=True
+    )
+    config = MeshConfig(relays=RelayUse(offer=options.get("relay", False)))
+    founded = SecretKey.generate() if "invite" not in options else None
+    opened = open_mesh(
+        SecretKey.generate(),
+        mesh_key=founded,
+        invite=options.get("invite"),
+        listen=listen,
+        config=config,
+        wait=False,
+    )
+    async with opened as mesh, trio.open_nursery() as nursery:
+        with mesh.offer(ECHO, echo):
+            invite = mesh.invite(scope=Scope.INVITE, not_after_unix=None) if founded is not None else ""
+            say({"peer": mesh.peer, "invite": invite})
+            async for line in lines():
+                nursery.start_soon(obey, mesh, json.loads(line))
+            nursery.cancel_scope.cancel()
+
+
+async def lines() -> Any:
+    """Lines of stdin."""
+    received = b""
+    stdin = trio.lowlevel.FdStream(0)
+    while piece := await stdin.receive_some(65536):
+        *complete, received = (received + piece).split(b"\n")
+        for line in complete:
+            yield line
+
+
+async def echo(stream: Stream) -> None:
+    """Give back what comes."""
+    async for data in stream:
+        await stream.send_all(data)
+    await stream.send_eof()
+
+
+async def obey(mesh: Mesh, order: dict[str, Any]) -> None:
+    """Do one thing, and tell what came of it."""
+    try:
+        answer = await act(mesh, order)
+    except (MeshError, trio.BrokenResourceError) as exc:
+        answer = {"error": str(exc)}
+    say({"id": order["id"], **answer})
+
+
+async def act(mesh: Mesh, order: dict[str, Any]) -> dict[str, Any]:
+    """See the module's docstring."""
+    match order["do"]:
+        case "connect":
+            peer = PeerId(order["peer"])
+            await mesh._driver.network.disconnect(peer)
+            start = trio.current_time()
+            stream = await mesh.open_service(peer, ECHO)
+            await stream.send_all(b"?")
+            await stream.receive_some(1)
+            seconds = trio.current_time() - start
+            await stream.aclose()
+            return {"first_byte": seconds, **path_to(mesh, peer)}
+        case "path":
+            return path_to(mesh, PeerId(order["peer"]))
+        case "state":
+            reaching = mesh._driver.network.reaching()
+            return {
+                "addresses": mesh.addresses,
+                "standing": reaching.standing,
+                "nat": reaching.nat,
+                "mapping": reaching.mapping,
+                "peers": len(mesh.view.peers),
+            }
+    raise MeshError(f"unknown order {order}")
+
+
+def path_to(mesh: Mesh, peer: PeerId) -> dict[str, Any]:
+    """What is known of the way to a peer."""
+    entry = mesh.view.get(peer)
+    addresses = entry.addresses if entry is not None else ()
+    if entry is None or entry.path is None:
+        return {"kind": None, "address": "", "why": [], "addresses": addresses}
+    why = [f"{attempt.way}: {attempt.reason}" for attempt in entry.path.attempts]
+    return {"kind": entry.path.kind.value, "address": entry.path.address, "why": why, "addresses": addresses}
+
+
+def say(answer: dict[str, Any]) -> None:
+    """One line on stdout."""
+    sys.stdout.write(f"{json.dumps(answer)}\n")
+    sys.stdout.flush()
+
+
+def serve_forks(orders: socket.socket) -> None:
+    """Fork a peer for each order: JSON with the namespace and the options, and its stdin, stdout and stderr with it.
+
+    Loading libmesh takes longer than all that a short test does; this does it once. Answers with the child's pid.
+    """
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # children are reaped by the kernel
+    while True:
+        data, files, _, _ = socket.recv_fds(orders, 65536, 3)
+        if not data:
+            return
+        pid = os.fork()
+        if pid:
+            for file in files:
+                os.close(file)
+            orders.send(str(pid).encode())
+            continue
+        orders.close()
+        for target, file in enumerate(files):
+            os.dup2(file, target)
+            os.close(file)
+        order = json.loads(data)
+        libc = ctypes.CDLL(None, use_errno=True)
+        with open(order["namespace"]) as namespace:
+            if libc.setns(namespace.fileno(), 0x40000000):
+                raise OSError(ctypes.get_errno(), "setns")
+        random.seed()
+        start(order["options"])
+        return
+
+
+def start(options: dict[str, Any]) -> None:
+    """Run one peer."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s.%(msecs)03d %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+    trio.run(main, options)
+
+
+if __name__ == "__main__":
+    with socket.socket(fileno=int(sys.argv[1])) as channel:
+        serve_forks(channel)
