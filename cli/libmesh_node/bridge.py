@@ -79,6 +79,9 @@ class NodeCommands(Protocol):
     async def connect(self, peer: str, name: str, port: int) -> int:
         """Forward a local TCP port to `name` at `peer` and return it. Port 0 lets the system choose."""
 
+    async def plan(self, model: str) -> dict[str, object]:
+        """How a model, named as for `--model`, would be served now; see `planning.plan_json`."""
+
 
 class Bridge:
     """Made in trio's thread. `publish`, `run` belong to trio; `snapshot` to everybody; the rest to the HTTP thread."""

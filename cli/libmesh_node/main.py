@@ -30,6 +30,7 @@ COMMANDS = {
     "invite": "make an invite for the next machine",
     "peers": "show who is in the mesh, and who let whom in",
     "relay": "relay for nodes that cannot reach each other",
+    "plan": "show who would serve a model, and how fast",
     "status": "show peers, paths, models and processes",
     "stop": "end the running node",
     "tunnel": "forward TCP ports through the mesh",

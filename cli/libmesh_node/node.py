@@ -383,6 +383,15 @@ class Node:
         """See `NodeCommands.connect`."""
         return await self._present_session().connect(peer, name, port)
 
+    async def plan(self, model: str) -> dict[str, object]:
+        """See `NodeCommands.plan`."""
+        session = self._present_session()
+        try:
+            name, shape = await self._models.shape_of(model)
+        except (NodeError, OSError) as exc:
+            raise CommandFailed("invalid", _sentence(str(exc))) from exc
+        return session.splits.plan(name, shape)
+
     def _present_session(self) -> Session:
         if self._session is None:
             raise CommandFailed("unreachable", "The node is not in a mesh now; try again in a moment.")

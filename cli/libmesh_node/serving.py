@@ -66,8 +66,7 @@ class Entry:
     @property
     def shape(self) -> ModelShape:
         """What placement needs to know of it."""
-        least = min(MIN_CONTEXT, self.model.header.context_length or MIN_CONTEXT)
-        return shape_of(self.headers, self.digest, least)
+        return shape_of(self.headers, self.digest, _least_context(self.model))
 
 
 class LocalModels:
@@ -182,6 +181,13 @@ class LocalModels:
         find = partial(resolve, reference, model_folders(self._folder.path))
         return await trio.to_thread.run_sync(find)
 
+    async def shape_of(self, reference: str) -> tuple[str, ModelShape]:
+        """Name and shape of any model here. Reads it whole if its digest is not known yet. Raises `NodeError`, `OSError`."""
+        model = await self._find(reference)
+        headers = await trio.to_thread.run_sync(_headers, model)
+        digest = await model_digest(model.parts)
+        return model.name, shape_of(headers, digest, _least_context(model))
+
     def _server(self, entry: Entry) -> LlamaServer:
         assert self.engine is not None
         return LlamaServer(
@@ -240,6 +246,10 @@ def _announced(entry: Entry) -> AnnouncedModel:
         ready=entry.base_url is not None,
         workers=entry.workers if entry.base_url is not None else (),
     )
+
+
+def _least_context(model: ModelFile) -> int:
+    return min(MIN_CONTEXT, model.header.context_length or MIN_CONTEXT)
 
 
 def _headers(model: ModelFile) -> tuple[GgufHeader, ...]:

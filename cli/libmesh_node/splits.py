@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import trio
@@ -26,8 +27,10 @@ from libmesh_node.options import NodeOptions
 from libmesh_node.placement.electing import elect, predict
 from libmesh_node.placement.machine import Machine, short
 from libmesh_node.placement.seen import SERVICE, host_elsewhere, machines_with
+from libmesh_node.placement.shape import ModelShape
 from libmesh_node.placement.splitting import Placement, Share, Shortage, SplitRules
 from libmesh_node.placement.steering import Abandon, Adopt, Broken, Looked, Steering
+from libmesh_node.planning import plan_json
 from libmesh_node.serving import Entry, LocalModels
 from libmesh_node.snapshot import Process
 from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting
@@ -59,6 +62,7 @@ class Splits:
     def __init__(
         self, mesh: Mesh, models: LocalModels, options: NodeOptions, status: Callable[[], NodeStatus]
     ) -> None:
+        self._options, self._status = options, status
         self._hosts = [
             _Host(mesh, models, entry, options, status)
             for entry in models.entries.values()
@@ -90,6 +94,16 @@ class Splits:
                 if entry.digest:
                     name, parts = entry.model.name, entry.model.parts
                     self._lender.models[entry.digest] = LentModel(name=name, digest=entry.digest, parts=parts)
+
+    def plan(self, name: str, shape: ModelShape) -> dict[str, object]:
+        """How a model would be served now, this node included whether it runs with the model or not."""
+        me, mine = self._mesh.view.me, self._status()
+        if all(model.digest != shape.digest for model in mine.models):
+            mine = replace(mine, models=(*mine.models, AnnouncedModel(name=name, digest=shape.digest)))
+        machines = machines_with(
+            shape.digest, self._mesh.view, mine, protocol=self._models.rpc_protocol, refused={}
+        )
+        return plan_json(name, shape, machines, rules_of(self._options), me)
 
     async def run(self) -> None:
         """Lend and host until cancelled; then all sessions and servers end."""
@@ -144,12 +158,7 @@ class _Host:
             options,
             status,
         )
-        self._rules = SplitRules(
-            max_rtt=options.max_rtt_ms / 1000,
-            ratios=options.tensor_split or None,
-            force=options.split,
-            min_peers=options.min_peers,
-        )
+        self._rules = rules_of(options)
         self._steering = Steering()
         self._run: SplitRun | None = None
         self._coming: SplitRun | None = None
@@ -331,6 +340,16 @@ def _placement(host: str, model: AnnouncedModel) -> Placement:
 
 async def _is_busy(server: LlamaServer) -> bool:
     return server.base_url is not None and await busy(server.process.port)
+
+
+def rules_of(options: NodeOptions) -> SplitRules:
+    """What the command line says of splits."""
+    return SplitRules(
+        max_rtt=options.max_rtt_ms / 1000,
+        ratios=options.tensor_split or None,
+        force=options.split,
+        min_peers=options.min_peers,
+    )
 
 
 def _draft(options: NodeOptions) -> DraftPlan | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import threading
@@ -104,17 +105,10 @@ def test_a_killed_worker_is_replaced_and_a_killed_host_too(
     left = [host, idle]
     wait_for(lambda: _answers(left, alone), 2 * PATIENCE, "an answer without the worker")
     assert servers_running(left) == 1
-    replacement = (
-        machine.node("--model", str(medium), "--max-vram", "0.4", "--join", idle.invite("--scope", "worker"))
-        if idle.status()["scope"] == "invite"
-        else None
-    )
+    back = machine.node("--model", str(medium), "--max-vram", "0.4", name=workers[0].folder.name).up()
     host = host_of(left)
-    if replacement is None:  # only the founder may invite: bring the dead one back
-        replacement = machine.node("--model", str(medium), "--max-vram", "0.4", name=workers[0].folder.name)
-    replacement.up()
     host.kill()
-    left = [node for node in (idle, replacement, *left) if node is not host]
+    left = [node for node in (back, *left) if node is not host]
     wait_for(lambda: _answers(left, alone), 2 * PATIENCE, "an answer without the host")
 
 
@@ -126,6 +120,32 @@ def test_a_killed_rpc_server_is_replaced(machine: Machine, medium: Path, alone: 
     wait_for(lambda: not psutil.pid_exists(process["pid"]), PATIENCE, "its end")
     wait_for(lambda: _answers(nodes, alone), 2 * PATIENCE, "an answer after all")
     assert servers_running(nodes) == 1
+
+
+def test_a_plan_says_who_would_serve_and_starts_nothing(machine: Machine, medium: Path) -> None:
+    first = machine.node("--model", str(medium), "--max-vram", "0.4", "--min-peers", "9").up()
+    token = first.invite("--scope", "worker")
+    second = machine.node(
+        "--model", str(medium), "--max-vram", "0.4", "--min-peers", "9", "--join", token
+    ).up()
+    third = machine.node("--max-vram", "4", "--join", token).up()
+    third.until(lambda status: sum(bool(peer["models"]) for peer in status["peers"]) == 2, what="both peers")
+    wait_for(lambda: len(_plan(third, medium)["peers"]) == 2, PATIENCE, "both known by their digest")
+    plan = _plan(third, medium)
+    assert plan["possible"]
+    assert [member["layers"] for member in plan["members"]] == [6]
+    assert plan["host"] == plan["this_node"] == third.node_id
+    refused = second.run("plan", str(medium))
+    assert refused.returncode == 1
+    assert "waiting for 9 peers with the model, there are 1" in refused.stdout
+    assert not named(first.status(), "llama-server")
+
+
+def _plan(node: Node, model: Path) -> Json:
+    done = node.run("plan", str(model), "--json")
+    assert done.returncode in (0, 1), done.stderr
+    plan: Json = json.loads(done.stdout)
+    return plan
 
 
 def test_too_little_is_told_exactly(machine: Machine, medium: Path) -> None:
