@@ -62,3 +62,46 @@ def test_same_key_or_none_makes_no_difference(two_models: Node) -> None:
     url = f"http://127.0.0.1:{two_models.api_port}"
     with anthropic.Anthropic(base_url=url, auth_token="anything", max_retries=0) as client:
         assert client.messages.create(model="other", max_tokens=2, messages=HELLO).content
+
+
+TOOLS: list[Any] = [
+    {
+        "name": "read_file",
+        "description": "Read a file.",
+        "input_schema": {"type": "object", "properties": {"path": {"type": "string"}}, "required": ["path"]},
+    }
+]
+SYSTEM: list[Any] = [
+    {"type": "text", "text": "You are an agent.", "cache_control": {"type": "ephemeral"}},
+    {"type": "text", "text": "Use tools."},
+]
+TURNS: list[Any] = [
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "Read a.txt", "cache_control": {"type": "ephemeral"}}],
+    },
+    {
+        "role": "assistant",
+        "content": [{"type": "tool_use", "id": "t1", "name": "read_file", "input": {"path": "a.txt"}}],
+    },
+    {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "t1", "content": "hello"}]},
+]
+
+
+def test_request_of_an_agent_streams(client: anthropic.Anthropic) -> None:
+    """As Claude Code asks: the beta endpoint, system blocks, cache marks, tools and their results, metadata."""
+    with client.beta.messages.stream(
+        model="tiny",
+        max_tokens=16,
+        system=SYSTEM,
+        messages=TURNS,
+        tools=TOOLS,
+        metadata={"user_id": "somebody"},
+        betas=["fine-grained-tool-streaming-2025-05-14"],
+    ) as stream:
+        kinds = [event.type for event in stream]
+        final = stream.get_final_message()
+    assert kinds[0] == "message_start"
+    assert kinds[-1] == "message_stop"
+    assert final.usage.output_tokens > 0
+    assert final.stop_reason in ("max_tokens", "end_turn", "tool_use")

@@ -1,13 +1,19 @@
-"""A request's id and its line in the log."""
+"""A request's id, its line in the log, and what of it passes through."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import logging
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 from libmesh_node.http.api import request_id
 from libmesh_node.logs import JsonFormatter
+from libmesh_node.snapshot import Model, Server
 
 from tests.http.conftest import Llama, Node, call, running_node
 
@@ -59,3 +65,39 @@ def test_log_line_tells_all_of_a_request(llamas: dict[str, Llama], caplog: pytes
     assert (line["id"], line["status"], line["model"], line["tokens"]) == ("mine-2", 200, "tiny", 4)
     assert 0 < line["first_byte_seconds"] <= line["seconds"]
     assert line["received"] > 0
+
+
+@contextmanager
+def compressing_server(body: bytes) -> Iterator[tuple[Server, list[bytes]]]:
+    """Answers one request with `body` in gzip, as llama-server behind a compressing front does; keeps what was asked."""
+    asked: list[bytes] = []
+    packed = gzip.compress(body)
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: gzip\r\nContent-Length: {len(packed)}\r\n\r\n"
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer() -> None:
+            with listening.accept()[0] as opened:
+                while b"\r\n\r\n" not in b"".join(asked):
+                    asked.append(opened.recv(1 << 16))
+                opened.sendall(head.encode() + packed)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        port = listening.getsockname()[1]
+        yield Server(peer="packer", base_url=f"http://127.0.0.1:{port}", local=True), asked
+        thread.join(60)
+
+
+def test_gzip_passes_through_as_it_is() -> None:
+    body = b'{"text": "' + b"again and " * 500 + b'"}'
+    with compressing_server(body) as (server, asked):
+        model = Model(name="m", digest="d", size_bytes=1, context_length=1, servers=(server,))
+        with running_node(model) as node:
+            status, headers, got = call(
+                node.api_port, "GET", "/props?model=m", headers={"Accept-Encoding": "gzip"}
+            )
+    assert status == 200
+    assert headers["content-encoding"] == "gzip"
+    assert len(got) < len(body)
+    assert gzip.decompress(got) == body
+    assert b"accept-encoding: gzip" in b"".join(asked).lower()
