@@ -36,7 +36,19 @@ from libmesh.mesh import Mesh, ServiceHandler
 from libmesh.net.base import Network, Stream, StreamReset
 from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
 from libmesh.opening import open_mesh
-from libmesh.peers import Attempt, MeshId, Path, PathKind, PeerId, PeerState, PeerView, Scope, Service, View
+from libmesh.peers import (
+    Attempt,
+    MeshId,
+    Path,
+    PathKind,
+    PeerId,
+    PeerState,
+    PeerView,
+    Reaching,
+    Scope,
+    Service,
+    View,
+)
 from libmesh.posts import Post
 from libmesh.relays import RelayUse
 from libmesh.tunnel import expose, serve_tunnel
@@ -71,6 +83,7 @@ __all__ = [
     "PeerUnreachable",
     "PeerView",
     "Post",
+    "Reaching",
     "RelayLimits",
     "RelayUse",
     "Scope",

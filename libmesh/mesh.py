@@ -24,7 +24,7 @@ from libmesh.errors import (
 )
 from libmesh.invites import check_invite
 from libmesh.net.base import Stream
-from libmesh.peers import MeshId, PeerId, Scope, Service, View
+from libmesh.peers import MeshId, PeerId, Reaching, Scope, Service, View
 from libmesh.posts import Post
 from libmesh.wire_pieces import WireError, valid_service_name
 
@@ -84,6 +84,11 @@ class Mesh:
     def addresses(self) -> tuple[str, ...]:
         """Multiaddrs at which others may reach this node, best first."""
         return self._driver.network.addresses()
+
+    @property
+    def reaching(self) -> Reaching:
+        """What is known of how others reach this node."""
+        return self._driver.network.reaching()
 
     @property
     def view(self) -> View:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,9 @@ RELAY_SERVICE = "libmesh/relay"
 MOST = 8
 """Relays that a node considers, of all that members offer."""
 
+LOOK_EVERY = 2.0
+"""Seconds between looks at whether others reach this node."""
+
 _NEAR = 0.005  # seconds: differences of a round trip below this do not make a relay better
 
 
@@ -40,11 +43,13 @@ class RelayUse:
         keep: keep places at relays, so that others reach this node through them. Costs nothing where there is no relay.
         offer: tell members that this node relays for them. Only for nodes that can be dialled, and whose network was
             opened with limits for it (`Libp2pConfig.relay`).
+        volunteer: offer it whenever others have been seen to reach this node without help, and take it back when not.
     """
 
     known: tuple[str, ...] = ()
     keep: bool = True
     offer: bool = False
+    volunteer: bool = False
 
     def __post_init__(self) -> None:
         """Raise `ValueError` for an address that names no relay."""
@@ -94,16 +99,34 @@ async def follow_relays(mesh: Mesh, network: Network, use: RelayUse, approach: A
                 network.set_relays(relays, approach)
 
 
+async def volunteer(mesh: Mesh, network: Network) -> None:
+    """Offer to be a relay while others reach this node without help, until cancelled."""
+    offered = False
+    with ExitStack() as offer:
+        while True:
+            standing = network.reaching().standing
+            if standing == "public" and not offered and not mesh.following:
+                log.info("others reach this node: it relays for members who need that")
+                offer.enter_context(mesh.offer(RELAY_SERVICE, _decline))
+                offered = True
+            elif standing == "private" and offered:
+                offer.close()
+                offered = False
+            await trio.sleep(LOOK_EVERY)
+
+
+async def _decline(stream: Stream) -> None:
+    stream.reset()
+
+
 @asynccontextmanager
 async def relays_of(mesh: Mesh, driver: Driver, use: RelayUse) -> AsyncIterator[None]:
     """Use relays, and offer to be one, as configured, for as long as the context lasts."""
-
-    async def decline(stream: Stream) -> None:
-        stream.reset()
-
     async with AsyncExitStack() as stack, trio.open_nursery() as nursery:
         if use.offer:
-            stack.enter_context(mesh.offer(RELAY_SERVICE, decline))
+            stack.enter_context(mesh.offer(RELAY_SERVICE, _decline))
+        elif use.volunteer:
+            nursery.start_soon(volunteer, mesh, driver.network)
         nursery.start_soon(follow_relays, mesh, driver.network, use, driver.approach)
         try:
             yield

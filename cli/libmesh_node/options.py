@@ -40,6 +40,7 @@ class NodeOptions:
         draft: a small model that guesses ahead for the models served here; `None` for none.
         draft_max: guesses at once.
         data_dir: ignored with `ephemeral`.
+        map_port: ask the router to forward the port that peers connect to.
         announce_addresses: multiaddrs that peers are told to reach this node at, besides those found.
         relays: multiaddrs of the relays to be reached through, instead of those that members are.
         invite_file: where to write an invite at start, mode 600.
@@ -64,6 +65,7 @@ class NodeOptions:
     data_dir: Path
     ephemeral: bool = False
     announce_addresses: tuple[str, ...] = ()
+    map_port: bool = True
     relays: tuple[str, ...] = ()
     invite_file: Path | None = None
     json_logs: bool = False
@@ -102,6 +104,7 @@ def node_options(args: argparse.Namespace) -> NodeOptions:
         draft_max=args.draft_max,
         data_dir=data_dir(args),
         ephemeral=args.ephemeral,
+        map_port=not args.no_port_mapping,
         announce_addresses=tuple(dict.fromkeys(args.announce_addr)),
         relays=tuple(dict.fromkeys(args.relay)),
         invite_file=args.invite_file,

@@ -187,10 +187,19 @@ class Stays:
 
     def _relays(self) -> RelayUse:
         """Whoever has an address told to it is reachable there, and relays for those who are not."""
-        return RelayUse(known=self._options.relays, offer=bool(self._options.announce_addresses))
+        return RelayUse(
+            known=self._options.relays,
+            offer=bool(self._options.announce_addresses),
+            volunteer=not self._options.client,
+        )
 
     def _listen(self) -> Libp2pConfig:
-        return Libp2pConfig(port=self._port(), announce=self._options.announce_addresses, relay=RelayLimits())
+        return Libp2pConfig(
+            port=self._port(),
+            announce=self._options.announce_addresses,
+            relay=RelayLimits(),
+            map_port=self._options.map_port,
+        )
 
     def _port(self) -> int:
         """The port for peers: the one asked for, or last time's if it is free, so that old invites lead here."""

@@ -103,6 +103,11 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="tell peers that this node is reachable there too, e.g. behind a port forwarding (repeatable)",
     )
     mesh.add_argument(
+        "--no-port-mapping",
+        action="store_true",
+        help="do not ask the router to forward the port that peers connect to",
+    )
+    mesh.add_argument(
         "--relay",
         action="append",
         default=[],
