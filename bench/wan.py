@@ -1,6 +1,6 @@
 """One stream over a long path that loses packets, beside bare TCP with the same congestion control over the same link.
 
-    python bench/wan.py [--rounds 5] [--seconds 15]          needs root: network namespaces, and a TUN device as the link
+    python bench/wan.py [--rounds 3] [--seconds 15]          needs root: network namespaces, and a TUN device as the link
 
 Two machines (namespaces) joined by a cable of `tests/netlab/link.py`. Each run opens a new connection and sends for some
 seconds; what arrived within that time of the first byte counts. Runs are interleaved, and a run of each kind sees the
@@ -109,7 +109,7 @@ async def pour(stream: trio.abc.SendStream, seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="One stream over a long path, beside bare TCP.")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--path", choices=PATHS, action="append", help="only this path")
     parser.add_argument("--end", nargs="+", help=argparse.SUPPRESS)
