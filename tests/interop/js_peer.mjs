@@ -77,6 +77,10 @@ const actions = {
     }
     return { protocols: [] }
   },
+  async serve ({ protocol }) { // identify-push tells connected peers of it
+    await node.handle(protocol, (stream) => stream.close())
+    return {}
+  },
   async subscribe ({ topic }) {
     node.services.pubsub.subscribe(topic)
     return {}

@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import trio
+from libp2p.peer.id import ID
+from libp2p.peer.peerstore import PeerStoreError
 
 from libmesh.errors import ServiceRefused
 from libmesh.net.base import Message, Stream
@@ -158,6 +160,32 @@ async def test_js_dials_us(packages: Path, security: str) -> None:
             assert (await js.do("unknown", address=address))["error"] is not None
             assert "/ipfs/ping/1.0.0" in (await js.do("protocols", peer=ours.peer))["protocols"]
             await round_trip(await ours.open_stream(js.id, ECHO))
+
+
+async def test_we_ping_js_and_are_told_of_what_it_serves_later(packages: Path) -> None:
+    """Identify-push arrives; ping goes this way, too."""
+    with trio.fail_after(60):
+        async with js_peer(packages) as js, network() as ours:
+            await ours.connect(js.id, [js.address])
+            ping = await ours.open_stream(js.id, "/ipfs/ping/1.0.0")
+            for turn in range(3):
+                await ping.send_all(bytes([turn]) * 32)
+                got = b""
+                while len(got) < 32:
+                    got += await ping.receive_some(32 - len(got))
+                assert got == bytes([turn]) * 32
+            await ping.aclose()
+            await js.do("serve", protocol="/served/later/1.0.0")
+            known = ours._host.get_peerstore()
+            while "/served/later/1.0.0" not in _protocols(known, js.id):  # noqa: ASYNC110
+                await trio.sleep(0.05)
+
+
+def _protocols(peerstore: Any, peer: PeerId) -> list[str]:
+    try:
+        return list(peerstore.get_protocols(ID.from_base58(peer)))
+    except PeerStoreError:
+        return []
 
 
 async def test_gossip_crosses_both_ways(packages: Path) -> None:
