@@ -186,14 +186,15 @@ class Yamux:
             self._forget(stream_id)
             self._control.stream(RST, stream_id)
 
-    def consumed(self, stream_id: int, count: int, now: float) -> None:
-        """`count` bytes of `Data` were read or dropped. May open the peer's window, also of a larger size."""
+    def consumed(self, stream_id: int, count: int, now: float) -> bool:
+        """`count` bytes of `Data` were read or dropped. May open the peer's window, also of a larger size; true if so."""
         self._windows.unread -= count
         stream = self._streams.get(stream_id)
         if stream is None or stream.state is State.REMOTE_FINISHED:
-            return
+            return False
         if grant := self._windows.consumed(stream, count, now, self._keepalive.least_rtt):
             self._control.grant(stream_id, grant)
+        return grant > 0
 
     # ---- the connection ---------------------------------------------------------------------------------------
 
@@ -245,8 +246,7 @@ class Yamux:
             if self._streams[stream_id].state is not State.LINGERING:
                 events.append(Reset(stream_id, "the peer did not finish in time"))
             self.reset(stream_id)
-        opaque = self._keepalive.tick(now)
-        if opaque is not None:
+        if (opaque := self._keepalive.tick(now)) is not None:
             self._control.ping(opaque)
         return events
 

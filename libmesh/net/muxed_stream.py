@@ -285,6 +285,17 @@ class YamuxStream(StockFace):
             self._wake()
 
     @property
+    def peer_has_finished(self) -> bool:
+        """The peer will send no more."""
+        return self._finished
+
+    def peek(self) -> bytes:
+        """The bytes that the next receive begins with, as far as they are in one piece."""
+        if not self._chunks:
+            return b""
+        return self._chunks[0][self._offset :] if self._offset else self._chunks[0]
+
+    @property
     def unread(self) -> int:
         """Bytes that have arrived and were not read."""
         return sum(map(len, self._chunks)) - self._offset

@@ -156,7 +156,7 @@ class YamuxConnection(IMuxedConn):
                 break
             await self._openable.park()
         stream = self._streams[stream_id] = YamuxStream(self, stream_id, self._outbound)
-        self._outbound.flush_soon()
+        self._outbound.flush_later()
         return stream
 
     async def accept_stream(self) -> YamuxStream:
@@ -327,8 +327,7 @@ class YamuxConnection(IMuxedConn):
 
     def consumed(self, stream_id: int, count: int) -> None:
         """`count` received bytes were read or dropped."""
-        self._machine.consumed(stream_id, count, trio.current_time())
-        if self._machine.has_control:
+        if self._machine.consumed(stream_id, count, trio.current_time()):
             self._outbound.flush_soon()
 
     def finish(self, stream: YamuxStream, *, released: bool = False) -> None:
@@ -353,7 +352,8 @@ class YamuxConnection(IMuxedConn):
     def _release(self, stream: YamuxStream, unread: int) -> None:
         self.consumed(stream.stream_id, unread)
         self._streams.pop(stream.stream_id, None)
-        self._openable.unpark_all()
+        if self._openable:
+            self._openable.unpark_all()
         self._outbound.flush_soon()
 
 

@@ -13,6 +13,7 @@ and saves every other one two round trips (opens a second, measured: 660 without
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import trio
 from libp2p.abc import IMuxedConn, IMuxedStream
@@ -38,6 +39,7 @@ NEGOTIATION_TIME = 10.0
 """Seconds that a peer has to name a protocol that we know; then the stream is reset."""
 
 
+@lru_cache(maxsize=256)
 def encode_line(text: str) -> bytes:
     """One line of the negotiation. `text` must be shorter than 1023 bytes."""
     data = text.encode() + b"\n"
@@ -58,6 +60,13 @@ class _LineReader:
     def __init__(self, inner: YamuxStream | StockStream) -> None:
         self._inner = inner
         self._partial = b""
+
+    def skip_nowait(self, expected: bytes) -> bool:
+        """Read over exactly `expected` if that is what has arrived next, in one piece; as it usually is."""
+        if self._partial or not self._inner.peek().startswith(expected):
+            return False
+        self._inner.receive_nowait(len(expected))
+        return True
 
     def _wanted(self) -> int:
         """How many bytes are certainly missing from the line; 0 when it is complete."""
@@ -162,6 +171,9 @@ class Libp2pStream(Stream):
         if self._refused:
             raise self._refusal()
         try:
+            if not self._header_seen and answers.skip_nowait(_HEADER_LINE + encode_line(self.protocol)):
+                self._answers = None
+                return True
             while (line := answers.read_nowait()) is not None:
                 if not self._header_seen and line == HEADER:
                     self._header_seen = True
@@ -295,6 +307,9 @@ class Answerer:
         """
         lines, inner = self._lines, self._inner
         answers = b""
+        if not self._header_seen and lines.skip_nowait(_HEADER_LINE):
+            self._header_seen = True
+            answers = _HEADER_LINE
         try:
             while (line := lines.read_nowait()) is not None:
                 if not self._header_seen:

@@ -58,7 +58,7 @@ class Outbound:
         self._blocked = False  # the socket is full; only `run` may find out that it is no more
         self._stopped = False
         self._flusher = Wakeup()
-        self._late = False
+        self._late_at: float | None = None  # when what may wait for company has waited long enough
         self._latecomer = Wakeup()
         self._drained = trio.lowlevel.ParkingLot()
         self._last_small: YamuxStream | None = None
@@ -90,7 +90,9 @@ class Outbound:
         self.append(header, bytes(view[:count]))
         if not self._blocked:
             now = trio.current_time()
-            company = self._last_small is not stream and now - self._last_small_at < CORK_TIME
+            company = now - self._last_small_at < CORK_TIME and self._last_small is not stream
+            if stream.peer_has_finished:
+                company = True  # the answer to all that was asked: our own end follows at once
             self._last_small, self._last_small_at = stream, now
             if company:
                 self.flush_soon()
@@ -146,17 +148,18 @@ class Outbound:
 
     def flush_later(self) -> None:
         """Send what is queued when something else leaves, but within `COMPANY_TIME`."""
-        self._late = True
-        self._latecomer.wake()
+        if self._late_at is None:
+            self._late_at = trio.current_time() + COMPANY_TIME
+            self._latecomer.wake()
 
     async def run_late(self) -> None:
         """Keep the promise of `flush_later`, until cancelled."""
         while True:
-            while not self._late:
+            while self._late_at is None:
                 await self._latecomer.wait()
-            self._late = False
-            await trio.sleep(COMPANY_TIME)
-            if self._outbox or self._machine.has_control:
+            await trio.sleep_until(self._late_at)
+            if self._late_at is not None and self._late_at <= trio.current_time():
+                self._late_at = None
                 self.flush_soon()
 
     def pump(self) -> bool:
@@ -169,9 +172,11 @@ class Outbound:
                 if sent >= BATCH_BYTES:
                     self.flush_soon()
                     return False
+                self._late_at = None
                 size = self._put_batch()
                 if not size:
-                    self._drained.unpark_all()
+                    if self._drained:
+                        self._drained.unpark_all()
                     return True
                 sent += size
         except StreamReset as exc:

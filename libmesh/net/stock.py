@@ -32,6 +32,10 @@ class StockStream:
         """Send `data` before anything else; it leaves with the next call that waits, in whatever hurry."""
         self._posted += data
 
+    def peek(self) -> bytes:
+        """See `YamuxStream.peek`. Never more than has been fetched."""
+        return self._arrived or b""
+
     @property
     def unread(self) -> int:
         """Bytes that have been fetched and were not read."""
