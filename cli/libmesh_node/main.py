@@ -26,6 +26,7 @@ from libmesh_node.errors import NodeError, UsageError
 
 COMMANDS = {
     "demo": "two nodes on this machine, one serving a tiny model, one using it",
+    "doctor": "tell how this node is reached, and what to do for direct paths",
     "engine": "find llama.cpp's programs, or build them",
     "invite": "make an invite for the next machine",
     "peers": "show who is in the mesh, and who let whom in",

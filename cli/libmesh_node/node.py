@@ -292,6 +292,7 @@ class Node:
             console_port=self._listening.console_port,
             my_vram_gb=self._models.memory_bytes / 1e9,
             addresses=session.mesh.addresses if session is not None else (),
+            reachability=picture.reachability(session.mesh.reaching if session else None),
             models=picture.models(own, session.remote_models() if session is not None else {}),
             peers=picture.peers(view, session.mesh.admission_of)
             if session is not None and view is not None

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from libmesh import PeerId, PeerView, View
+from libmesh import PeerId, PeerView, Reaching, View
 from libmesh_node.announced import AnnouncedModel, NodeStatus, decode_status
-from libmesh_node.snapshot import Model, Peer, Server
+from libmesh_node.snapshot import Address, Model, Peer, Reachability, Server
 
 ModelsByName = Mapping[str, Sequence[tuple[AnnouncedModel, Server | None]]]
 
@@ -72,6 +72,27 @@ def _peer(entry: PeerView, invites: tuple[str, ...], expires_unix: int | None) -
         rtt_ms=_milliseconds(entry),
         invites=invites,
         expires_unix=expires_unix,
+        path_since_unix=round(entry.path.since_unix, 1) or None if entry.path is not None else None,
+        why_not_direct=tuple(f"{attempt.way}: {attempt.reason}" for attempt in entry.path.attempts)
+        if entry.path is not None
+        else (),
+    )
+
+
+def reachability(reaching: Reaching | None) -> Reachability:
+    """How others reach this node; `None`: it is in no mesh."""
+    if reaching is None:
+        return Reachability()
+    return Reachability(
+        standing=reaching.standing,
+        nat=reaching.nat,
+        observed=reaching.observed,
+        addresses=tuple(
+            Address(address=address, source=source, reachable=reachable)
+            for address, source, reachable in reaching.addresses
+        ),
+        mapping=reaching.mapping,
+        mapping_failure=reaching.mapping_failure,
     )
 
 

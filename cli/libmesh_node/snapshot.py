@@ -71,6 +71,8 @@ class Peer:
     inflight: int = 0
     invites: tuple[str, ...] = ()  # ids of the invites that it came in by, from the mesh's key down
     expires_unix: int | None = None  # when its membership ends
+    path_since_unix: float | None = None
+    why_not_direct: tuple[str, ...] = ()  # of a relayed path: each better way, and why it failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +114,27 @@ class Invite:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Address:
+    """A multiaddr at which this node may be reached. `source`: announced, own, mapped or seen; `None`: not known."""
+
+    address: str
+    source: str
+    reachable: bool | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reachability:
+    """How others reach this node, as far as it knows. The words are those of `libmesh.Reaching`."""
+
+    standing: str = "unknown"
+    nat: str = "unknown"
+    observed: tuple[str, ...] = ()
+    addresses: tuple[Address, ...] = ()
+    mapping: str = ""
+    mapping_failure: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeSnapshot:
     """Everything that the API and the console can show, at one instant."""
 
@@ -127,6 +150,7 @@ class NodeSnapshot:
     console_port: int
     my_vram_gb: float
     addresses: tuple[str, ...] = ()
+    reachability: Reachability = Reachability()
     models: tuple[Model, ...] = ()
     peers: tuple[Peer, ...] = ()
     processes: tuple[Process, ...] = ()

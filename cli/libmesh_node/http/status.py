@@ -43,6 +43,7 @@ def status_json(
         "mesh_id": snapshot.mesh_id,
         "scope": snapshot.scope,
         "addresses": list(snapshot.addresses),
+        "reachability": asdict(snapshot.reachability),
         "inflight_requests": sum(in_flight.values()),
         "peers": [_peer(peer) for peer in snapshot.peers],
         "mesh_models": [_mesh_model(model) for model in snapshot.models],
@@ -91,6 +92,8 @@ def _peer(peer: Peer) -> dict[str, object]:
         "inflight_requests": peer.inflight,
         "invites": list(peer.invites),
         "expires_unix": peer.expires_unix,
+        "path_since": peer.path_since_unix,
+        "why_not_direct": list(peer.why_not_direct),
     }
 
 

@@ -1,0 +1,230 @@
+"""What `libmesh-node doctor` finds, from a node's status: findings in plain words, and what to do about each. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+Json = Mapping[str, Any]
+
+BAD_RTT_MS = 400.0
+"""Above this a relay is slow enough to be felt in every request."""
+
+
+class Grade(Enum):
+    """How a finding weighs."""
+
+    GOOD = "ok"
+    NOTE = "note"  # worth knowing; things work
+    BAD = "problem"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        topic: in a word or two.
+        text: what was found, in a sentence.
+        advice: what to do; empty if nothing.
+    """
+
+    topic: str
+    grade: Grade
+    text: str
+    advice: str = ""
+
+
+def examine(status: Json, clock_set: bool | None = None) -> list[Finding]:
+    """All findings, in the order in which a person wants them.
+
+    Args:
+        status: what `/api/status` says.
+        clock_set: whether the system says that its clock is kept right; `None` if it does not say.
+    """
+    reach = _object(status, "reachability")
+    peers = [peer for peer in _objects(status, "peers") if peer.get("state") in ("alive", "suspect")]
+    return [
+        _mesh(status, peers),
+        _address(status, reach),
+        _port(reach),
+        _router(reach),
+        _mapping(reach),
+        *_relays(status),
+        *_clock(clock_set),
+        *(_peer(peer) for peer in peers),
+    ]
+
+
+def healthy(findings: Iterable[Finding]) -> bool:
+    """Whether nothing is wrong."""
+    return all(finding.grade is not Grade.BAD for finding in findings)
+
+
+def _mesh(status: Json, peers: list[Json]) -> Finding:
+    connected = [peer for peer in peers if peer.get("path")]
+    if connected:
+        return Finding(
+            "mesh", Grade.GOOD, f"{len(peers)} other nodes are there; {len(connected)} are connected."
+        )
+    if peers:
+        text = f"{len(peers)} other nodes are known, and none is connected."
+        return Finding("mesh", Grade.BAD, text, "See the reasons below; a relay helps most (--relay).")
+    notices = [str(notice) for notice in status.get("notices") or []]
+    if notices:
+        return Finding(
+            "mesh", Grade.BAD, notices[0], "Is one of the others running, and can this machine reach it?"
+        )
+    return Finding(
+        "mesh",
+        Grade.NOTE,
+        "No other node is in the mesh yet.",
+        "Invite one: `libmesh-node invite`, then `libmesh-node --join TOKEN` on the other machine.",
+    )
+
+
+def _address(status: Json, reach: Json) -> Finding:
+    own = [str(address) for address in status.get("addresses") or []]
+    observed = [str(ip) for ip in reach.get("observed") or []]
+    if observed:
+        text = f"Others see this node come from {' and '.join(observed[:3])}."
+        if len(observed) > 1:
+            return Finding("address", Grade.NOTE, text + " Its connections take several ways out.")
+        return Finding("address", Grade.GOOD, text)
+    if not own:
+        return Finding(
+            "address", Grade.BAD, "This node has no address.", "Is this machine connected to a network?"
+        )
+    return Finding(
+        "address", Grade.NOTE, f"Nobody far away has told how they see this node. Its own first: {own[0]}."
+    )
+
+
+def _port(reach: Json) -> Finding:
+    addresses = _objects(reach, "addresses")
+    open_ones = [str(entry.get("address")) for entry in addresses if entry.get("reachable") is True]
+    shut = [entry for entry in addresses if entry.get("reachable") is False]
+    if open_ones:
+        return Finding("port", Grade.GOOD, f"Open: others reach this node at {open_ones[0]}.")
+    announced = [entry for entry in shut if entry.get("source") == "announced"]
+    if announced:
+        text = f"Announced and shut: nobody gets here by {announced[0].get('address')}."
+        return Finding(
+            "port",
+            Grade.BAD,
+            text,
+            "Check the port forwarding on the router and the firewall of this machine.",
+        )
+    if any(entry.get("source") == "own" for entry in shut):
+        return Finding(
+            "port",
+            Grade.NOTE,
+            "This machine has a public address, but its port is shut.",
+            "Let TCP to the port of --bind-port through its firewall.",
+        )
+    if reach.get("standing") == "private":
+        return Finding(
+            "port",
+            Grade.NOTE,
+            "Shut: others cannot dial this node; it dials them, punches holes, or is relayed.",
+            "For direct paths with everybody, forward a port on the router: --bind-port PORT here, and "
+            "--announce-addr /ip4/YOUR.PUBLIC.IP/tcp/PORT.",
+        )
+    return Finding(
+        "port", Grade.NOTE, "Not known yet: no member far away has tried to dial this node.", "Wait a moment."
+    )
+
+
+def _router(reach: Json) -> Finding:
+    nat = reach.get("nat")
+    if nat == "none":
+        return Finding("router", Grade.GOOD, "None in between: this machine has the address that others see.")
+    if nat == "keeps ports":
+        return Finding(
+            "router", Grade.GOOD, "It keeps ports, so holes can be punched to most other routers (cone)."
+        )
+    if nat == "changes ports":
+        return Finding(
+            "router",
+            Grade.NOTE,
+            "It changes ports (symmetric), so holes can hardly be punched.",
+            "Forward a port on it, or rely on nodes that can be dialled and on relays.",
+        )
+    return Finding("router", Grade.NOTE, "Its kind is not known: nobody far away is connected.")
+
+
+def _mapping(reach: Json) -> Finding:
+    if protocol := reach.get("mapping"):
+        mapped = [str(e.get("address")) for e in _objects(reach, "addresses") if e.get("source") == "mapped"]
+        return Finding(
+            "forwarding", Grade.GOOD, f"The router forwards {' '.join(mapped) or 'a port'} ({protocol})."
+        )
+    failure = str(reach.get("mapping_failure") or "not tried yet")
+    advice = "" if reach.get("standing") == "public" else "Switch UPnP on in the router's settings if it may."
+    return Finding("forwarding", Grade.NOTE, f"No router forwards a port by itself ({failure}).", advice)
+
+
+def _relays(status: Json) -> list[Finding]:
+    circuits = [str(a) for a in status.get("addresses") or [] if "/p2p-circuit" in str(a)]
+    relays = list(
+        dict.fromkeys(circuit.partition("/p2p-circuit")[0].rpartition("/p2p/")[2] for circuit in circuits)
+    )
+    rtts = {peer.get("id"): peer.get("rtt_ms") for peer in _objects(status, "peers")}
+    findings = []
+    for relay in relays:
+        rtt = rtts.get(relay)
+        far = f", {rtt:.0f} ms away" if isinstance(rtt, int | float) else ""
+        slow = isinstance(rtt, int | float) and rtt > BAD_RTT_MS
+        advice = "Name a nearer one with --relay." if slow else ""
+        findings.append(
+            Finding(
+                "relay",
+                Grade.NOTE if slow else Grade.GOOD,
+                f"Reached through the relay …{relay[-8:]}{far}.",
+                advice,
+            )
+        )
+    if not findings and _object(status, "reachability").get("standing") != "public":
+        findings.append(
+            Finding(
+                "relay",
+                Grade.NOTE,
+                "None: who cannot be dialled is reached only by those that it dials itself.",
+                "Any member that can be dialled relays for the others; or run `libmesh-node relay` on a server.",
+            )
+        )
+    return findings
+
+
+def _clock(clock_set: bool | None) -> list[Finding]:
+    if clock_set is None:
+        return []
+    if clock_set:
+        return [Finding("clock", Grade.GOOD, "The system keeps it right.")]
+    text = "The system does not say that it keeps it right. Invites and memberships end by it."
+    return [Finding("clock", Grade.NOTE, text, "Let the system set it from the network (NTP).")]
+
+
+def _peer(peer: Json) -> Finding:
+    name = str(peer.get("hostname") or "") or f"…{str(peer.get('id', ''))[-8:]}"
+    topic, path, rtt = f"peer {name}", peer.get("path"), peer.get("rtt_ms")
+    far = f", {rtt:.0f} ms" if isinstance(rtt, int | float) else ""
+    if path in ("direct", "punched"):
+        return Finding(topic, Grade.GOOD, f"{path}{far}, {peer.get('address') or 'address unknown'}")
+    if path == "relayed":
+        reasons = [str(reason) for reason in peer.get("why_not_direct") or []]
+        why = "; ".join(reasons[:3]) or "a direct path is being looked for"
+        return Finding(topic, Grade.NOTE, f"relayed{far}. Not direct because: {why}")
+    return Finding(topic, Grade.NOTE, "not connected; this node connects when it needs to")
+
+
+def _object(source: Json, name: str) -> Json:
+    found = source.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _objects(source: Json, name: str) -> list[Json]:
+    found = source.get(name)
+    return [entry for entry in found if isinstance(entry, Mapping)] if isinstance(found, list | tuple) else []
