@@ -57,17 +57,19 @@ class RelayUse:
             split_relay(address)
 
 
-def relays_among(peers: Iterable[PeerView], me: PeerId) -> tuple[str, ...]:
+def relays_among(peers: Iterable[PeerView], me: PeerId, known: Iterable[PeerId] = ()) -> tuple[str, ...]:
     """The multiaddrs of the relays that members are, best first: near ones first, and those equally near by lot.
 
-    The lot is another one for each node, so that they spread over the relays.
+    The lot is another one for each node, so that they spread over the relays. Where there are more than `MOST`, those
+    that are `known` are not left out for others: a place there would be lost.
     """
+    known = set(known)
 
-    def rank(peer: PeerView) -> tuple[int, float]:
-        path = peer.path
+    def rank(peer: PeerView) -> tuple[bool, int, float]:
+        path, new, chance = peer.path, peer.peer not in known, lot(me, peer.peer)
         if path is None or path.kind is PathKind.RELAYED:
-            return 64, lot(me, peer.peer)
-        return (32 if path.rtt is None else int(path.rtt / _NEAR).bit_length()), lot(me, peer.peer)
+            return new, 64, chance
+        return new, (32 if path.rtt is None else int(path.rtt / _NEAR).bit_length()), chance
 
     offering = [
         peer
@@ -93,7 +95,8 @@ async def follow_relays(mesh: Mesh, network: Network, use: RelayUse, approach: A
     told: tuple[str, ...] = ()
     async with mesh.watch() as views:
         async for view in views:
-            relays = () if mesh.following else relays_among(view.peers, view.me)
+            known = {split_relay(address)[0] for address in told}
+            relays = () if mesh.following else relays_among(view.peers, view.me, known)
             if set(relays) != set(told):  # another order is no reason to move
                 told = relays
                 network.set_relays(relays, approach)
