@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from libmesh_node.http.errors import ApiError
-from libmesh_node.http.routing import find_model
+from libmesh_node.http.routing import find_model, pick_model
+from libmesh_node.http.wanted import Wanted
 from libmesh_node.snapshot import Model, Server
 
 
@@ -68,6 +69,36 @@ def test_without_any_model_nothing_is_found_for_now() -> None:
         find_model((), "m")
     assert caught.value.status == 503
     assert caught.value.retry_after
+
+
+SIZES = [
+    Model(name=name, digest="", size_bytes=size, context_length=context, servers=(server("a", speed=speed),))
+    for name, size, context, speed in [
+        ("huge", 90, 8192, 2.0),
+        ("large", 40, 8192, 15.0),
+        ("long", 10, 131072, 60.0),
+    ]
+]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "picked"),
+    [
+        (Wanted(), "large"),
+        (Wanted(prompt_tokens=20_000), "long"),
+        (Wanted(prompt_tokens=8_000, max_tokens=500), "long"),
+        (Wanted(prompt_tokens=10**9), "large"),
+    ],
+    ids=["largest that is fast", "long prompt", "long answer", "fits nowhere"],
+)
+def test_automatic_choice(wanted: Wanted, picked: str) -> None:
+    assert pick_model([*SIZES, COLD], wanted).name == picked
+
+
+def test_automatic_choice_of_nothing_is_refused() -> None:
+    with pytest.raises(ApiError) as caught:
+        pick_model([COLD], Wanted())
+    assert (caught.value.status, caught.value.code) == (503, "no_models")
 
 
 def test_without_models_the_error_tells_what_is_wrong_with_the_node() -> None:

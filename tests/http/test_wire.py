@@ -335,6 +335,12 @@ def test_requests_spread_over_equal_servers(llamas: dict[str, Llama]) -> None:
     assert 5 <= nodes.count("peer-1") <= 35
 
 
+def test_automatic_choice_is_named_in_the_answer(two_models: Node) -> None:
+    status, headers, body = call(two_models.api_port, "POST", "/v1/completions", SHORT | {"model": "auto"})
+    assert status == 200
+    assert headers["x-libmesh-model"] == json.loads(body)["model"] == "tiny"
+
+
 def test_stopping_node_ends_a_stream(llamas: dict[str, Llama]) -> None:
     with (
         running_node(llamas["small"].served()) as node,

@@ -20,14 +20,15 @@ from aiohttp import web
 
 from libmesh_node.http.access import is_allowed_origin, is_private_host
 from libmesh_node.http.answers import Told, told
-from libmesh_node.http.body import NotText, TooComplex, form_model, scan_model
+from libmesh_node.http.body import NotText, TooComplex, form_model, scan_model, with_model
 from libmesh_node.http.errors import ApiError, encode_error, speaks_anthropic
 from libmesh_node.http.exchange import Exchange
 from libmesh_node.http.exposure import METHODS, check_endpoint
 from libmesh_node.http.intake import Intake
 from libmesh_node.http.metrics import Metrics
 from libmesh_node.http.proxy import Proxy
-from libmesh_node.http.routing import IDLE, RETRY_AFTER, find_model
+from libmesh_node.http.routing import AUTO, IDLE, RETRY_AFTER, find_model, pick_model
+from libmesh_node.http.wanted import read_wanted
 from libmesh_node.snapshot import Model, NodeSnapshot, Server
 
 access_log = logging.getLogger("libmesh_node.http.access")
@@ -35,7 +36,7 @@ access_log = logging.getLogger("libmesh_node.http.access")
 
 PREFLIGHT_SECONDS = 600
 
-EXPOSED = "X-Request-Id, Request-Id, X-Libmesh-Node, X-Libmesh-Attempts, Retry-After"
+EXPOSED = "X-Request-Id, Request-Id, X-Libmesh-Model, X-Libmesh-Node, X-Libmesh-Attempts, Retry-After"
 """Headers of an answer that a page's script may read."""
 
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
@@ -146,7 +147,17 @@ class Api:
         with self._intake.hold() as held:
             exchange.body = await held.read(request)
             name = await _wanted_model(request, exchange.body)
+            if name == AUTO and all(model.name != AUTO for model in self._source.snapshot.models):
+                name = await self._pick(exchange)
             return await self._proxy.forward(exchange, lambda: self._find(name, reads_only=method != "POST"))
+
+    async def _pick(self, exchange: Exchange) -> str:
+        """Choose a model for a request that says `auto`, and say so in its body: the server's answer names it."""
+        snapshot, headers = self._source.snapshot, exchange.request.headers
+        wanted = await asyncio.to_thread(read_wanted, exchange.body, headers)
+        name = pick_model(snapshot.models, wanted, snapshot.notices).name
+        exchange.body = await asyncio.to_thread(with_model, exchange.body, name)
+        return name
 
     def _check_page(self, request: web.BaseRequest) -> dict[str, str]:
         """Refuse pages that have no business here; the CORS headers for those that have."""

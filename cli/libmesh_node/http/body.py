@@ -68,6 +68,17 @@ def scan_model(body: bytes) -> Iterator[str | None]:
     yield model
 
 
+def with_model(body: bytes, name: str) -> bytes:
+    """A JSON body that says `name` in `model`; one that is no JSON object stays as it is."""
+    try:
+        request = json.loads(body)
+    except (ValueError, RecursionError):
+        return body
+    if not isinstance(request, dict):
+        return body
+    return json.dumps(request | {"model": name}, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def form_model(body: bytes) -> str | None:
     """The field `model` of a `multipart/form-data` body, or `None`."""
     match = _FORM_MODEL.search(body)

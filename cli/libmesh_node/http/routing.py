@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Sequence
 
 from libmesh_node.http.errors import ApiError
+from libmesh_node.http.wanted import Wanted
 from libmesh_node.snapshot import Model
 
 RETRY_AFTER = 5
@@ -40,6 +41,32 @@ def find_model(models: Sequence[Model], name: str | None, notices: Sequence[str]
     if not found:
         raise ApiError(404, "model_not_found", _unknown(models, name), param="model")
     return next((model for model in found if model.servers), found[0])
+
+
+AUTO = "auto"
+"""What a request says in `model` to leave the choice to the mesh; a model of that name goes before."""
+
+FAST_ENOUGH = 10.0
+"""Tokens per second at which a larger model is preferred to a faster one: people read about that fast."""
+
+
+def pick_model(models: Sequence[Model], wanted: Wanted, notices: Sequence[str] = ()) -> Model:
+    """The model for a request that leaves the choice to the mesh.
+
+    Of those that are served, and whose context has room for it if any has: the largest of those that answer fast enough
+    for a reader, or if none is known to, the largest; ties by name. Raises `ApiError` 503 if none is served.
+    """
+    served = [model for model in models if model.servers]
+    if not served:
+        raise ApiError(503, "no_models", " ".join(notices) or IDLE, retry_after=RETRY_AFTER)
+    room = wanted.prompt_tokens + (wanted.max_tokens or 0)
+    fitting = [model for model in served if model.context_length >= room] or served
+
+    def rank(model: Model) -> tuple[bool, int, str]:
+        speeds = [server.speed for server in model.servers if server.speed is not None]
+        return not speeds or max(speeds) >= FAST_ENOUGH, model.size_bytes, model.name
+
+    return max(fitting, key=rank)
 
 
 def no_server(model: Model) -> ApiError:
