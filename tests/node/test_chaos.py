@@ -1,0 +1,105 @@
+"""Nodes are killed while they answer. Who asks a node that stays notices nothing but a pause."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.node.nodes import Machine, Node
+
+pytestmark = pytest.mark.llama
+
+STREAMS = 32
+TOKENS = 120
+SERVERS = 3
+SECONDS = 45.0
+KILL_EVERY = 6.0
+
+
+def question(number: int) -> dict[str, Any]:
+    return {
+        "model": "demo",
+        "stream": True,
+        "temperature": 0,
+        "max_tokens": TOKENS,
+        "messages": [{"role": "user", "content": f"Question {number}: what is {number} times {number}?"}],
+        "stream_options": {"include_usage": True},
+    }
+
+
+def ask(node: Node, number: int) -> str:
+    """One streamed answer, whole and well-formed, or an assertion."""
+    text, ids, roles, reasons, usage, done = "", set(), 0, [], None, False
+    with httpx.stream(
+        "POST", f"{node.api}/v1/chat/completions", json=question(number), timeout=180
+    ) as answer:
+        assert answer.status_code == 200, answer.read()
+        for line in answer.iter_lines():
+            if not line.startswith("data: "):
+                assert line == "" or line.startswith(":"), line
+                continue
+            assert not done
+            if line == "data: [DONE]":
+                done = True
+                continue
+            value = json.loads(line.removeprefix("data: "))
+            assert "error" not in value, value
+            ids.add(value["id"])
+            usage = value.get("usage") or usage
+            for choice in value["choices"]:
+                roles += "role" in choice["delta"]
+                text += choice["delta"].get("content") or ""
+                reasons += [choice["finish_reason"]] if choice["finish_reason"] else []
+    assert done, "the stream ended without its end"
+    assert (len(ids), roles, len(reasons)) == (1, 1, 1)
+    assert usage is not None
+    assert usage["completion_tokens"] <= TOKENS
+    return text
+
+
+@pytest.mark.slow
+def test_streams_survive_the_death_of_one_server_after_another(machine: Machine) -> None:
+    names = [f"server{index}" for index in range(SERVERS)]
+    first = machine.serving(name=names[0])
+    servers = {names[0]: first}
+    for name in names[1:]:
+        servers[name] = machine.joining("--model", "demo", name=name)
+    client = machine.joining("--client", name="client").sees("demo")
+    client.until(lambda status: status["mesh_models"][0]["node_count"] == SERVERS)
+    unbroken = {number: ask(client, number) for number in range(4)}
+
+    stop = threading.Event()
+    answers: list[tuple[int, str]] = []
+
+    def stream(lane: int) -> None:
+        number = lane
+        while not stop.is_set():
+            answers.append((number % 4, ask(client, number % 4)))
+            number += 1
+
+    with ThreadPoolExecutor(STREAMS) as pool:
+        lanes = [pool.submit(stream, lane) for lane in range(STREAMS)]
+        try:
+            deadline, victim = time.monotonic() + SECONDS, 0
+            while time.monotonic() < deadline:
+                time.sleep(KILL_EVERY)
+                name = names[victim % SERVERS]
+                servers[name].kill()
+                servers[name] = machine.node("--model", "demo", name=name)
+                servers[name].ready()
+                victim += 1
+        finally:
+            stop.set()
+        for lane in lanes:
+            lane.result()
+    assert victim >= 3
+    assert len(answers) >= STREAMS
+    assert {text for number, text in answers if number == 0} == {unbroken[0]}
+    assert all(text == unbroken[number] for number, text in answers)
+    assert "go on" not in client.words or "broke off" in client.words
