@@ -36,7 +36,10 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="distil what was found into the repository")
     parser.add_argument("--replay", nargs="+", type=Path, help="run these inputs once")
     parser.add_argument("--list", action="store_true", help="name the targets")
-    parser.add_argument("--merge-into", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--program", default=sys.argv[0], help=argparse.SUPPRESS
+    )  # what libFuzzer starts again
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)  # libFuzzer's own
     options = parser.parse_args()
     logging.disable(logging.CRITICAL)
     if options.list or options.target is None:
@@ -49,7 +52,7 @@ def main() -> None:
     elif options.keep:
         _keep(options.target)
     else:
-        _fuzz(options.target, options.seconds, options.merge_into)
+        _fuzz(options.target, options.seconds, options.program, options.flags)
 
 
 def _replay(name: str, paths: list[Path]) -> None:
@@ -60,7 +63,7 @@ def _replay(name: str, paths: list[Path]) -> None:
         print(f"{path}: holds")  # noqa: T201
 
 
-def _fuzz(name: str, seconds: int, merge_into: Path | None) -> None:
+def _fuzz(name: str, seconds: int, program: str, flags: list[str] | None) -> None:
     try:
         import atheris  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError:
@@ -70,33 +73,33 @@ def _fuzz(name: str, seconds: int, merge_into: Path | None) -> None:
     target = TARGETS[name]
     work = FOUND / name
     work.mkdir(parents=True, exist_ok=True)
-    for number, data in enumerate(target.seeds()):
-        (work / f"seed-{number}").write_bytes(data)
-    flags = [
-        f"-max_len={target.longest}",
-        f"-artifact_prefix={FOUND}/crash-{name}-",
-        "-timeout=60",
-        "-rss_limit_mb=2048",
-    ]
-    if merge_into is not None:
-        flags += ["-merge=1", str(merge_into), str(work)]
-    else:
-        flags += [f"-max_total_time={seconds}", "-print_final_stats=1", "-len_control=20", str(work)]
-    if (CORPUS / name).is_dir():
-        flags.append(str(CORPUS / name))
+    if flags is None:
+        for number, data in enumerate(target.seeds()):
+            (work / f"seed-{number}").write_bytes(data)
+        corpora = [str(folder) for folder in (work, CORPUS / name) if folder.is_dir()]
+        flags = [f"-max_total_time={seconds}", "-print_final_stats=1", "-len_control=20", *corpora]
+    limits = [f"-max_len={target.longest}", "-timeout=60", "-rss_limit_mb=2048"]
 
     def check(data: bytes) -> None:
         target.check(data)
 
-    atheris.Setup([sys.argv[0], *flags], check)
+    atheris.Setup([program, f"-artifact_prefix={FOUND}/crash-{name}-", *limits, *flags], check)
     atheris.Fuzz()
 
 
 def _keep(name: str) -> None:
-    with tempfile.TemporaryDirectory() as distilled:
-        command = [sys.executable, __file__, name, "--merge-into", distilled]
-        subprocess.run(command, check=True, capture_output=True, timeout=1800)
-        found = sorted(Path(distilled).iterdir(), key=lambda path: (path.stat().st_size, path.name))
+    """Merge by coverage. libFuzzer starts its own program again and again for that, so it gets one."""
+    with tempfile.TemporaryDirectory() as folder:
+        program, distilled = Path(folder) / "fuzz", Path(folder) / "distilled"
+        program.write_text(
+            f'#!/bin/sh\nexec "{sys.executable}" "{__file__}" "{name}" --program "$0" --flags "$@"\n'
+        )
+        program.chmod(0o755)
+        distilled.mkdir()
+        inputs = [str(path) for path in (FOUND / name, CORPUS / name) if path.is_dir()]
+        command = [sys.executable, __file__, name, "--program", str(program), "--flags", "-merge=1"]
+        subprocess.run([*command, str(distilled), *inputs], check=True, capture_output=True, timeout=1800)
+        found = sorted(distilled.iterdir(), key=lambda path: (path.stat().st_size, path.name))
         shutil.rmtree(CORPUS / name, ignore_errors=True)
         (CORPUS / name).mkdir(parents=True)
         size = kept = 0
