@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -214,10 +215,17 @@ def _peer(peer: Json) -> Finding:
     if path in ("direct", "punched"):
         return Finding(topic, Grade.GOOD, f"{path}{far}, {peer.get('address') or 'address unknown'}")
     if path == "relayed":
-        reasons = [str(reason) for reason in peer.get("why_not_direct") or []]
-        why = "; ".join(reasons[:3]) or "a direct path is being looked for"
+        reasons = sorted(
+            map(str, peer.get("why_not_direct") or []), key=lambda why: not why.startswith("punch")
+        )
+        why = "; ".join(map(_shortened, reasons[:3])) or "a direct path is being looked for"
         return Finding(topic, Grade.NOTE, f"relayed{far}. Not direct because: {why}")
     return Finding(topic, Grade.NOTE, "not connected; this node connects when it needs to")
+
+
+def _shortened(reason: str) -> str:
+    """With peer ids cut to their ends, which tell peers apart."""
+    return re.sub(r"\b12D3Koo[1-9A-HJ-NP-Za-km-z]{36,}([1-9A-HJ-NP-Za-km-z]{8})\b", r"…\1", reason)
 
 
 def _object(source: Json, name: str) -> Json:

@@ -209,9 +209,9 @@ class Reachability:
     def nat(self) -> Nat:
         """What becomes of our ports."""
         own = {ip_of(address) for address in self._here.own}
-        outgoing = [seen for seen in self._seen.values() if seen.local_port is not None]
-        if any(ip_of(self._at_port(seen.ip)) in own for seen in outgoing):
+        if any(ip_of(self._at_port(seen.ip)) in own for seen in self._seen.values()):
             return Nat.NONE
+        outgoing = [seen for seen in self._seen.values() if seen.local_port is not None]
         if not outgoing:
             return Nat.UNKNOWN
         return Nat.KEEPS if all(seen.port == seen.local_port for seen in outgoing) else Nat.CHANGES

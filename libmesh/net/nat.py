@@ -135,7 +135,7 @@ class PortMapper:
             try:
                 found = await method.ask(port, outside)
             except (OSError, ValueError, Refused) as exc:
-                failures.append(f"{method.name}: {exc or type(exc).__name__}")
+                failures.append(f"{method.name}: {tcp.reason(exc)}")
             else:
                 self._method = method
                 break

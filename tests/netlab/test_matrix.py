@@ -79,7 +79,8 @@ def member(lab: Lab, forks: Forks, site: Site, invite: str) -> LabPeer:
 def settle(peer: LabPeer, site: Site, other: LabPeer) -> None:
     """Wait until it knows how it is reached, and the other one does."""
     if site.kind in DIALABLE:
-        peer.until("state", lambda state: state["standing"] == "public")
+        state = peer.until("state", lambda state: state["standing"] == "public")
+        assert bool(state["mapping"]) == (site.kind is Kind.UPNP)
         where = site.public
     else:
         peer.until("state", lambda state: state["nat"] != "unknown")
