@@ -21,6 +21,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 
 import trio
 
@@ -44,6 +45,13 @@ DIAL_TIME = 4.0
 
 SYNC_LIMIT = 5.0
 """Seconds that the other side has for each message."""
+
+QUIET_TIME = 1.0
+"""Seconds without a byte after which the side that should wait for the handshake starts it.
+
+Our dial may have met the other side's listener, before its own dial left or because nothing is in its way. A listener that
+knows of the punch starts the handshake (`take`). js-libp2p's does not: it waits, as for any other connection. A side that
+means to start says so at once, so it is heard within a round trip."""
 
 SETTLE_TIME = 1.0
 """Seconds that the side which does not choose leaves further connections after the first one."""
@@ -239,7 +247,8 @@ class Puncher:
         self, attempt: _Attempt, accepted: trio.MemoryReceiveChannel[trio.SocketStream], nursery: trio.Nursery
     ) -> None:
         async for stream in accepted:
-            nursery.start_soon(self._finish, attempt, stream, tcp.remote_address(stream))
+            finish = partial(self._finish, starts=attempt.initiator)
+            nursery.start_soon(finish, attempt, stream, tcp.remote_address(stream))
 
     async def _dial(self, attempt: _Attempt, address: str) -> None:
         while True:
@@ -251,18 +260,21 @@ class Puncher:
                     break
                 await trio.sleep(_REPEAT)
             else:
-                await self._finish(attempt, stream, address)
+                starts = attempt.initiator or not await _is_spoken_to(stream)
+                await self._finish(attempt, stream, address, starts=starts)
                 break
         attempt.left -= 1
         if not attempt.left:  # nothing more can come of it but what is accepted soon
             attempt.end_soon()
 
-    async def _finish(self, attempt: _Attempt, stream: trio.SocketStream, address: str) -> None:
+    async def _finish(
+        self, attempt: _Attempt, stream: trio.SocketStream, address: str, *, starts: bool
+    ) -> None:
         try:
             path = await self._underlay.adopt(
                 stream,
                 peer=attempt.peer,
-                initiator=attempt.initiator,
+                initiator=starts,
                 address=address,
                 kind=PathKind.PUNCHED,
             )
@@ -274,6 +286,18 @@ class Puncher:
             attempt.scope.cancel()
         else:
             attempt.end_soon()
+
+
+async def _is_spoken_to(stream: trio.SocketStream) -> bool:
+    """Whether the other side begins to speak within `QUIET_TIME`. Closes the stream if cancelled."""
+    try:
+        with trio.move_on_after(QUIET_TIME):
+            await trio.lowlevel.wait_readable(stream.socket)
+            return True
+    except BaseException:
+        stream.socket.close()
+        raise
+    return False
 
 
 def _rest(channel: trio.MemoryReceiveChannel[trio.SocketStream]) -> list[trio.SocketStream]:

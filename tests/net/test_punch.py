@@ -75,6 +75,21 @@ async def test_both_sides_asking_at_once_do_not_stand_in_each_others_way() -> No
         await answers(nodes.source, nodes.target)
 
 
+async def test_a_listener_that_knows_nothing_of_the_punch_is_spoken_to_first() -> None:
+    async with relayed() as nodes:
+
+        async def agree_and_do_nothing(stream: Stream) -> None:
+            await hear(stream)
+            await say(stream, PunchAddresses(nodes.source.addresses()))
+            await hear(stream)
+
+        nodes.source.set_handler(wire.DCUTR, agree_and_do_nothing)
+        await nodes.connect()
+        assert (await nodes.target.punch(nodes.source.peer)).kind is PathKind.PUNCHED
+        await until(lambda: kind(nodes.source, nodes.target) is PathKind.DIRECT)
+        await answers(nodes.source, nodes.target)
+
+
 async def test_a_peer_with_a_direct_path_needs_no_punch() -> None:
     async with networks(2) as (near, far):
         await join(near, far)
