@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 from libmesh_node.http.answers import Told
 from libmesh_node.http.metrics import MOST_MODELS, Metrics
 from libmesh_node.snapshot import Peer, Process
+from prometheus_client.parser import text_string_to_metric_families
 
 from tests.http.conftest import Llama, Node, call, running_node, snapshot_of
 
-SAMPLE = re.compile(r'(\w+)(?:\{((?:\w+="(?:[^"\\\n]|\\.)*",?)*)\})? (\S+)')
-"""A line of the text format, version 0.0.4."""
-
 
 def samples(text: str) -> dict[str, float]:
-    """Each sample by its name and labels as written. Fails on a line that Prometheus would not read."""
+    """Each sample by its name and labels as written, if Prometheus' own parser reads the same."""
     found = {}
     for line in text.splitlines():
         if not line.startswith("#"):
-            match = SAMPLE.fullmatch(line)
-            assert match is not None, line
-            found[line.rpartition(" ")[0]] = float(match[3])
+            name, _, value = line.rpartition(" ")
+            found[name] = float(value)
+    families = list(text_string_to_metric_families(text))
+    assert all(family.documentation and family.type != "unknown" for family in families)
+    assert sorted(sample.value for family in families for sample in family.samples) == sorted(found.values())
     return found
 
 
@@ -78,6 +76,7 @@ def test_labels_are_bounded_and_harmless() -> None:
     found = [name for name in scrape(metrics) if name.startswith("libmesh_requests_total")]
     assert len(found) == MOST_MODELS + 1
     assert all('endpoint="other"' in name for name in found)
+    assert r'libmesh_requests_total{endpoint="other",model="a \"quoted\"\\\n7",status="404"}' in found
 
 
 def test_speed_of_one_token_says_nothing() -> None:
