@@ -31,7 +31,7 @@ async def pair(*, admitted: bool = True) -> AsyncIterator[tuple[Libp2pNetwork, L
             await one.connect(other.peer, other.addresses())
             if admitted:
                 one.admit(other.peer)
-                while other.path(one.peer) is None:
+                while other.path(one.peer) is None:  # noqa: ASYNC110
                     await trio.sleep(0.01)
                 other.admit(one.peer)
             yield one, other
@@ -165,14 +165,15 @@ async def test_garbage_on_either_protocol_harms_nobody() -> None:
 
 
 def test_messages_and_their_bytes_are_inverses() -> None:
-    for message in (
+    messages: tuple[wire.Reply, ...] = (
         Request(("/ip4/11.0.0.1/tcp/1", "/ip6/2001:db8::1/tcp/2"), 2**64 - 1),
         DataWanted(3, 30_000),
         Data(b"x" * 4096),
         *(Response(verdict) for verdict in Verdict if verdict < 0),
         Response(Verdict.REACHED, 2),
         Response(Verdict.NOT_REACHED, 2),
-    ):
+    )
+    for message in messages:
         framed = wire.encode(message)
         assert wire.decode(framed[len(framed) - _body(framed) :]) == message
     assert wire.decode_dial_back(wire.encode_dial_back(7)[1:]) == 7
