@@ -50,8 +50,8 @@ QUIET_TIME = 1.0
 """Seconds without a byte after which the side that should wait for the handshake starts it.
 
 Our dial may have met the other side's listener, before its own dial left or because nothing is in its way. A listener that
-knows of the punch starts the handshake (`take`). js-libp2p's does not: it waits, as for any other connection. A side that
-means to start says so at once, so it is heard within a round trip."""
+knows of the punch starts the handshake (`take`). js-libp2p's does not: it waits in silence, as for any other connection. A
+side that means to start does so at once, and is heard within a round trip."""
 
 SETTLE_TIME = 1.0
 """Seconds that the side which does not choose leaves further connections after the first one."""

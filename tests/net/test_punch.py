@@ -75,14 +75,24 @@ async def test_both_sides_asking_at_once_do_not_stand_in_each_others_way() -> No
         await answers(nodes.source, nodes.target)
 
 
-async def test_a_listener_that_knows_nothing_of_the_punch_is_spoken_to_first() -> None:
-    async with relayed() as nodes:
+async def test_a_listener_that_waits_to_be_spoken_to_is_spoken_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As js-libp2p's does, which knows nothing of punches."""
+    async with relayed() as nodes, trio.open_nursery() as nursery:
 
         async def agree_and_do_nothing(stream: Stream) -> None:
             await hear(stream)
             await say(stream, PunchAddresses(nodes.source.addresses()))
             await hear(stream)
 
+        async def answer_when_spoken_to(stream: trio.SocketStream) -> None:
+            await trio.lowlevel.wait_readable(stream.socket)
+            await nodes.source.adopt(stream, peer=None, initiator=False, address="", kind=PathKind.DIRECT)
+
+        def take(stream: trio.SocketStream) -> bool:
+            nursery.start_soon(answer_when_spoken_to, stream)
+            return True
+
+        monkeypatch.setattr(nodes.source.puncher, "take", take)
         nodes.source.set_handler(wire.DCUTR, agree_and_do_nothing)
         await nodes.connect()
         assert (await nodes.target.punch(nodes.source.peer)).kind is PathKind.PUNCHED
@@ -121,11 +131,11 @@ async def test_strangers_cannot_make_us_dial() -> None:
             await stream.receive_some()
 
 
-@pytest.mark.usefixtures("_hurried")
 async def test_a_failure_names_each_address_and_leaves_the_relayed_path(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(punch.Puncher, "_own_addresses", lambda self: (NOWHERE,))
+    monkeypatch.setattr(punch, "ATTEMPTS", 1)
     async with relayed() as nodes:
         await nodes.connect()
         with pytest.raises(NetworkError, match=r"127\.0\.0\.1/tcp/1: connection refused"):
