@@ -1,7 +1,7 @@
 """How membership behaves and what it costs from 10 to 1,000 peers, simulated: one table.
 
     python bench/membership.py            10, 30, 100, 300 and 1,000 peers on a LAN and a WAN; some minutes
-    python bench/membership.py --most 100 only up to so many
+    python bench/membership.py --most 100 only up to so many; --least 300 only from so many
     python bench/membership.py --seed 2   another run; the same seed gives the same table
 
 Times are virtual seconds, over all observers; `worst` is the last of them. Traffic is what a peer sends.
@@ -142,6 +142,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--most", type=int, default=SIZES[-1], help="the largest mesh (default: %(default)s)")
+    parser.add_argument("--least", type=int, default=SIZES[0], help="the smallest (default: %(default)s)")
     parser.add_argument(
         "--seed", type=int, default=1, help="of everything left to chance (default: %(default)s)"
     )
@@ -157,7 +158,7 @@ def main() -> None:
     )
     for name, make in (("lan", lan), ("wan", wan)):
         for count in SIZES:
-            if count <= args.most:
+            if args.least <= count <= args.most:
                 print(row(name, make, args.seed, count), flush=True)
 
 

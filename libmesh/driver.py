@@ -34,6 +34,7 @@ from libmesh.peers import PeerId, PeerState, Service, View
 from libmesh.posts import Posts
 from libmesh.probing import Prober
 from libmesh.relays import RelayUse
+from libmesh.resuming import Resumption
 from libmesh.syncing import Syncing
 from libmesh.wire_pieces import WireError
 
@@ -56,6 +57,8 @@ class MeshConfig:
         liveness: times of probes.
         paths: times of the search for paths.
         relays: which relays are used, and whether this node is one.
+        resume: seconds for which the TCP connections in tunnels outlive the connection to their peer, waiting for
+            another one; 0 to let them end with it.
     """
 
     agent: str = "libmesh"
@@ -66,6 +69,7 @@ class MeshConfig:
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     relays: RelayUse = field(default_factory=RelayUse)
+    resume: float = 15.0
 
 
 class Driver:
@@ -133,6 +137,7 @@ class Driver:
         self._syncing = Syncing(network, self.membership, self.handle)
         self._herald = Herald(self.membership)
         self._following = Following(network, self.membership, self._hear)
+        self.resumption = Resumption(network, self.reach, config.resume)
         self.posts = Posts(network, authority.mesh_id, self._is_live_member)
         self._topic = f"libmesh/1/{authority.mesh_id}/peers"
         self._said: tuple[tuple[Service, ...], bytes] = ((), b"")
@@ -276,6 +281,11 @@ class Driver:
                 case net.Message(topic, author, data) if topic == self.posts.gossip_topic:
                     self.posts.deliver(author, data)
 
+    async def reach(self, peer: PeerId) -> None:
+        """Make sure that `peer` is connected and takes us for a member. Raises what `Admission.connect` raises."""
+        if self.admission.credential_of(peer) is None:
+            await self.admission.connect(peer, self.membership.addresses_of(peer))
+
     async def approach(self, relay: PeerId, addresses: tuple[str, ...]) -> None:
         """Connect to a relay. One that is a member carries only members, so it is told that we are one."""
         if relay in self._foreign:
@@ -311,13 +321,14 @@ class Driver:
 
     async def _sync_loop(self) -> None:
         """Anti-entropy: now and then compare with somebody what is known. Also tells of addresses that changed."""
+        soon, differed = syncing.HURRY, False
         while True:
-            pause = following.SYNC_INTERVAL if self.membership.following else self._config.sync_interval
-            await trio.sleep(pause * self._rng.uniform(0.8, 1.2))
+            calm = following.SYNC_INTERVAL if self.membership.following else self._config.sync_interval
+            await trio.sleep((min(soon, calm) if differed else calm) * self._rng.uniform(0.8, 1.2))
             self.say(*self._said)
+            soon = 2 * soon if differed else syncing.HURRY
             connected = [entry.peer for entry in self.view.peers if entry.path is not None]
-            if connected:
-                await self._syncing.compare(self._rng.choice(connected))
+            differed = bool(connected) and await self._syncing.compare(self._rng.choice(connected))
 
     def take_part(self) -> None:
         """Follow no longer: announce this node, and hear and be heard like everybody. Harmless to repeat."""
@@ -354,6 +365,7 @@ class Driver:
         async with self.network.events() as events, trio.open_nursery() as nursery:
             self._tasks = nursery
             await nursery.start(self.pathing.run)
+            await nursery.start(self.resumption.run)
             if not self.membership.following:
                 await self._subscribe()
             nursery.start_soon(self._event_loop, events)

@@ -31,6 +31,11 @@ LIMIT = 10.0
 """Seconds that a comparison may take, both conversations of it."""
 
 
+HURRY = 1.0
+"""Seconds until the next comparison after one that found a difference, doubling as long as they do: gossip lost more than
+one message, or a partition has just healed."""
+
+
 class Syncing:
     """Compares, and answers those who compare.
 
@@ -43,16 +48,21 @@ class Syncing:
     def __init__(self, network: Network, membership: Membership, tell: Tell) -> None:
         self._network, self._membership, self._tell = network, membership, tell
 
-    async def compare(self, peer: PeerId) -> None:
-        """Find out what `peer` and this node know apart, and tell each other. Whatever goes wrong is left to the next one."""
+    async def compare(self, peer: PeerId) -> bool:
+        """Find out what `peer` and this node know apart, and tell each other; whether there was something.
+
+        Whatever goes wrong is left to the next one.
+        """
         try:
             with trio.fail_after(LIMIT):
                 part = await self._difference(peer)
-                if part is None or part.buckets or part.revocations:
+                if differed := part is None or bool(part.buckets) or part.revocations:
                     async with await self._network.open_stream(peer, PROTOCOL) as stream:
                         await self._exchange(stream, opener=True, part=part)
+                return differed and part is not None
         except (MeshError, trio.BrokenResourceError, trio.TooSlowError) as exc:
             log.debug("no digest exchange with %s: %s", peer, exc or "too slow")
+        return False
 
     async def _difference(self, peer: PeerId) -> Part | None:
         """The part in which the two differ; `None` if that cannot be told, so that all must be compared."""

@@ -68,10 +68,14 @@ class Dialling:
         entry.dialling = False
 
     def pause(self, peer: PeerId, entry: Entry) -> float:
-        """Seconds until the next dial."""
-        config = self._config
-        pause = min(config.dial_min * 2.0 ** min(max(entry.failures, 1) - 1, 16), config.dial_max)
+        """Seconds until the next dial.
+
+        Many die at once when a mesh parts. The second dials, too, are spread over the whole round, for the first ones were
+        planned before all were dead: or else all are tried at its beginning, and nobody when the link returns.
+        """
+        config, chance = self._config, lot(peer, self._me)
         if entry.state is PeerState.DEAD:
-            crowd = max(1.0, len(self._roster.dead) / DEAD_AT_ONCE)
-            pause = config.dial_max * crowd * (0.75 + 0.5 * lot(peer, self._me))
-        return pause
+            around = config.dial_max * max(1.0, len(self._roster.dead) / DEAD_AT_ONCE)
+            spread = chance if entry.failures < 2 else 0.75 + 0.5 * chance
+            return max(config.dial_min, around * spread)
+        return min(config.dial_min * 2.0 ** min(max(entry.failures, 1) - 1, 16), config.dial_max)

@@ -63,7 +63,7 @@ class LivenessConfig:
     @classmethod
     def wan(cls) -> LivenessConfig:
         """For round trips of up to 300 ms. A helper needs up to two of them, and has `timeout` for its own."""
-        return cls(interval=1.0, timeout=1.0, indirect_timeout=1.6)
+        return cls(interval=0.75, timeout=1.0, indirect_timeout=1.6)
 
 
 @dataclass(frozen=True, slots=True)

@@ -288,7 +288,8 @@ class Membership(Table):
         """A row becomes DEAD. The effects are those of its place in the plan being taken by another."""
         changed = self._roster.set_state(peer, entry, PeerState.DEAD, now)
         entry.state_ends = now + self.config.tombstone
-        entry.next_dial = now + self._dialling.pause(peer, entry) * lot(self._id, peer)
+        entry.failures = 0
+        entry.next_dial = now + self._dialling.pause(peer, entry)
         return self._replan(changed, now)
 
     # ── connections ──────────────────────────────────────────────────────────────────────────────────────────────

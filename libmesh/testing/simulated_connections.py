@@ -200,6 +200,7 @@ class Connections:
 
     def _compared(self, opener: SimulatedPeer, peer: SimulatedPeer, theirs: Summary) -> None:
         part = opener.membership.summary().difference(theirs)
+        opener.compared(differed=bool(part.buckets))
         if part.buckets:
             self.exchange(opener, peer, hello=False, part=part)
 

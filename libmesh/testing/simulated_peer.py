@@ -18,6 +18,7 @@ from libmesh.core.summary import Digest, Part
 from libmesh.core.timers import INFINITY
 from libmesh.identity import SecretKey
 from libmesh.peers import PeerId
+from libmesh.syncing import HURRY
 
 if TYPE_CHECKING:
     from libmesh.testing.simulator import Simulator
@@ -73,6 +74,8 @@ class SimulatedPeer:
     lies: Lie = Lie.NONE
     heard: list[Record] = field(default_factory=list, repr=False)
     _watched: Any = None
+    _sync_at: float = INFINITY
+    _soon: float = HURRY
     _wakes: float = INFINITY
     _probes: float = INFINITY
 
@@ -81,8 +84,8 @@ class SimulatedPeer:
 
     # ── life ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def start(self, clock_error: float = 0.0) -> None:
-        """Begin a run, knowing nobody but `contacts`."""
+    def start(self, clock_error: float = 0.0, spoke: float = 0.0) -> None:
+        """Begin a run, knowing nobody but `contacts`, having announced itself so many seconds ago."""
         world = self.world
         self.run += 1
         self.running = self.reachable = True
@@ -104,7 +107,7 @@ class SimulatedPeer:
         )
         self.prober = Liveness(world.liveness, rng=self.rng)
         self._watched = self.membership.watched
-        self.tell(io.Wake())
+        self.tell(io.Wake(), ago=spoke)
         self._later(world.sync_interval * self.rng.random(), self._sync_turn)
         self._later(0.0, self._seek, SEEK_MIN)
 
@@ -132,10 +135,10 @@ class SimulatedPeer:
 
     # ── the loop of `driver` ─────────────────────────────────────────────────────────────────────────────────────
 
-    def tell(self, event: io.Event) -> None:
+    def tell(self, event: io.Event, *, ago: float = 0.0) -> None:
         """Pass an event to the membership machine, and do what it asks."""
         world, changed = self.world, False
-        for effect in self.membership.handle(event, world.now):
+        for effect in self.membership.handle(event, world.now - ago):
             match effect:
                 case io.Changed(peer, before, state, reason):
                     changed = True
@@ -188,7 +191,21 @@ class SimulatedPeer:
     def _sync_turn(self) -> None:
         if self.connections:
             self.world.sync(self, self.rng.choice(sorted(self.connections)))
-        self._later(self.world.sync_interval * self.rng.uniform(0.8, 1.2), self._sync_turn)
+        self._sync_at = self.world.now + self.world.sync_interval * self.rng.uniform(0.8, 1.2)
+        self._later(self._sync_at - self.world.now, self._sync_if_due, self._sync_at)
+
+    def _sync_if_due(self, planned: float) -> None:
+        if planned == self._sync_at:
+            self._sync_turn()
+
+    def compared(self, *, differed: bool) -> None:
+        """A comparison that it began found a difference or none: hurry with the next one, or not."""
+        if not differed:
+            self._soon = HURRY
+        elif self._soon < self.world.sync_interval:
+            self._sync_at = self.world.now + self._soon * self.rng.uniform(0.8, 1.2)
+            self._soon *= 2
+            self._later(self._sync_at - self.world.now, self._sync_if_due, self._sync_at)
 
     def digest(self, part: Part | None = None) -> Digest:
         """What it says that it knows, of a part or of all."""

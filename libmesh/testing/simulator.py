@@ -140,8 +140,11 @@ class Simulator:
         """The peers whose processes run."""
         return [peer for peer in self.peers.values() if peer.running]
 
-    def join(self, *, contacts: int = 3) -> PeerId:
-        """A new peer starts, with an invite that names up to so many random peers of the mesh."""
+    def join(self, *, contacts: int = 3, spoke: float = 0.0) -> PeerId:
+        """A new peer starts, with an invite that names up to so many random peers of the mesh.
+
+        `spoke`: how many seconds ago it announced itself, if it is to have been there all the time.
+        """
         key = SecretKey(self.rng.randbytes(32))
         peer = SimulatedPeer(
             self, key, self._authority.admit(key.public), random.Random(self.rng.getrandbits(64))
@@ -150,13 +153,18 @@ class Simulator:
         peer.contacts = tuple(self.rng.sample(present, min(contacts, len(present))))
         self.peers[peer.peer] = peer
         self._running += 1
-        peer.start()
+        peer.start(spoke=spoke)
         return peer.peer
 
     def settle(self, count: int) -> list[PeerId]:
-        """Add so many peers that know each other and are connected already. Costs no virtual time and no traffic."""
+        """Add so many peers that know each other and are connected already. Costs no virtual time and no traffic.
+
+        They announced themselves at different times, so that their repeats come evenly from the beginning.
+        """
         before = {kind: Traffic(t.messages, t.size) for kind, t in self.wires.traffic.items()}
-        added = [self.join(contacts=0) for _ in range(count)]
+        crowd = max(1.0, (len(self.peers) + count) / self.membership.full_mesh)
+        spoke = [self.membership.refresh * crowd * self.rng.random() for _ in range(count)]
+        added = [self.join(contacts=0, spoke=ago) for ago in spoke]
         everybody = self.running
         self.rng.shuffle(everybody)
         records = [peer.membership.me for peer in everybody]

@@ -12,7 +12,7 @@ from libmesh import wire
 from libmesh.core import membership_io as io
 from libmesh.core.dialling import MAX_DIALS
 from libmesh.core.membership import Membership
-from libmesh.core.summary import Digest
+from libmesh.core.summary import BUCKETS, Digest, bucket_of, fingerprint_of_rows
 from libmesh.peers import Path, PathKind, PeerId, PeerState
 from tests import members
 
@@ -52,12 +52,19 @@ def path_of(peer: PeerId) -> Path:
 
 
 def plain_deadline(made: Membership) -> float:
-    times = [made._voice.due]
+    times = [made._voice.due, made._lost.due]
     for peer, entry in made._peers.items():
         times += [entry.state_ends, entry.tell_at, entry.reach_by, entry.spare_at]
         times += [entry.ends] if entry.believed else []
         times += [entry.next_dial] if made._dialling.wants(peer, entry) else []
     return min(times)
+
+
+def plain_prints(digest: Digest) -> tuple[bytes, ...]:
+    rows = [(peer, age, peer in digest.dead) for peer, age in digest.ages.items()]
+    return tuple(
+        fingerprint_of_rows([row for row in rows if bucket_of(row[0]) == bucket]) for bucket in range(BUCKETS)
+    )
 
 
 @settings(max_examples=150, deadline=None)
@@ -80,6 +87,7 @@ def test_what_is_remembered_is_what_looking_again_would_tell(script: list[tuple[
         assert digest.dead == dead
         ages = {peer: entry.announcement.age for peer, entry in roster.entries.items()}
         assert digest.ages == ages | {members.peer(ME): made.me.announcement.age}
+        assert made.summary().buckets == plain_prints(digest)
         for entry in roster.entries.values():
             entry.picture = None
         assert view == made.view(path_of)
