@@ -1,11 +1,17 @@
-"""How fast a tunnel is, beside every peer program found on this machine: one table of ratios.
+"""How fast tunnels and streams are, beside every peer program found on this machine: tables of ratios, and of costs.
 
-    python bench/streams.py [--peer NAME]… [--rounds 3] [--seconds 1.5] [--js DIR]
+    python bench/streams.py [--only tunnels|streams|costs]… [--peer NAME]… [--rounds 3] [--seconds 1.5] [--js DIR]
 
-Whole tunnels: client → near end → far end → target, four processes over loopback. Runs are interleaved, so that what
-else the machine does falls on all alike; figures are medians over the rounds, with the lowest and highest. Peers: raw
-TCP, a bare two-hop relay, py-libp2p as it comes (Noise, TLS), iroh (where importable), js-libp2p (where DIR has it in
-`node_modules`), `ssh -L` and stunnel (where installed).
+Three tables; all of them without `--only`. Runs are interleaved, so that what else the machine does falls on all alike;
+figures are medians over the rounds, with the lowest and highest, and ×: our figure divided by the peer's.
+
+tunnels: client → near end → far end → target, four processes over loopback. Peers: raw TCP, a bare two-hop relay,
+    py-libp2p as it comes (Noise, TLS), iroh (where importable), js-libp2p (where DIR has it in `node_modules`), `ssh -L`
+    and stunnel (where installed). iroh is the PyPI package, tuned: relays off, pieces of 1 MiB read and written, and one
+    method of its generated binding replaced, which copies a buffer byte by byte (6 MiB/s with it; see `tune_iroh`).
+streams: one stream alone, without TCP ends, and streams opened one after the other, each with 64 bytes and an answer;
+    two processes. Peers: py-libp2p as it comes.
+costs: memory and CPU of idle streams and connections, and what a small request waits beside bulk; ours only.
 """
 
 from __future__ import annotations
@@ -31,7 +37,15 @@ sys.path.insert(0, str(HERE))
 
 import streams_load  # noqa: E402
 
+Results = dict[str, dict[str, list[float]]]
+"""By peer and measure, a figure for each round."""
+
 PYTHON_KINDS = ("libmesh", "stock", "stock-tls", "iroh")
+
+
+def python_env() -> dict[str, str]:
+    """For scripts that are to find what this one finds."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
 
 
 class Programs:
@@ -54,8 +68,7 @@ class Programs:
 
     def python(self, script: str, *arguments: str) -> str:
         """Start one of the scripts beside this one."""
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), *sys.path])}
-        return self.start(sys.executable, str(HERE / script), *arguments, env=env)
+        return self.start(sys.executable, str(HERE / script), *arguments, env=python_env())
 
     def end(self) -> None:
         """Kill all of them."""
@@ -159,7 +172,7 @@ def available(js: str | None) -> Iterator[str]:
         yield "stunnel"
 
 
-def show(results: dict[str, dict[str, list[float]]], names: list[str]) -> None:
+def show(results: Results, names: list[str]) -> None:
     """Medians, ranges, and the ratio of libmesh to each peer."""
     ours = results.get("libmesh", {})
     print(f"{'':12}" + "".join(f"{name:>34}" for name in names))
@@ -176,52 +189,77 @@ def show(results: dict[str, dict[str, list[float]]], names: list[str]) -> None:
         print(f"{kind:12}{cells}")
 
 
+def tunnels(programs: Programs, kinds: list[str], arguments: argparse.Namespace) -> Results:
+    """Whole tunnels."""
+    target = programs.python("streams_load.py")
+    ports: dict[str, int] = {}
+    for kind in kinds:
+        try:
+            ports[kind] = tunnel(programs, kind, target, arguments.js)
+        except (RuntimeError, OSError, subprocess.CalledProcessError) as exc:
+            print(f"{kind}: left out, {exc}", file=sys.stderr)
+    results: Results = {kind: defaultdict(list) for kind in ports}
+    for _ in range(arguments.rounds):
+        for name, (measure, _) in streams_load.MEASURES.items():
+            for kind, port in ports.items():
+                try:
+                    results[kind][name].append(measure(port, arguments.seconds))
+                except (OSError, RuntimeError) as exc:
+                    print(f"{kind}, {name}: {exc!r}", file=sys.stderr)
+    return results
+
+
+def streams(programs: Programs, kinds: list[str], arguments: argparse.Namespace) -> Results:
+    """Streams alone."""
+    fars = {
+        kind: programs.python("streams_ends.py", kind, "far", "0")
+        for kind in kinds
+        if kind in ("libmesh", "stock", "stock-tls")
+    }
+    results: Results = {kind: defaultdict(list) for kind in fars}
+    for _ in range(arguments.rounds):
+        for kind, far in fars.items():
+            for name, value in json.loads(programs.python("streams_ends.py", kind, "source", far)).items():
+                results[kind][name].append(value)
+    return results
+
+
+def costs() -> dict[str, float]:
+    """What is there when nothing moves."""
+    command = [sys.executable, str(HERE / "streams_costs.py")]
+    return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True, env=python_env()).stdout)
+
+
+TABLES = {"tunnels": tunnels, "streams": streams}
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", action="append", choices=[*TABLES, "costs"], help="only these tables")
     parser.add_argument("--peer", action="append", help="only these (libmesh is always among them)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=1.5, help="for one measure in one round")
+    parser.add_argument("--seconds", type=float, default=1.5, help="for one measure of a tunnel in one round")
     parser.add_argument("--js", help="a folder in which js-libp2p was installed by npm")
-    parser.add_argument(
-        "--streams", action="store_true", help="streams alone, without TCP ends, instead of tunnels"
-    )
     arguments = parser.parse_args()
     kinds = [
         kind for kind in available(arguments.js) if not arguments.peer or kind in [*arguments.peer, "libmesh"]
     ]
-    results: dict[str, dict[str, list[float]]] = {kind: defaultdict(list) for kind in kinds}
-    programs = Programs()
-    try:
-        target = programs.python("streams_load.py")
-        if arguments.streams:
-            names = ["MiB/s", "opens/s"]
-            results = {kind: results[kind] for kind in kinds if kind in ("libmesh", "stock", "stock-tls")}
-            fars = {kind: programs.python("streams_ends.py", kind, "far", target) for kind in results}
-            for _ in range(arguments.rounds):
-                for kind, far in fars.items():
-                    line = json.loads(programs.python("streams_ends.py", kind, "source", far))
-                    for name, value in line.items():
-                        results[kind][name].append(value)
-        else:
-            names = list(streams_load.MEASURES)
-            ports = {}
-            for kind in kinds:
-                try:
-                    ports[kind] = tunnel(programs, kind, target, arguments.js)
-                except (RuntimeError, OSError, subprocess.CalledProcessError) as exc:
-                    print(f"{kind}: left out, {exc}", file=sys.stderr)
-                    del results[kind]
-            for _ in range(arguments.rounds):
-                for name, (measure, _) in streams_load.MEASURES.items():
-                    for kind, port in ports.items():
-                        try:
-                            results[kind][name].append(measure(port, arguments.seconds))
-                        except (OSError, RuntimeError) as exc:
-                            print(f"{kind}, {name}: {exc!r}", file=sys.stderr)
+    for table, measure in TABLES.items():
+        if arguments.only and table not in arguments.only:
+            continue
+        programs = Programs()
+        try:
+            results = measure(programs, kinds, arguments)
+        finally:
+            programs.end()
+        names = list(dict.fromkeys(name for measures in results.values() for name in measures))
+        print(f"\n{table}")
         show(results, names)
-    finally:
-        programs.end()
+    if not arguments.only or "costs" in arguments.only:
+        print("\ncosts")
+        for name, value in costs().items():
+            print(f"{value:>10,.1f} {name}")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 python bench/streams_ends.py KIND far TARGET_PORT     prints an address
 python bench/streams_ends.py KIND near ADDRESS        prints a local port that leads to the target
-python bench/streams_ends.py KIND source ADDRESS      measures streams alone; prints {"MiB/s": …, "opens/s": …}
+python bench/streams_ends.py KIND source ADDRESS      measures streams alone; prints a JSON object
 """
 
 from __future__ import annotations
@@ -11,13 +11,16 @@ import asyncio
 import json
 import os
 import secrets
+import statistics
 import sys
 import time
+from contextlib import asynccontextmanager
 
 import trio
 
 PROTOCOL = "/bench/tunnel/1"
 SINK = "/bench/sink/1"
+ECHO = "/bench/echo/1"
 SECONDS = 2.0
 
 
@@ -41,9 +44,14 @@ async def libmesh_far(target: str) -> None:
             total += len(data)
         await stream.send_all(total.to_bytes(8, "big"))
 
+    async def echo(stream) -> None:
+        async for data in stream:
+            await stream.send_all(data)
+
     async with open_libp2p_network(secrets.token_bytes(32), Libp2pConfig(hosts=("127.0.0.1",))) as network:
         network.set_handler(PROTOCOL, tunnel, admitted_only=False)
         network.set_handler(SINK, sink, admitted_only=False)
+        network.set_handler(ECHO, echo, admitted_only=False)
         say(f"{network.addresses()[0]} {network.peer}")
         await trio.sleep_forever()
 
@@ -66,7 +74,19 @@ async def libmesh_near(address: str, measure: bool) -> None:
                 assert int.from_bytes(await stream.receive_some(8), "big") == size
                 await stream.aclose()
 
-            await report(send)
+            @asynccontextmanager
+            async def echo():
+                async with await network.open_stream(peer, ECHO) as stream:
+
+                    async def ping(data: bytes) -> None:
+                        await stream.send_all(data)
+                        left = len(data)
+                        while left:
+                            left -= len(await stream.receive_some())
+
+                    yield ping
+
+            await report(send, echo)
             return
 
         async def accept(sock: trio.SocketStream) -> None:
@@ -75,7 +95,7 @@ async def libmesh_near(address: str, measure: bool) -> None:
         await listen(accept)
 
 
-async def report(send) -> None:
+async def report(send, echo) -> None:
     await send(1 << 24)
     start = time.perf_counter()
     await send(1 << 27)
@@ -83,12 +103,19 @@ async def report(send) -> None:
     start = time.perf_counter()
     await send(size)
     speed = size / (time.perf_counter() - start) / 2**20
+    waits = []
+    end = time.perf_counter() + SECONDS / 2
+    async with echo() as ping:
+        while (start := time.perf_counter()) < end:
+            await ping(bytes(64))
+            waits.append(time.perf_counter() - start)
     opened = 0
     start = time.perf_counter()
     while time.perf_counter() - start < SECONDS / 2:
         await send(64)
         opened += 1
-    say(json.dumps({"MiB/s": speed, "opens/s": opened / (time.perf_counter() - start)}))
+    opens = opened / (time.perf_counter() - start)
+    say(json.dumps({"MiB/s": speed, "ping-pong µs": statistics.median(waits) * 1e6, "opens/s": opens}))
 
 
 async def listen(accept) -> None:
@@ -167,8 +194,16 @@ async def stock_far(target: str, security: str) -> None:
         await stream.write(total.to_bytes(8, "big"))
         await stream.close()
 
+    async def echo(stream) -> None:
+        try:
+            while data := await stream.read(65536):
+                await stream.write(data)
+        except StreamEOF:
+            await stream.close()
+
     host.set_stream_handler(PROTOCOL, tunnel)
     host.set_stream_handler(SINK, sink)
+    host.set_stream_handler(ECHO, echo)
     async with host.run([Multiaddr("/ip4/127.0.0.1/tcp/0")]):
         say(str(host.get_addrs()[0]))
         await trio.sleep_forever()
@@ -193,7 +228,20 @@ async def stock_near(address: str, security: str, measure: bool) -> None:
                 assert int.from_bytes(await stream.read(8), "big") == size
                 await stream.close()
 
-            await report(send)
+            @asynccontextmanager
+            async def echo():
+                stream = await host.new_stream(info.peer_id, [ECHO])
+
+                async def ping(data: bytes) -> None:
+                    await stream.write(data)
+                    left = len(data)
+                    while left:
+                        left -= len(await stream.read(left))
+
+                yield ping
+                await stream.close()
+
+            await report(send, echo)
             os._exit(0)
 
         async def accept(sock: trio.SocketStream) -> None:
