@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -33,14 +34,15 @@ def question(number: int) -> dict[str, Any]:
     }
 
 
-def ask(node: Node, number: int) -> str:
-    """One streamed answer, whole and well-formed, or an assertion."""
+def ask(node: Node, number: int, at_chunk: Callable[[int, str], None] = lambda count, server: None) -> str:
+    """One streamed answer, whole and well-formed, or an assertion. `at_chunk` is told each chunk and who began it."""
     text, ids, roles, reasons, usage, done = "", set(), 0, [], None, False
     with httpx.stream(
         "POST", f"{node.api}/v1/chat/completions", json=question(number), timeout=180
     ) as answer:
         assert answer.status_code == 200, answer.read()
-        for line in answer.iter_lines():
+        for count, line in enumerate(answer.iter_lines()):
+            at_chunk(count, answer.headers["X-Libmesh-Node"])
             if not line.startswith("data: "):
                 assert line == "" or line.startswith(":"), line
                 continue
@@ -63,6 +65,22 @@ def ask(node: Node, number: int) -> str:
     return text
 
 
+def test_greedy_text_that_went_on_elsewhere_is_the_unbroken_one(machine: Machine) -> None:
+    """One stream at a time: llama.cpp rounds otherwise when it computes several together."""
+    first, second = machine.serving(name="first"), machine.joining("--model", "demo", name="second").ready()
+    client = machine.joining("--client", name="client").sees("demo")
+    client.until(lambda status: status["mesh_models"][0]["node_count"] == 2)
+    unbroken = ask(client, 1)
+    by_id = {node.node_id: node for node in (first, second)}
+
+    def kill(count: int, server: str) -> None:
+        if count == TOKENS // 2:
+            by_id[server].kill()
+
+    assert ask(client, 1, kill) == unbroken
+    assert "looking for a server that goes on" in client.words
+
+
 @pytest.mark.slow
 def test_streams_survive_the_death_of_one_server_after_another(machine: Machine) -> None:
     names = [f"server{index}" for index in range(SERVERS)]
@@ -72,15 +90,13 @@ def test_streams_survive_the_death_of_one_server_after_another(machine: Machine)
         servers[name] = machine.joining("--model", "demo", name=name)
     client = machine.joining("--client", name="client").sees("demo")
     client.until(lambda status: status["mesh_models"][0]["node_count"] == SERVERS)
-    unbroken = {number: ask(client, number) for number in range(4)}
-
     stop = threading.Event()
-    answers: list[tuple[int, str]] = []
+    answers: list[str] = []
 
     def stream(lane: int) -> None:
         number = lane
         while not stop.is_set():
-            answers.append((number % 4, ask(client, number % 4)))
+            answers.append(ask(client, number))
             number += 1
 
     with ThreadPoolExecutor(STREAMS) as pool:
@@ -100,6 +116,4 @@ def test_streams_survive_the_death_of_one_server_after_another(machine: Machine)
             lane.result()
     assert victim >= 3
     assert len(answers) >= STREAMS
-    assert {text for number, text in answers if number == 0} == {unbroken[0]}
-    assert all(text == unbroken[number] for number, text in answers)
-    assert "go on" not in client.words or "broke off" in client.words
+    assert "looking for a server that goes on" in client.words
