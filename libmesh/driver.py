@@ -20,7 +20,7 @@ from libmesh.admission import Admission, AdmissionConfig
 from libmesh.core import membership as core
 from libmesh.core import membership_io as io
 from libmesh.core.announcement import Announcement, Record
-from libmesh.core.credentials import Authority, Revocation
+from libmesh.core.credentials import Authority, Credential, Revocation
 from libmesh.core.liveness import LivenessConfig
 from libmesh.core.paths_io import PathsConfig
 from libmesh.core.ways import is_circuit, to_announce
@@ -69,6 +69,7 @@ class MeshConfig:
     liveness: LivenessConfig = field(default_factory=LivenessConfig)
     paths: PathsConfig = field(default_factory=PathsConfig)
     relays: RelayUse = field(default_factory=RelayUse)
+    lan: bool = False
     resume: float = 15.0
 
 
@@ -115,7 +116,7 @@ class Driver:
         )
         self.pathing = Pathing(
             network,
-            addresses_of=self.membership.addresses_of,
+            addresses_of=lambda peer: self.admission.allowed(peer, self.membership.addresses_of(peer)),
             approach=self.approach,
             changed=lambda _: self._tell_watchers(),
             wall_clock=self.now,
@@ -301,6 +302,10 @@ class Driver:
             if len(self._foreign) >= _MAX_FOREIGN:
                 self._foreign.clear()
             self._foreign.add(relay)  # no member, and not to be asked again; it may relay for everybody
+
+    def credential_of(self, peer: PeerId) -> Credential | None:
+        """What a peer has announced as its proof of membership, or, if it only follows, shown to us."""
+        return self.membership.credential_of(peer) or self.admission.credential_of(peer)
 
     def _is_live_member(self, peer: PeerId) -> bool:
         return self.membership.believes(peer)

@@ -14,6 +14,7 @@ from libmesh.driver import Driver, MeshConfig
 from libmesh.errors import MeshError
 from libmesh.identity import SecretKey
 from libmesh.invites import check_invite
+from libmesh.lan import lan_of
 from libmesh.mesh import Mesh
 from libmesh.net.base import Network
 from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
@@ -88,6 +89,7 @@ async def open_mesh(
                     driver.recall(revocations)
                     mesh = Mesh(driver, authority)
                     await stack.enter_async_context(relays_of(mesh, driver, config.relays))
+                    await stack.enter_async_context(lan_of(mesh, driver, config.lan))
                     opening.set()
                     await leave.wait()
             except MeshError as exc:

@@ -40,8 +40,10 @@ class NodeOptions:
         draft: a small model that guesses ahead for the models served here; `None` for none.
         draft_max: guesses at once.
         data_dir: ignored with `ephemeral`.
+        lan: find members on the LAN, and be found by them.
         map_port: ask the router to forward the port that peers connect to.
         announce_addresses: multiaddrs that peers are told to reach this node at, besides those found.
+        offline: dial nobody but on private networks and at the addresses of invites, and ask no router for a port.
         relays: multiaddrs of the relays to be reached through, instead of those that members are.
         invite_file: where to write an invite at start, mode 600.
     """
@@ -66,6 +68,8 @@ class NodeOptions:
     ephemeral: bool = False
     announce_addresses: tuple[str, ...] = ()
     map_port: bool = True
+    lan: bool = True
+    offline: bool = False
     relays: tuple[str, ...] = ()
     invite_file: Path | None = None
     json_logs: bool = False
@@ -105,7 +109,9 @@ def node_options(args: argparse.Namespace) -> NodeOptions:
         data_dir=data_dir(args),
         ephemeral=args.ephemeral,
         map_port=not args.no_port_mapping,
+        lan=not args.no_lan,
         announce_addresses=tuple(dict.fromkeys(args.announce_addr)),
+        offline=args.offline,
         relays=tuple(dict.fromkeys(args.relay)),
         invite_file=args.invite_file,
         json_logs=args.json_logs,

@@ -17,6 +17,7 @@ import trio
 import libmesh
 from libmesh import (
     AddressUnavailable,
+    AdmissionConfig,
     AdmissionRefused,
     InviteError,
     Libp2pConfig,
@@ -77,12 +78,15 @@ class Stays:
         remembered = load_membership(self._folder)
         if remembered is not None:
             return [remembered]
-        return [Membership(secret_key(self._folder, "mesh").mesh_id)]
+        return [self._own()]
+
+    def _own(self) -> Membership:
+        return Membership(secret_key(self._folder, "mesh").mesh_id)
 
     async def run(self, first: list[Membership]) -> None:
         """Stay somewhere until cancelled. Raises a `MeshError` if none of `first` can be entered, now or later."""
         try:
-            current = await self._enter_first(first)
+            current = await self._enter_first_or_own(first)
         except AddressUnavailable as exc:
             raise NodeError(f"{_sentence(exc)}; choose another with --bind-port PORT.") from exc
         while True:
@@ -100,6 +104,22 @@ class Stays:
     def _arrive(self, switch: _Switch) -> None:
         self._switch = None
         switch.succeed()
+
+    async def _enter_first_or_own(self, memberships: list[Membership]) -> Membership:
+        """As `_enter_first`; but a mesh that was only remembered, and lets us in no more, keeps no node from starting."""
+        try:
+            return await self._enter_first(memberships)
+        except (InviteError, AdmissionRefused) as exc:
+            if self._options.join or memberships[0].token is None:
+                raise
+            log.warning(
+                "this node was a member of the mesh %s, but %s; it is in its own mesh until it joins again",
+                memberships[0].mesh_id,
+                exc,
+            )
+        own = self._own()
+        await self._stay(own, must_enter=False)
+        return own
 
     async def _enter_first(self, memberships: list[Membership]) -> Membership:
         """Stay in the first mesh that lets us in; if none answers, keep trying the first of those that may yet."""
@@ -131,8 +151,14 @@ class Stays:
             mesh_key=own,
             invite=membership.token,
             listen=self._listen(),
-            config=MeshConfig(agent=f"libmesh-node/{libmesh.__version__}", relays=self._relays()),
+            config=MeshConfig(
+                agent=f"libmesh-node/{libmesh.__version__}",
+                relays=self._relays(),
+                lan=self._options.lan,
+                admission=AdmissionConfig(offline=self._options.offline),
+            ),
             wait=False,
+            follow=self._options.client and membership.token is not None,
             revocations=kept.revocations,
         )
         async with opened as mesh, trio.open_nursery() as nursery:
@@ -198,7 +224,7 @@ class Stays:
             port=self._port(),
             announce=self._options.announce_addresses,
             relay=RelayLimits(),
-            map_port=self._options.map_port,
+            map_port=self._options.map_port and not self._options.offline,
         )
 
     def _port(self) -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 
@@ -107,6 +107,7 @@ class Libp2pNetwork(Network):
             open_to_all=config.relay_open,
             trusted=self._is_relay,
         )
+        self.watchers: list[Callable[[], None]] = []  # told when the network may be another one
         self.puncher = Puncher(self, guesses=self.reach.guesses)
         self._port = 0  # known once we listen
         self._interfaces: list[str] = []
@@ -283,6 +284,8 @@ class Libp2pNetwork(Network):
         """The network of this machine is another one, or may be."""
         self._interfaces_stale = float("-inf")
         self.reach.moved()
+        for watcher in list(self.watchers):
+            watcher()
         self.addresses_changed()
 
     def addresses_changed(self) -> None:

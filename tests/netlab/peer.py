@@ -43,7 +43,7 @@ async def main(options: dict[str, Any]) -> None:
     listen = Libp2pConfig(
         port=options["port"], announce=tuple(options.get("announce", ())), relay=RelayLimits(), map_port=True
     )
-    config = MeshConfig(relays=RelayUse(offer=options.get("relay", False)))
+    config = MeshConfig(relays=RelayUse(offer=options.get("relay", False)), lan=options.get("lan", False))
     founded = SecretKey.generate() if "invite" not in options else None
     opened = open_mesh(
         SecretKey.generate(),

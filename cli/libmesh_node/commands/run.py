@@ -108,6 +108,16 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="do not ask the router to forward the port that peers connect to",
     )
     mesh.add_argument(
+        "--no-lan",
+        action="store_true",
+        help="do not look for members on this LAN, nor be found by them there",
+    )
+    mesh.add_argument(
+        "--offline",
+        action="store_true",
+        help="use nothing beyond this LAN but the addresses in invites: no public servers, no names, no port of the router's",
+    )
+    mesh.add_argument(
         "--relay",
         action="append",
         default=[],

@@ -1,0 +1,1 @@
+"""How members of one mesh find each other without being told where they are."""
