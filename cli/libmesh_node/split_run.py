@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from libmesh import Mesh, MeshError, PeerId
 from libmesh_node.errors import NodeError
 from libmesh_node.llama.engine import Binary, cache_root
 from libmesh_node.llama.restart import RestartConfig, RestartPolicy
+from libmesh_node.llama.rpc.ahead import Chain
 from libmesh_node.llama.rpc.borrower import Borrowed, SessionRefused
-from libmesh_node.llama.rpc.frames import ProtocolError
+from libmesh_node.llama.rpc.frames import TOKEN, ProtocolError
 from libmesh_node.llama.rpc.opening import SessionRequest, read_protocol
 from libmesh_node.llama.rpc.weights import LearnedHashes, open_weights
 from libmesh_node.llama.server import DraftPlan, ServerPlan, SplitPlan
@@ -123,14 +124,18 @@ class SplitRun:
             LearnedHashes, cache_root() / "rpc-hashes" / f"{setting.shape.digest}.json"
         )
         with open_weights(setting.model.parts) as weights:
+            shares = self.placement.workers
+            chain = Chain(len(shares)) if len(shares) > 1 and not setting.shape.recurrent else None
             workers = [
                 Borrowed(
                     partial(setting.mesh.open_service, PeerId(share.peer), SERVICE),
-                    self._request(share),
+                    request,
                     weights,
                     hashes,
+                    chain,
+                    place,
                 )
-                for share in self.placement.workers
+                for place, (share, request) in enumerate(zip(shares, self._requests(chain), strict=True))
             ]
             try:
                 async with trio.open_nursery() as nursery:
@@ -195,6 +200,18 @@ class SplitRun:
             told = ", ".join(f"{short(share.peer)} ({share.layers})" for share in self.placement.workers)
             log.info("%s is ready, split over this node and %s", process.model, told)
         self._on_change()
+
+    def _requests(self, chain: Chain | None) -> list[SessionRequest]:
+        """What each worker is asked for; with a chain, also whom it gets results from, and passes its own on to."""
+        requests = [self._request(share) for share in self.placement.workers]
+        if chain is None:
+            return requests
+        tokens = [os.urandom(TOKEN) for _ in requests]
+        peers = [share.peer for share in self.placement.workers]
+        for at in range(1, len(requests)):
+            requests[at] = replace(requests[at], token=tokens[at], previous=peers[at - 1])
+            requests[at - 1] = replace(requests[at - 1], next=peers[at], next_token=tokens[at])
+        return requests
 
     def _request(self, share: Share) -> SessionRequest:
         setting = self._setting

@@ -18,7 +18,7 @@ from functools import partial
 
 import trio
 
-from libmesh import Mesh, Scope
+from libmesh import Mesh, PeerId, Scope
 from libmesh_node.announced import AnnouncedModel, NodeStatus
 from libmesh_node.llama.rpc.lender import Lender, LentModel
 from libmesh_node.llama.server import DraftPlan
@@ -69,7 +69,7 @@ class Splits:
             if not entry.alone
         ]
         self._mesh, self._models = mesh, models
-        self._lender = _lender(models, options)
+        self._lender = _lender(mesh, models, options)
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -118,7 +118,7 @@ class Splits:
             await trio.sleep_forever()
 
 
-def _lender(models: LocalModels, options: NodeOptions) -> Lender | None:
+def _lender(mesh: Mesh, models: LocalModels, options: NodeOptions) -> Lender | None:
     binary = models.engine.rpc_server if models.engine is not None else None
     if binary is None or not models.entries:
         return None
@@ -134,6 +134,7 @@ def _lender(models: LocalModels, options: NodeOptions) -> Lender | None:
         device=options.device,
         cpu=not models.own_devices,
         on_change=models.on_change,
+        open_stream=lambda peer: mesh.open_service(PeerId(peer), SERVICE),
     )
 
 

@@ -12,6 +12,14 @@ SessionAnswer, the first frame; 1 an answer of rpc-server's, in the order of the
 ALLOC_BUFFER followed by the buffer's base address (u64); 2 the reason why the session is over (UTF-8, at most 4 KiB),
 the last frame.
 
+Worker to worker. Kinds from the host: 0x82 is a GET_TENSOR whose answer also goes to the next worker (u32 ticket, the
+request's payload); 0x83 requests that are carried out when their hole is filled (u32 ticket, u32 ticket at the next worker
+or 0, u32 where the hole begins in what follows, u32 its size, then frames of kinds 6, 8 and 16, of which the last and
+only the last is an 8; at most 1 MiB); 0x84 what belongs into a hole, unless it was filled (u32 ticket, data); 0x85 forget
+what was sent ahead unless it was carried out (u32 ticket). From the worker: 3 is the answer to what was sent ahead
+(u32 ticket, data). A worker opens a stream to the next one's "rpc" with 0x86 (the token), and fills holes by 0x87
+(u32 ticket, data). At most 4 tickets wait at a time; what has no hole is kept for as long as there is room, then dropped.
+
 The host itself answers HELLO, DEVICE_COUNT, GET_ALIGNMENT, GET_MAX_SIZE, GET_DEVICE_MEMORY, BUFFER_GET_BASE and
 SET_TENSOR_HASH; on a session these are errors.
 """
@@ -41,6 +49,10 @@ class SessionRequest(_message.Message):
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     RPC_PROTOCOL_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    PREVIOUS_FIELD_NUMBER: _builtins.int
+    NEXT_FIELD_NUMBER: _builtins.int
+    NEXT_TOKEN_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """the model's, as in ModelStatus; the worker must have the same"""
     memory_bytes: _builtins.int
@@ -49,6 +61,14 @@ class SessionRequest(_message.Message):
     """major.minor.patch of the host's own programs; the major must be the worker's"""
     model: _builtins.str
     """its name at the host, for people"""
+    token: _builtins.bytes
+    """16 random bytes that let the worker before this one fill holes; empty: nobody may"""
+    previous: _builtins.str
+    """that worker's peer id"""
+    next: _builtins.str
+    """peer id of the worker after this one; empty: there is none, or nothing is passed on"""
+    next_token: _builtins.bytes
+    """its token"""
     def __init__(
         self,
         *,
@@ -56,10 +76,14 @@ class SessionRequest(_message.Message):
         memory_bytes: _builtins.int = ...,
         rpc_protocol: _builtins.str = ...,
         model: _builtins.str = ...,
+        token: _builtins.bytes = ...,
+        previous: _builtins.str = ...,
+        next: _builtins.str = ...,
+        next_token: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "memory_bytes", b"memory_bytes", "model", b"model", "rpc_protocol", b"rpc_protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "memory_bytes", b"memory_bytes", "model", b"model", "next", b"next", "next_token", b"next_token", "previous", b"previous", "rpc_protocol", b"rpc_protocol", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

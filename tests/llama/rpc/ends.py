@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import urllib.request
-from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ from typing import Any
 import trio
 from libmesh_node.llama.engine import Engine
 from libmesh_node.llama.process import GuardedProcess, Lines, open_guarded
-from libmesh_node.llama.rpc.borrower import Borrowed, borrow
+from libmesh_node.llama.rpc.ahead import Chain
+from libmesh_node.llama.rpc.borrower import Borrowed
 from libmesh_node.llama.rpc.lender import Lender, LentModel
 from libmesh_node.llama.rpc.opening import SessionRequest
 from libmesh_node.llama.rpc.weights import LearnedHashes, Weights
@@ -53,9 +55,16 @@ class SocketStream(Stream):
         self.inner.socket.close()
 
 
-def lender(engine: Engine, model: Path, memory: int = 1 << 33) -> Lender:
+def lender(
+    engine: Engine,
+    model: Path,
+    memory: int = 1 << 33,
+    open_stream: Callable[[str], Awaitable[Stream]] | None = None,
+) -> Lender:
     """Lends the rpc-server for one model."""
-    lending = Lender(engine.require_rpc_server(), memory=lambda: memory, environment=os.environ)
+    lending = Lender(
+        engine.require_rpc_server(), memory=lambda: memory, environment=os.environ, open_stream=open_stream
+    )
     lending.models[DIGEST] = LentModel(name="model", digest=DIGEST, parts=(model,))
     return lending
 
@@ -82,21 +91,44 @@ def request(engine: Engine, memory: int = 1 << 32, digest: str = DIGEST) -> Sess
 
 @asynccontextmanager
 async def workers(
-    engine: Engine, model: Path, weights: Weights, hashes: LearnedHashes, count: int
+    engine: Engine,
+    model: Path,
+    weights: Weights,
+    hashes: LearnedHashes,
+    count: int,
+    *,
+    chain: Chain | None = None,
+    between: Callable[[int], AbstractAsyncContextManager[int]] = nullcontext,
 ) -> AsyncIterator[list[Borrowed]]:
-    """`count` workers, each with a port for llama-server."""
+    """`count` workers, each with a port for llama-server.
+
+    `chain` lets them pass results on. `between` stands in front of each worker: it takes a port and gives the one to use.
+    """
     async with AsyncExitStack() as stack:
-        borrowed = []
+        borrowed: list[Borrowed] = []
+        ports: list[int] = []
+
+        async def open_stream(name: str) -> Stream:
+            return SocketStream(await trio.open_tcp_stream("127.0.0.1", ports[int(name)]))
+
         for _ in range(count):
-            port = await stack.enter_async_context(lent(lender(engine, model)))
-
-            async def open_stream(port: int = port) -> Stream:
-                return SocketStream(await trio.open_tcp_stream("127.0.0.1", port))
-
-            borrowed.append(
-                await stack.enter_async_context(borrow(open_stream, request(engine), weights, hashes))
+            lending = lender(engine, model, open_stream=open_stream)
+            ports.append(
+                await stack.enter_async_context(between(await stack.enter_async_context(lent(lending))))
             )
-        yield borrowed
+        tokens = [os.urandom(16) if chain is not None else b"" for _ in range(count)]
+        for place in range(count):
+            asked = replace(request(engine), token=tokens[place], previous="peer")
+            if chain is not None and place + 1 < count:
+                asked = replace(asked, next=str(place + 1), next_token=tokens[place + 1])
+            worker = Borrowed(partial(open_stream, str(place)), asked, weights, hashes, chain, place)
+            await worker.open()
+            borrowed.append(worker)
+        async with trio.open_nursery() as nursery:
+            for worker in borrowed:
+                await worker.listen(nursery)
+            yield borrowed
+            nursery.cancel_scope.cancel()
 
 
 @asynccontextmanager

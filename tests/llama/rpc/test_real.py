@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import trio
 from libmesh_node.llama.engine import Engine, find_engine
+from libmesh_node.llama.rpc.ahead import Chain
 from libmesh_node.llama.rpc.borrower import SessionRefused, borrow
 from libmesh_node.llama.rpc.weights import LearnedHashes, open_weights
 from libmesh_node.models.demo import SMALL, write_model
@@ -49,6 +50,21 @@ async def test_a_split_answers_as_one_machine_does(engine: Engine, model: Path, 
                 sum(worker.spared for worker in borrowed) > 37_000_000
             )  # all but the embeddings, which stay at home
             assert loading < 500_000  # graphs and inputs, whatever the size of the weights
+
+
+@pytest.mark.slow
+async def test_results_go_straight_to_the_next_worker(engine: Engine, model: Path) -> None:
+    count = 3
+    async with ends.llama_server(engine, model) as (port, _):
+        alone = await ends.complete(port, tokens=100)
+    chain = Chain(count)
+    with open_weights((model,)) as weights:
+        async with ends.workers(engine, model, weights, LearnedHashes(None), count, chain=chain) as borrowed:
+            ports = [worker.port for worker in borrowed]
+            async with ends.llama_server(engine, model, ports) as (port, _):
+                assert await ends.complete(port, tokens=100) == alone
+    assert chain.hits > 0.85 * 100 * (count - 1), (chain.hits, chain.misses)
+    assert chain.misses <= 2 * count
 
 
 async def test_another_file_is_refused_before_anything_is_loaded(engine: Engine, model: Path) -> None:

@@ -32,7 +32,8 @@ _DTYPE = np.dtype(
         "itemsize": TENSOR,
     }
 )
-_ONE = struct.Struct("<8xIQ8II")  # type, buffer, ne, nb, op: the fields of `_DTYPE` up to `data`
+_ONE = struct.Struct("<8xI8x8I")  # type, ne, nb
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 _BLOCKS = np.zeros(64, np.float64)
 _BLOCK_BYTES = np.zeros(64, np.float64)
 for _number, (_values, _bytes) in _TYPES.items():
@@ -94,13 +95,14 @@ class Armour:
 
     def check_range(self, tensor: bytes, offset: int, size: int) -> None:
         """`size` bytes from `offset` on in a tensor that lies in a buffer, and end there as well."""
-        kind, pointer, n0, n1, n2, n3, b0, b1, b2, b3, op = _ONE.unpack_from(tensor)
-        block, block_bytes = _TYPES.get(kind, (0, 0))
+        whole, pointer, op = (
+            tensor_bytes(tensor),
+            _U64.unpack_from(tensor, 12)[0],
+            _U32.unpack_from(tensor, 52)[0],
+        )
         held = self._buffers.get(pointer)
-        if not block or op >= OPERATIONS or held is None:
+        if whole is None or op >= OPERATIONS or held is None:
             raise ProtocolError("a tensor of unknown type, of an unknown operation or in no buffer")
-        first = block_bytes + (n0 - 1) * b0 if block == 1 else n0 * b0 // block
-        whole = first + (n1 - 1) * b1 + (n2 - 1) * b2 + (n3 - 1) * b3 if n0 and n1 and n2 and n3 else 0
         data, end = int.from_bytes(tensor[220:228], "little"), held.base + held.size
         if data < held.base or data + whole > end or data + offset >= end or data + offset + size > end:
             raise ProtocolError("bytes outside of their buffer")
@@ -145,6 +147,18 @@ class Armour:
         """There is a graph to run again."""
         if device not in self._graphs:
             raise ProtocolError("a graph to run again where there is none")
+
+
+def tensor_bytes(tensor: bytes) -> int | None:
+    """`ggml_nbytes` of a packed tensor; `None` if its type is not known."""
+    kind, n0, n1, n2, n3, b0, b1, b2, b3 = _ONE.unpack_from(tensor)
+    block, block_bytes = _TYPES.get(kind, (0, 0))
+    if not block:
+        return None
+    if not (n0 and n1 and n2 and n3):
+        return 0
+    first = block_bytes + (n0 - 1) * b0 if block == 1 else n0 * b0 // block
+    return int(first + (n1 - 1) * b1 + (n2 - 1) * b2 + (n3 - 1) * b3)
 
 
 _Numbers = npt.NDArray[np.float64]

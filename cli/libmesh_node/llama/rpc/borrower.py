@@ -17,8 +17,10 @@ from functools import partial
 import trio
 
 from libmesh import Stream
+from libmesh_node.llama.rpc.ahead import Chain, Foreseen
+from libmesh_node.llama.rpc.facts import WorkerFacts
 from libmesh_node.llama.rpc.frames import Frame, FrameParser, Link, ProtocolError, Reply, frame
-from libmesh_node.llama.rpc.host import Effect, FromFile, HostEnd, ToClient, ToWorker, WorkerFacts
+from libmesh_node.llama.rpc.host import Effect, HostEnd, ToClient
 from libmesh_node.llama.rpc.opening import (
     MAX_MESSAGE,
     Refusal,
@@ -27,12 +29,16 @@ from libmesh_node.llama.rpc.opening import (
     encode_request,
 )
 from libmesh_node.llama.rpc.outbox import Outbox, SocketSink
+from libmesh_node.llama.rpc.uploads import FromFile, ToWorker
 from libmesh_node.llama.rpc.weights import LearnedHashes, Place, Weights
 
 log = logging.getLogger(__name__)
 
 OPEN_LIMIT = 45.0
 """Seconds within which a worker must answer the request for a session; its rpc-server starts within that."""
+
+OVERDUE_AFTER = 0.25
+"""Seconds between looks for what was sent ahead and lacks its result; twice in a row means that it does not come."""
 
 READ_BYTES = 256 * 1024
 _FILE_STEP = 1 << 20
@@ -63,8 +69,15 @@ class Borrowed:
     """
 
     def __init__(
-        self, open_stream: OpenStream, request: SessionRequest, weights: Weights, hashes: LearnedHashes
+        self,
+        open_stream: OpenStream,
+        request: SessionRequest,
+        weights: Weights,
+        hashes: LearnedHashes,
+        chain: Chain | None = None,
+        place: int = 0,
     ) -> None:
+        self.chain, self.place = chain, place
         self._open_stream, self._request = open_stream, request
         self.weights, self._hashes = weights, hashes
         self._spare: Stream | None = None
@@ -100,7 +113,7 @@ class Borrowed:
 
     async def serve(self, sock: trio.SocketStream) -> None:
         """One connection of llama-server's, from its beginning to its end."""
-        end = HostEnd(self.facts, self.weights, self._hashes)
+        end = HostEnd(self.facts, self.weights, self._hashes, self.chain, self.place)
         async with sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
@@ -182,11 +195,38 @@ class _Conversation:
 
     async def run(self, effects: list[Effect]) -> str | None:
         """Run until either side ends. Returns `None` if llama-server did, else what was wrong."""
-        async with trio.open_nursery() as nursery:
-            self._apply(effects)
-            for task in (self._to_client.run, self._to_worker.run, self._from_worker, self._from_client):
-                nursery.start_soon(self._guarded, task, nursery.cancel_scope)
+        chain, place = self._worker.chain, self._worker.place
+        if chain is not None:
+            chain.join(place, self._send_ahead)
+        try:
+            async with trio.open_nursery() as nursery:
+                self._apply(effects)
+                for task in (self._to_client.run, self._to_worker.run, self._from_worker, self._from_client):
+                    nursery.start_soon(self._guarded, task, nursery.cancel_scope)
+                if chain is not None and place:
+                    nursery.start_soon(self._fill_overdue)
+        finally:
+            if chain is not None:
+                chain.leave(place)
         return self._why
+
+    def _send_ahead(self, foreseen: Foreseen, data: bytes) -> bool:
+        if not self._end.sent_ahead(foreseen):
+            return False
+        self._worker.sent += len(data)
+        self._to_worker.put(data)
+        return True
+
+    async def _fill_overdue(self) -> None:
+        """Where a result does not come directly, send it from here: late, but it goes on."""
+        before: bytes | None = None
+        while True:
+            await trio.sleep(OVERDUE_AFTER)
+            missing = self._end.overdue
+            if missing is not None and missing == before and self._worker.chain is not None:
+                self._worker.chain.late()
+                self._to_worker.put(missing)
+            before = missing
 
     async def _guarded(self, task: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
         """Run a task whose end, however it comes, is the end of the conversation."""

@@ -63,9 +63,15 @@ class Link(IntEnum):
     """What the host's end says besides the protocol's commands."""
 
     OPEN = 0x80  # protobuf SessionRequest; the first frame, and never again
-    REFERENCE = (
-        0x81  # a SET_TENSOR whose data the worker has: header, u32 part, u64 offset in the part, u64 size
+    REFERENCE = 0x81  # a SET_TENSOR whose data the worker has: header, u32 part, u64 offset, u64 size
+    PASS = 0x82  # a GET_TENSOR whose answer also goes to the next worker: u32 ticket there, the payload
+    AHEAD = (
+        0x83  # requests to be carried out once their hole is filled: `AHEAD`, then frames; a GET_TENSOR last
     )
+    FILL = 0x84  # what belongs into that hole, if it has not come yet: u32 ticket, the data
+    DROP = 0x85  # forget what was sent ahead, if it has not been carried out: u32 ticket
+    PUSH_OPEN = 0x86  # from another worker: the first frame of a stream that fills holes; the session's token
+    PUSH = 0x87  # on such a stream: u32 ticket, the data
 
 
 class Reply(IntEnum):
@@ -76,6 +82,7 @@ class Reply(IntEnum):
         1  # rpc-server's answer to the next command that has one; to ALLOC_BUFFER with `u64 base` appended
     )
     LOST = 2  # UTF-8: why the session is over; the last frame
+    FORESEEN = 3  # the answer to what was sent ahead: u32 ticket, rpc-server's answer
 
 
 REQUEST_SIZES: Mapping[int, int] = {
@@ -111,6 +118,17 @@ ANSWER_SIZES: Mapping[int, int] = {
     Command.DEVICE_COUNT: 4,
 }
 """Answers whose size is fixed. GET_TENSOR's is what the request asks for; commands that are not here have none."""
+
+AHEAD = struct.Struct("<IIII")
+"""Ticket; ticket at the next worker, to which the answer is passed on, or 0; where the hole begins; its size."""
+
+TICKET = struct.Struct("<I")
+
+MAX_AHEAD = 1 << 20
+"""Bytes that may be sent ahead at once. Each worker gets some 10 KB a token."""
+
+TOKEN = 16
+"""Bytes of a token that lets a worker fill another one's holes."""
 
 REFERENCE = struct.Struct(f"<{SET_HEADER}sIQQ")
 

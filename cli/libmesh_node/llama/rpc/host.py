@@ -16,12 +16,16 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
+from libmesh_node.llama.rpc.ahead import Chain, Foreseen, Watch
+from libmesh_node.llama.rpc.armour import tensor_bytes
+from libmesh_node.llama.rpc.facts import Device, WorkerFacts
 from libmesh_node.llama.rpc.frames import (
     HELLO_ANSWER,
     MAJOR,
-    REFERENCE,
     SET_HEADER,
     TENSOR,
+    TICKET,
+    WHOLE,
     Command,
     Event,
     Frame,
@@ -36,49 +40,12 @@ from libmesh_node.llama.rpc.frames import (
     answer_size,
     check_request,
     frame,
-    frame_head,
 )
-from libmesh_node.llama.rpc.weights import LearnedHashes, Place, Weights
-
-LEAST_REFERENCE = 256
-"""Smaller data is sent as it is: a reference takes 20 bytes itself."""
+from libmesh_node.llama.rpc.uploads import FromFile, ToWorker, Uploads
+from libmesh_node.llama.rpc.weights import LearnedHashes, Weights
 
 MAX_WAITING = 1024
 """Requests without an answer yet."""
-
-
-@dataclass(frozen=True, slots=True)
-class Device:
-    """A device of the worker's rpc-server, as it answers for it. `cpu`: its buffers are plain memory."""
-
-    alignment: int
-    max_size: int
-    free: int
-    total: int
-    cpu: bool
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerFacts:
-    """What the worker told when the session was opened."""
-
-    protocol: tuple[int, int, int]
-    devices: tuple[Device, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class ToWorker:
-    """Send these bytes to the worker's end."""
-
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True)
-class FromFile:
-    """Send the first `size` bytes of `place` of the model's files to the worker's end."""
-
-    place: Place
-    size: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +58,6 @@ class ToClient:
 Effect = ToWorker | FromFile | ToClient
 
 
-class _Upload:
-    """A large SET_TENSOR under way: while it equals `place`, nothing of it has been sent."""
-
-    def __init__(self, header: bytes, size: int, candidates: list[Place]) -> None:
-        self.header, self.size = header, size
-        self.candidates = candidates
-        self.position = 0
-        self.hash: int | None = None
-
-
 class HostEnd:
     """One connection of llama-server's. `from_client` and `from_worker` take bytes in any pieces.
 
@@ -110,15 +67,23 @@ class HostEnd:
         facts: of the worker.
         weights: of the model that is loaded; the worker has proved to have the same.
         hashes: shared by all sessions of the model.
+        chain: of all workers of this llama-server, and this one's `place` in it; `None` to foresee nothing.
 
     Attributes:
         engaged: the session's rpc-server is in use.
         denied: bytes of an allocation that the worker did not make; 0 if it made all.
-        references: uploads that were replaced, and `spared` their bytes.
     """
 
-    def __init__(self, facts: WorkerFacts, weights: Weights, hashes: LearnedHashes) -> None:
-        self._facts, self._weights, self._hashes = facts, weights, hashes
+    def __init__(
+        self,
+        facts: WorkerFacts,
+        weights: Weights,
+        hashes: LearnedHashes,
+        chain: Chain | None = None,
+        place: int = 0,
+    ) -> None:
+        self._facts = facts
+        self._uploads = Uploads(weights, hashes)
         self._client = FrameParser(check_request, {Command.SET_TENSOR: SET_HEADER})
         self._worker = FrameParser(_check_reply, {Reply.ANSWER: 0})
         self._waiting: deque[bytes | int] = (
@@ -128,12 +93,15 @@ class HostEnd:
         self._commands: deque[int] = deque()  # those whose answers are to come from the worker
         self._streaming = False  # a large answer is on its way, in pieces
         self._bases: dict[int, int] = {}
-        self._upload: _Upload | None = None
-        self._asked: tuple[bytes, int, int] | None = None
+        self._watch = Watch(chain, place)
+        self._foreseen: Foreseen | None = None
         self.engaged = False
         self.denied = 0
-        self.references = 0
-        self.spared = 0
+
+    @property
+    def spared(self) -> int:
+        """Bytes of uploads that needed not travel."""
+        return self._uploads.spared
 
     @property
     def waiting(self) -> bool:
@@ -148,9 +116,12 @@ class HostEnd:
                 case Frame():
                     self._request(Command(event.kind), event.payload, effects)
                 case FrameStart():
-                    self._begin_upload(event, effects)
+                    self.engaged = True
+                    self._watch.upset()
+                    self._abandon(effects)
+                    effects += self._uploads.begin(event)
                 case FramePiece():
-                    self._go_on(event, effects)
+                    effects += self._uploads.go_on(event)
         return effects
 
     def from_worker(self, data: bytes) -> list[Effect]:
@@ -168,11 +139,19 @@ class HostEnd:
             self._answer(known, effects)
             return
         self.engaged = True
+        ticket = self._watch.heard(command, payload)
+        if self._foreseen is not None and self._follow(self._foreseen, command, payload, effects):
+            return
+        self._forward(command, payload, ticket, effects)
+
+    def _forward(self, command: Command, payload: bytes, ticket: int | None, effects: list[Effect]) -> None:
         if command == Command.SET_TENSOR:
-            self._small_upload(payload, effects)
+            effects += self._uploads.whole(payload)
             return
         if command == Command.SET_TENSOR_HASH:
-            self._hash(payload, effects)
+            known, uploaded = self._uploads.hash(payload)
+            effects += uploaded
+            self._answer(bytes([known]), effects)
             return
         if command == Command.ALLOC_BUFFER:
             self._allocating = int.from_bytes(payload[4:], "little")
@@ -184,7 +163,10 @@ class HostEnd:
                 raise ProtocolError(f"more than {MAX_WAITING} requests at once")
             self._waiting.append(size)
             self._commands.append(command)
-        effects.append(ToWorker(frame(command, payload)))
+        if ticket is not None:
+            effects.append(ToWorker(frame(Link.PASS, TICKET.pack(ticket) + payload)))
+        else:
+            effects.append(ToWorker(frame(command, payload)))
 
     def _known(self, command: Command, payload: bytes) -> bytes | None:
         """The answer, where it is known here."""
@@ -207,6 +189,10 @@ class HostEnd:
                 if base is None:
                     raise ProtocolError("llama-server asked for a buffer that it has not")
                 return base.to_bytes(8, "little")
+            case Command.GET_ALLOC_SIZE:
+                device = self._device(payload)
+                size = tensor_bytes(payload[4 : 4 + TENSOR])
+                return size.to_bytes(8, "little") if device.cpu and size is not None else None
         return None
 
     def _device(self, payload: bytes) -> Device:
@@ -215,74 +201,61 @@ class HostEnd:
             raise ProtocolError(f"llama-server asked for device {number}")
         return self._facts.devices[number]
 
-    # ── uploads ──────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── what was sent ahead ──────────────────────────────────────────────────────────────────────────────────────
 
-    def _hash(self, payload: bytes, effects: list[Effect]) -> None:
-        """llama-server asks whether the data of this hash is there already. It is, if hash and name are known."""
-        name, offset = _name(payload), int.from_bytes(payload[TENSOR : TENSOR + 8], "little")
-        value = int.from_bytes(payload[TENSOR + 8 :], "little")
-        for place in self._weights.whole(name) if offset == 0 else ():
-            if self._hashes.get(name, place) == value:
-                self._refer(payload[:TENSOR] + bytes(9), place, effects)
-                self._answer(b"\x01", effects)
-                return
-        self._asked = (name, offset, value)
-        self._answer(b"\x00", effects)
+    def sent_ahead(self, foreseen: Foreseen) -> bool:
+        """The worker is to be sent this before llama-server says it. `False` if something is under way there."""
+        if self._foreseen is not None or self._waiting or self._client.midway:
+            return False
+        self._foreseen = foreseen
+        return True
 
-    def _small_upload(self, payload: bytes, effects: list[Effect]) -> None:
-        header, data = payload[:SET_HEADER], payload[SET_HEADER:]
-        for place in self._candidates(header, len(data)):
-            if self._weights.read(place, 0, len(data)) == data:
-                self._refer(header, place, effects)
-                return
-        effects.append(ToWorker(frame(Command.SET_TENSOR, _uncached(header) + data)))
+    @property
+    def overdue(self) -> bytes | None:
+        """A frame that fills the hole from here, while llama-server waits for an answer that was foreseen."""
+        foreseen, chain = self._foreseen, self._watch.chain
+        if foreseen is None or chain is None or foreseen.matched < len(foreseen.messages):
+            return None
+        result = chain.result_before(self._watch.place)
+        return None if result is None else frame(Link.FILL, TICKET.pack(foreseen.ticket) + result)
 
-    def _begin_upload(self, start: FrameStart, effects: list[Effect]) -> None:
-        self.engaged = True
-        self._upload = upload = _Upload(start.head, start.size, self._candidates(start.head, start.size))
-        if self._asked is not None and self._asked[:2] == (_name(start.head), _offset(start.head)):
-            upload.hash = self._asked[2]
-        self._asked = None
-        if not upload.candidates:
-            effects.append(ToWorker(_set_head(upload)))
+    def _follow(self, foreseen: Foreseen, command: int, payload: bytes, effects: list[Effect]) -> bool:
+        """Whether llama-server said what was foreseen. If not, all that it said so far is sent now."""
+        expected = foreseen.messages[foreseen.matched] if foreseen.matched < len(foreseen.messages) else None
+        if expected is not None and foreseen.matched == foreseen.hole:
+            result = (
+                self._watch.chain.result_before(self._watch.place) if self._watch.chain is not None else None
+            )
+            expected = (expected[0], expected[1][:SET_HEADER] + (result or b""))
+            foreseen.messages[foreseen.hole] = expected
+        if expected != (command, payload):
+            self._abandon(effects)
+            return False
+        foreseen.matched += 1
+        if foreseen.matched == len(foreseen.messages):
+            self._waiting.append(answer_size(command, payload) or 0)
+            self._commands.append(command)
+            self._deliver(foreseen, effects)
+        return True
 
-    def _go_on(self, piece: FramePiece, effects: list[Effect]) -> None:
-        upload = self._upload
-        assert upload is not None
-        if upload.candidates:
-            self._compare(upload, piece, effects)
-        else:
-            effects.append(ToWorker(piece.data))
-        if piece.last:
-            self._upload = None
+    def _abandon(self, effects: list[Effect]) -> None:
+        foreseen, self._foreseen = self._foreseen, None
+        if foreseen is None:
+            return
+        if self._watch.chain is not None:
+            self._watch.chain.misses += 1
+        effects.append(ToWorker(frame(Link.DROP, TICKET.pack(foreseen.ticket))))
+        for command, payload in foreseen.messages[: foreseen.matched]:
+            effects.append(ToWorker(frame(command, payload)))
 
-    def _compare(self, upload: _Upload, piece: FramePiece, effects: list[Effect]) -> None:
-        equal = [
-            place
-            for place in upload.candidates
-            if self._weights.read(place, upload.position, len(piece.data)) == piece.data
-        ]
-        if not equal:  # what was equal so far comes from the file, for it was not kept
-            effects.append(ToWorker(_set_head(upload)))
-            effects.append(FromFile(upload.candidates[0], upload.position))
-            effects.append(ToWorker(piece.data))
-        elif piece.last:
-            if upload.hash is not None and equal[0] in self._weights.whole(_name(upload.header)):
-                self._hashes.learn(_name(upload.header), equal[0], upload.hash)
-            self._refer(upload.header, equal[0], effects)
-        upload.candidates = equal
-        upload.position += len(piece.data)
-
-    def _candidates(self, header: bytes, size: int) -> list[Place]:
-        if size < LEAST_REFERENCE:
-            return []
-        return list(self._weights.candidates(_name(header), _offset(header), size))
-
-    def _refer(self, header: bytes, place: Place, effects: list[Effect]) -> None:
-        self.references += 1
-        self.spared += place.size
-        reference = REFERENCE.pack(_uncached(header), place.part, place.offset, place.size)
-        effects.append(ToWorker(frame(Link.REFERENCE, reference)))
+    def _deliver(self, foreseen: Foreseen, effects: list[Effect]) -> None:
+        if foreseen.answer is None or foreseen.matched < len(foreseen.messages):
+            return
+        self._foreseen = None
+        if self._watch.chain is not None:
+            self._watch.chain.hit()
+        command, size = self._expect()
+        self._got(command, self._take(foreseen.answer, (command, size)), effects)
 
     # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -300,9 +273,13 @@ class HostEnd:
             case Frame(kind=Reply.LOST):
                 raise ProtocolError(event.payload.decode("utf-8", "replace")[:500])
             case Frame(kind=Reply.ANSWER):
-                payload = self._take(event.payload, self._expect())
-                effects.append(ToClient(answer(payload)))
-                self._release(effects)
+                command, size = self._expect()
+                self._got(command, self._take(event.payload, (command, size)), effects)
+            case Frame(kind=Reply.FORESEEN):
+                foreseen = self._foreseen
+                if foreseen is not None and TICKET.unpack_from(event.payload)[0] == foreseen.ticket:
+                    foreseen.answer = event.payload[TICKET.size :]
+                    self._deliver(foreseen, effects)
             case FrameStart(kind=Reply.ANSWER):
                 _, size = self._expect()
                 if size != event.size:
@@ -337,6 +314,12 @@ class HostEnd:
             raise ProtocolError(f"an answer of {len(payload)} bytes instead of {size}")
         return payload
 
+    def _got(self, command: int, payload: bytes, effects: list[Effect]) -> None:
+        if command == Command.GET_TENSOR and self._watch.chain is not None:
+            self._watch.chain.answered(self._watch.place, payload if len(payload) <= WHOLE else None)
+        effects.append(ToClient(answer(payload)))
+        self._release(effects)
+
     def _release(self, effects: list[Effect]) -> None:
         while self._waiting and isinstance(self._waiting[0], bytes):
             effects.append(ToClient(answer(self._waiting.popleft())))  # type: ignore[arg-type]
@@ -350,21 +333,6 @@ def supported(protocol: tuple[int, int, int]) -> bool:
 def _check_reply(kind: int, size: int) -> None:
     if kind == Reply.ANSWER or (kind == Reply.LOST and size <= 4096):
         return
+    if kind == Reply.FORESEEN and TICKET.size <= size <= WHOLE + TICKET.size:
+        return
     raise ProtocolError(f"a reply {kind} of {size} bytes")
-
-
-def _name(header: bytes) -> bytes:
-    return header[228:292].split(b"\0", 1)[0]
-
-
-def _offset(header: bytes) -> int:
-    return int.from_bytes(header[TENSOR + 1 : SET_HEADER], "little")
-
-
-def _uncached(header: bytes) -> bytes:
-    """The header with `cache_flag` 0: nothing is to stay behind on the worker."""
-    return header[:TENSOR] + b"\0" + header[TENSOR + 1 :]
-
-
-def _set_head(upload: _Upload) -> bytes:
-    return frame_head(Command.SET_TENSOR, SET_HEADER + upload.size) + _uncached(upload.header)

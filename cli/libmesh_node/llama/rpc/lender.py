@@ -9,10 +9,8 @@ from __future__ import annotations
 import logging
 import os
 import select
-import socket
-import struct
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,20 +20,15 @@ import trio
 from libmesh import Stream
 from libmesh_node.errors import NodeError
 from libmesh_node.llama.engine import Binary
-from libmesh_node.llama.process import GuardedProcess, Lines, open_guarded
 from libmesh_node.llama.rpc.frames import (
-    HELLO_ANSWER,
-    Command,
-    Frame,
-    FrameParser,
+    TOKEN,
     Link,
     ProtocolError,
     Reply,
     frame,
 )
-from libmesh_node.llama.rpc.host import Device, WorkerFacts
+from libmesh_node.llama.rpc.fresh import START_LIMIT, ask_facts, fresh_rpc_server
 from libmesh_node.llama.rpc.opening import (
-    MAX_DEVICES,
     MAX_MESSAGE,
     Protocol,
     Refusal,
@@ -45,19 +38,16 @@ from libmesh_node.llama.rpc.opening import (
     protocol_mismatch,
 )
 from libmesh_node.llama.rpc.outbox import Outbox, SocketSink
+from libmesh_node.llama.rpc.passing import Passer, receive_results
 from libmesh_node.llama.rpc.weights import Place, Weights, open_weights
-from libmesh_node.llama.rpc.worker import Effect, FileToServer, ToHost, ToServer, WorkerEnd
+from libmesh_node.llama.rpc.worker import Effect, FileToServer, Push, ToHost, ToServer, WorkerEnd
 from libmesh_node.llama.server import child_environment
-from libmesh_node.llama.supervisor import free_port
 from libmesh_node.snapshot import Process
 
 log = logging.getLogger(__name__)
 
 ASK_LIMIT = 10.0
 """Seconds that a host has for its first frame, and for each further one once it has begun."""
-
-START_LIMIT = 30.0
-"""Seconds until rpc-server has started and told of its devices. Builds for GPUs initialise those first."""
 
 MAX_SESSIONS = 16
 
@@ -85,6 +75,7 @@ class Lender:
         device: for rpc-server's `--device`; `None` for its choice.
         cpu: rpc-server computes on the processor.
         on_change: called when a session began or ended.
+        open_stream: to another worker's lender, by its peer id, to pass results on; `None`: nothing is passed on.
 
     Attributes:
         models: by digest.
@@ -99,7 +90,11 @@ class Lender:
         device: str | None = None,
         cpu: bool = True,
         on_change: Callable[[], None] = lambda: None,
+        open_stream: Callable[[str], Awaitable[Stream]] | None = None,
     ) -> None:
+        self._open_stream = open_stream
+        self._opened = trio.Event()
+        self._fillable: dict[bytes, tuple[str, _Session]] = {}
         self.models: dict[str, LentModel] = {}
         self._binary, self._memory, self._device, self._cpu = binary, memory, device, cpu
         self._environment = child_environment(environment)
@@ -120,6 +115,9 @@ class Lender:
         """One session, from its first frame to its end. Never raises for what the host does."""
         try:
             request, rest = await _receive_request(stream)
+            if isinstance(request, bytes):
+                await self._be_filled(stream, request, rest)
+                return
         except (ProtocolError, trio.BrokenResourceError) as exc:
             log.info("the peer %s asked for a session and made no sense: %s", stream.peer, exc)
             stream.reset()
@@ -166,9 +164,10 @@ class Lender:
         self, stream: Stream, request: SessionRequest, rest: bytes, model: LentModel, token: object
     ) -> None:
         with open_weights(model.parts) as weights:
-            async with self._rpc_server() as (child, sock, port):
+            server = fresh_rpc_server(self._binary, self._environment, self._device)
+            async with server as (child, sock, port):
                 with trio.fail_after(START_LIMIT):
-                    facts = await _ask(sock, request.memory_bytes, cpu=self._cpu)
+                    facts = await ask_facts(sock, request.memory_bytes, cpu=self._cpu)
                 granted, process = self._sessions[token]
                 running = replace(process, pid=child.pid, port=port, status="ready")
                 self._sessions[token] = granted, running
@@ -179,23 +178,28 @@ class Lender:
                 if not await _say(stream, frame(Reply.OPENED, encode_answer(facts)), last=False):
                     return
                 end = WorkerEnd(granted, len(facts.devices), weights.holds)
-                reason = await _Session(stream, sock, end, weights).run(rest)
+                session = _Session(stream, sock, end, weights)
+                if self._open_stream is not None and request.next:
+                    session.passer = Passer(partial(self._open_stream, request.next), request.next_token)
+                if request.token:
+                    self._fillable[request.token] = request.previous, session
+                    self._opened.set()
+                    self._opened = trio.Event()
+                try:
+                    reason = await session.run(rest)
+                finally:
+                    self._fillable.pop(request.token, None)
                 log.info("no longer working for the peer %s on %s: %s", stream.peer, model.name, reason)
 
-    @asynccontextmanager
-    async def _rpc_server(self) -> AsyncIterator[tuple[GuardedProcess, trio.SocketStream, int]]:
-        """A fresh rpc-server and the one connection to it."""
-        port = free_port()
-        argv = [str(self._binary.path), "-H", "127.0.0.1", "-p", str(port)]
-        if self._device is not None:
-            argv += ["-d", "CPU" if self._device.lower() == "cpu" else self._device]
-        async with open_guarded(argv, environment=self._environment) as child, trio.open_nursery() as nursery:
-            nursery.start_soon(_drain, child)
-            with trio.fail_after(START_LIMIT):
-                sock = await _connect(child, port)
-            async with sock:
-                yield child, sock, port
-            nursery.cancel_scope.cancel()
+    async def _be_filled(self, stream: Stream, token: bytes, data: bytes) -> None:
+        """A stream from the worker before one of ours: results for the holes of that session, which may still be starting."""
+        with trio.move_on_after(ASK_LIMIT):
+            while token not in self._fillable:
+                await self._opened.wait()
+        previous, session = self._fillable.get(token, ("", None))
+        if session is None or stream.peer != previous:
+            raise ProtocolError("it knows no session here")
+        await receive_results(stream, data, session.fill)
 
 
 class _Session:
@@ -205,11 +209,14 @@ class _Session:
         self._stream, self._sock, self._end, self._weights = stream, sock, end, weights
         self._to_host, self._to_server = Outbox(stream), Outbox(SocketSink(sock))
         self._reason = "the host has ended it"
+        self.passer: Passer | None = None
 
     async def run(self, first: bytes) -> str:
         """Run until either side ends. Returns why it ended; the host has been told if the fault was on this side."""
         tasks = (self._to_host.run, self._to_server.run, self._from_server, partial(self._from_host, first))
         async with trio.open_nursery() as nursery:
+            if self.passer is not None:
+                nursery.start_soon(self.passer.run)
             for task in tasks:
                 nursery.start_soon(self._guarded, task, nursery.cancel_scope)
         return self._reason
@@ -245,9 +252,16 @@ class _Session:
             await self._to_host.room()
         raise ProtocolError("the worker's rpc-server has ended")
 
+    def fill(self, ticket: int, data: bytes) -> None:
+        """The worker before this one has a result. Raises `ProtocolError`."""
+        self._apply(self._end.fill(ticket, data))
+
     def _apply(self, effects: list[Effect]) -> None:
         for effect in effects:
             match effect:
+                case Push(ticket, data):
+                    if self.passer is not None:
+                        self.passer.put(ticket, data)
                 case ToServer(data):
                     self._to_server.put(data)
                 case FileToServer(place):
@@ -281,28 +295,25 @@ def _send_file(sock: int, file: int, offset: int, size: int) -> None:
         offset += sent
 
 
-async def _receive_request(stream: Stream) -> tuple[SessionRequest, bytes]:
-    """The first frame, and what came behind it. Raises `ProtocolError`, or as the stream does."""
-
-    def check(kind: int, size: int) -> None:
-        if kind != Link.OPEN or size > MAX_MESSAGE:
-            raise ProtocolError("its first frame is no request for a session")
-
-    parser, data = FrameParser(check, {}), b""
+async def _receive_request(stream: Stream) -> tuple[SessionRequest | bytes, bytes]:
+    """The first frame, and what came behind it; of another worker its token. Raises `ProtocolError`, or as the stream."""
+    data = b""
     with trio.move_on_after(ASK_LIMIT):
-        while True:
+        while len(data) < 9 or len(data) < 9 + _first_size(data):
             received = await stream.receive_some(MAX_MESSAGE)
             if not received:
                 raise ProtocolError("it ended before it asked")
             data += received
-            size = 9 + int.from_bytes(data[1:9], "little") if len(data) >= 9 else None
-            events = parser.feed(data[:size]) if size is not None and len(data) >= size else ()
-            if events:
-                assert isinstance(events[0], Frame)
-                return decode_request(events[0].payload), data[size:]
-            if len(data) > MAX_MESSAGE + 9:
-                raise ProtocolError("its first frame is no request for a session")
+        end = 9 + _first_size(data)
+        return data[9:end] if data[0] == Link.PUSH_OPEN else decode_request(data[9:end]), data[end:]
     raise ProtocolError(f"it did not ask within {ASK_LIMIT:g} s")
+
+
+def _first_size(data: bytes) -> int:
+    kind, size = data[0], int.from_bytes(data[1:9], "little")
+    if not (kind == Link.OPEN and size <= MAX_MESSAGE) and not (kind == Link.PUSH_OPEN and size == TOKEN):
+        raise ProtocolError("its first frame is no request for a session")
+    return size
 
 
 async def _say(stream: Stream, data: bytes, *, last: bool = True) -> bool:
@@ -317,55 +328,6 @@ async def _say(stream: Stream, data: bytes, *, last: bool = True) -> bool:
         return True
     stream.reset()
     return False
-
-
-async def _drain(child: GuardedProcess) -> None:
-    lines = Lines(child.output)
-    while (line := await lines.receive()) is not None:
-        log.debug("rpc-server: %s", line)
-
-
-async def _connect(child: GuardedProcess, port: int) -> trio.SocketStream:
-    while True:
-        try:
-            sock = await trio.open_tcp_stream("127.0.0.1", port)
-        except OSError:
-            with trio.move_on_after(0.01):
-                status = await child.wait()
-                raise ProtocolError(f"the worker's rpc-server ended with {status} at once") from None
-        else:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return sock
-
-
-async def _ask(sock: trio.SocketStream, granted: int, *, cpu: bool) -> WorkerFacts:
-    """Say HELLO and learn of the devices. Their free memory is what was granted, shared in their proportion."""
-    hello = await _exchange(sock, Command.HELLO, bytes(24))
-    major, minor, patch, _ = HELLO_ANSWER.unpack(hello)
-    (count,) = struct.unpack("<I", await _exchange(sock, Command.DEVICE_COUNT))
-    if not 1 <= count <= MAX_DEVICES:
-        raise ProtocolError(f"rpc-server has {count} devices")
-    devices = []
-    for number in range(count):
-        which = struct.pack("<I", number)
-        (alignment,) = struct.unpack("<Q", await _exchange(sock, Command.GET_ALIGNMENT, which))
-        (max_size,) = struct.unpack("<Q", await _exchange(sock, Command.GET_MAX_SIZE, which))
-        free, total = struct.unpack("<QQ", await _exchange(sock, Command.GET_DEVICE_MEMORY, which))
-        devices.append(Device(alignment, max_size, free, total, cpu))
-    whole = sum(device.free for device in devices) or 1
-    shared = (replace(device, free=min(device.free, granted * device.free // whole)) for device in devices)
-    return WorkerFacts((major, minor, patch), tuple(shared))
-
-
-async def _exchange(sock: trio.SocketStream, command: Command, payload: bytes = b"") -> bytes:
-    await sock.send_all(frame(command, payload))
-    data = b""
-    while len(data) < 8 or len(data) < 8 + int.from_bytes(data[:8], "little"):
-        received = await sock.receive_some(4096)
-        if not received or len(data) > MAX_MESSAGE:
-            raise ProtocolError(f"rpc-server does not answer command {int(command)} as it should")
-        data += received
-    return data[8:]
 
 
 def _numbers(protocol: str | None) -> Protocol:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from libmesh_node._pb import rpc_pb2 as pb
-from libmesh_node.llama.rpc.frames import MAJOR, ProtocolError
-from libmesh_node.llama.rpc.host import Device, WorkerFacts
+from libmesh_node.llama.rpc.facts import Device, WorkerFacts
+from libmesh_node.llama.rpc.frames import MAJOR, TOKEN, ProtocolError
 
 MAX_MESSAGE = 4096
 """Bytes of either message."""
@@ -32,6 +32,10 @@ class SessionRequest:
     memory_bytes: int
     protocol: Protocol
     model: str = ""
+    token: bytes = b""
+    previous: str = ""
+    next: str = ""
+    next_token: bytes = b""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,10 @@ def encode_request(request: SessionRequest) -> bytes:
         memory_bytes=request.memory_bytes,
         rpc_protocol=_text(request.protocol),
         model=request.model[:_MAX_TEXT],
+        token=request.token,
+        previous=request.previous,
+        next=request.next,
+        next_token=request.next_token,
     )
     return message.SerializeToString(deterministic=True)
 
@@ -59,11 +67,17 @@ def decode_request(data: bytes) -> SessionRequest:
     _parse(message, data)
     if not re.fullmatch(r"[0-9a-f]{64}", message.digest):
         raise ProtocolError("a digest that is none")
+    if any(len(token) not in (0, TOKEN) for token in (message.token, message.next_token)):
+        raise ProtocolError("a token that is none")
     return SessionRequest(
         digest=message.digest,
         memory_bytes=message.memory_bytes,
         protocol=read_protocol(message.rpc_protocol),
         model=_clean(message.model),
+        token=message.token,
+        previous=_clean(message.previous),
+        next=_clean(message.next),
+        next_token=message.next_token,
     )
 
 

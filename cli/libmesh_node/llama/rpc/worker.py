@@ -15,9 +15,13 @@ from dataclasses import dataclass
 
 from libmesh_node.llama.rpc.armour import Armour
 from libmesh_node.llama.rpc.frames import (
+    AHEAD,
+    MAX_AHEAD,
     REFERENCE,
     SET_HEADER,
     TENSOR,
+    TICKET,
+    WHOLE,
     Command,
     Event,
     Frame,
@@ -36,6 +40,9 @@ from libmesh_node.llama.rpc.weights import Place
 
 MAX_WAITING = 1024
 """Requests of one session without an answer yet."""
+
+MAX_TICKETS = 4
+"""Of what was sent ahead and waits, and of results that wait for it. A host sends one and waits."""
 
 ALLOWED = frozenset(
     {
@@ -76,16 +83,42 @@ class ToHost:
     data: bytes
 
 
-Effect = ToServer | FileToServer | ToHost
+@dataclass(frozen=True, slots=True)
+class Push:
+    """Send this result to the next worker, which holds `ticket` for it."""
+
+    ticket: int
+    data: bytes
+
+
+Effect = ToServer | FileToServer | ToHost | Push
 
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    """An answer that rpc-server owes; `asked`: the size of an allocation."""
+    """An answer that rpc-server owes.
+
+    Attributes:
+        asked: the size of an allocation.
+        foreseen: the ticket, if it answers what was sent ahead.
+        passed_on: the next worker's ticket, if that gets it too.
+    """
 
     command: int
     size: int
     asked: int | None = None
+    foreseen: int = 0
+    passed_on: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Ahead:
+    """Requests that wait for what belongs into their hole; `following` is the next worker's ticket for the answer."""
+
+    following: int
+    hole: int
+    size: int
+    body: bytes
 
 
 class WorkerEnd:
@@ -106,6 +139,10 @@ class WorkerEnd:
         self._allocation: tuple[int, bytes] | None = (
             None  # what was asked, and the answer that still lacks its base
         )
+
+        self._ahead: dict[int, _Ahead] = {}
+        self._done: deque[int] = deque(maxlen=4 * MAX_TICKETS)
+        self._early: dict[int, bytes] = {}  # results that came before their hole
 
     @property
     def midway(self) -> bool:
@@ -133,11 +170,71 @@ class WorkerEnd:
             self._reply(event, effects)
         return effects
 
-    def _request(self, kind: int, payload: bytes, effects: list[Effect]) -> None:
+    def fill(self, ticket: int, data: bytes) -> list[Effect]:
+        """What belongs into the hole of what was sent ahead as `ticket`, from the worker before or from the host.
+
+        Carries it out. The second time, or for a ticket that is not known and finds no room to wait, nothing happens.
+        """
+        ahead = self._ahead.pop(ticket, None)
+        if ahead is None:
+            if len(self._early) < MAX_TICKETS and ticket not in self._done:
+                self._early[ticket] = data
+            return []
+        if len(data) != ahead.size:
+            raise ProtocolError(f"{len(data)} bytes for a hole of {ahead.size}")
+        self._finish(ticket)
+        body = ahead.body[: ahead.hole] + data + ahead.body[ahead.hole + ahead.size :]
+        effects: list[Effect] = []
+        for event in FrameParser(_check_ahead, {}).feed(body):
+            assert isinstance(event, Frame)
+            self._request(event.kind, event.payload, effects, foreseen=ticket, passed_on=ahead.following)
+        return effects
+
+    def _finish(self, ticket: int) -> None:
+        self._done.append(ticket)
+        self._early.pop(ticket, None)
+
+    def _send_ahead(self, payload: bytes) -> list[Effect]:
+        if len(payload) < AHEAD.size or len(self._ahead) >= MAX_TICKETS:
+            raise ProtocolError("more was sent ahead than may wait")
+        ticket, following, hole, size = AHEAD.unpack_from(payload)
+        body = payload[AHEAD.size :]
+        parser = FrameParser(_check_ahead, {})
+        kinds = [event.kind for event in parser.feed(body) if isinstance(event, Frame)]
+        if parser.midway or kinds.count(Command.GET_TENSOR) != 1 or kinds[-1] != Command.GET_TENSOR:
+            raise ProtocolError("what was sent ahead does not end with one question")
+        if hole + size > len(body):
+            raise ProtocolError("a hole beyond what was sent ahead")
+        self._ahead[ticket] = _Ahead(following, hole, size, body)
+        early = self._early.pop(ticket, None)
+        return [] if early is None else self.fill(ticket, early)
+
+    def _between(self, kind: int, payload: bytes, effects: list[Effect]) -> bool:
+        """Handle what the host's end says on its own account. Whether it was that."""
+        match kind:
+            case Link.REFERENCE:
+                self._refer(payload, effects)
+            case Link.PASS:
+                (ticket,) = TICKET.unpack_from(payload)
+                self._request(Command.GET_TENSOR, payload[TICKET.size :], effects, passed_on=ticket)
+            case Link.AHEAD:
+                effects += self._send_ahead(payload)
+            case Link.FILL:
+                effects += self.fill(TICKET.unpack_from(payload)[0], payload[TICKET.size :])
+            case Link.DROP:
+                (ticket,) = TICKET.unpack_from(payload)
+                self._ahead.pop(ticket, None)
+                self._finish(ticket)
+            case _:
+                return False
+        return True
+
+    def _request(
+        self, kind: int, payload: bytes, effects: list[Effect], *, foreseen: int = 0, passed_on: int = 0
+    ) -> None:
         if self._allocation is not None or (self._expected and self._expected[-1].asked is not None):
             raise ProtocolError("a request while a buffer is being allocated")
-        if kind == Link.REFERENCE:
-            self._refer(payload, effects)
+        if self._between(kind, payload, effects):
             return
         if kind == Command.ALLOC_BUFFER:
             self._allocate(payload, effects)
@@ -147,7 +244,7 @@ class WorkerEnd:
         if size is not None:
             if len(self._expected) >= MAX_WAITING:
                 raise ProtocolError(f"more than {MAX_WAITING} requests at once")
-            self._expected.append(_Expected(kind, size))
+            self._expected.append(_Expected(kind, size, foreseen=foreseen, passed_on=passed_on))
         effects.append(ToServer(frame(kind, payload)))
 
     def _check_request(self, kind: int, payload: bytes) -> None:
@@ -211,10 +308,17 @@ class WorkerEnd:
                     self._allocated(expected, event.payload, effects)
                 elif self._allocation is not None:
                     self._based(_u64(event.payload, 0), effects)
+                elif expected.foreseen:
+                    effects.append(
+                        ToHost(frame(Reply.FORESEEN, TICKET.pack(expected.foreseen) + event.payload))
+                    )
                 else:
                     effects.append(ToHost(frame(Reply.ANSWER, event.payload)))
+                if expected.passed_on:
+                    effects.append(Push(expected.passed_on, event.payload))
             case FrameStart():
-                self._expected.popleft()
+                if self._expected.popleft().foreseen:
+                    raise ProtocolError("what was sent ahead has a large answer")
                 effects.append(ToHost(frame_head(Reply.ANSWER, event.size)))
             case FramePiece():
                 effects.append(ToHost(event.data))
@@ -237,8 +341,26 @@ class WorkerEnd:
         effects.append(ToHost(frame(Reply.ANSWER, payload + base.to_bytes(8, "little"))))
 
 
+_LINK_SIZES = {
+    Link.REFERENCE: (REFERENCE.size, REFERENCE.size),
+    Link.PASS: (TICKET.size + TENSOR + 16, TICKET.size + TENSOR + 16),
+    Link.AHEAD: (AHEAD.size, MAX_AHEAD),
+    Link.FILL: (TICKET.size, TICKET.size + WHOLE),
+    Link.DROP: (TICKET.size, TICKET.size),
+}
+
+
+def _check_ahead(kind: int, size: int) -> None:
+    if kind not in (Command.SET_TENSOR, Command.GET_TENSOR, Command.GRAPH_RECOMPUTE) or size > MAX_AHEAD:
+        raise ProtocolError(f"a command {kind} that cannot be sent ahead")
+    check_request(kind, size)
+
+
 def _check(kind: int, size: int) -> None:
-    if kind == Link.REFERENCE and size == REFERENCE.size:
+    if kind in _LINK_SIZES:
+        least, most = _LINK_SIZES[Link(kind)]
+        if not least <= size <= most:
+            raise ProtocolError(f"a word of {size} bytes between the ends")
         return
     if kind not in ALLOWED:
         raise ProtocolError(f"a command {kind}, which no host needs")
