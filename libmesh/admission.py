@@ -16,6 +16,7 @@ from libmesh import hello, syncing
 from libmesh.core import membership_io as io
 from libmesh.core.credentials import Credential
 from libmesh.core.membership import Membership
+from libmesh.core.ways import ip_of
 from libmesh.errors import AdmissionRefused, MeshError, PeerUnreachable, ServiceRefused
 from libmesh.net.base import Network, Stream
 from libmesh.peers import Path, PeerId, PeerState, PeerView
@@ -32,12 +33,15 @@ class AdmissionConfig:
         hello_limit: how long a hello may take, and how long a stranger may stay without one.
         seek_min, seek_max: between attempts to reach our invite's contacts while we know nobody; doubling.
         max_followers: peers that only follow and are connected to this one; more are refused as "busy", and go elsewhere.
+        offline: dial only addresses of private networks, and those that our invite named. What others announce beyond
+            that is passed over, and so are names, which somebody would have to be asked about.
     """
 
     hello_limit: float = 10.0
     seek_min: float = 0.5
     seek_max: float = 30.0
     max_followers: int = 1024
+    offline: bool = False
 
 
 class Admission:
@@ -105,10 +109,16 @@ class Admission:
         """Whether any peer is connected and admitted."""
         return bool(self._admitted)
 
-    def add_contacts(self, contacts: Sequence[tuple[PeerId, tuple[str, ...]]]) -> None:
-        """Remember ways into the mesh."""
+    def allowed(self, peer: PeerId, addresses: Sequence[str]) -> tuple[str, ...]:
+        """Those of a peer's addresses that may be dialled: all, unless this node is offline."""
+        given = self._contacts.get(peer, ())
+        return tuple(a for a in addresses if not self._config.offline or a in given or _is_local(a))
+
+    def add_contacts(self, contacts: Sequence[tuple[PeerId, tuple[str, ...]]], *, given: bool = True) -> None:
+        """Remember ways into the mesh. `given`: by a person, so that they may be dialled whatever they are."""
         for peer, addresses in contacts:
             if peer != self._network.peer:
+                addresses = addresses if given else self.allowed(peer, addresses)
                 self._contacts[peer] = addresses
                 self._tell(io.ContactNamed(peer, addresses))
         self._lonely.set()
@@ -154,7 +164,7 @@ class Admission:
         lock = self._connecting.setdefault(peer, trio.Lock())
         try:
             async with lock:
-                await self._find_path(peer, addresses)
+                await self._find_path(peer, self.allowed(peer, addresses))
                 if peer not in self._admitted:
                     await self._say_hello(peer)
         finally:
@@ -276,3 +286,8 @@ class Admission:
             except MeshError as exc:
                 log.log(logging.DEBUG if str(exc) == told else logging.INFO, "still alone: %s", exc)
                 told = str(exc)
+
+
+def _is_local(address: str) -> bool:
+    ip = ip_of(address)
+    return ip is not None and not ip.is_global

@@ -122,7 +122,7 @@ class Inviting:
     def _peer_named(self, name: str) -> tuple[PeerId, str]:
         matches = [
             (peer.peer, decode_status(peer.attributes).hostname or peer.peer)
-            for peer in self._mesh.view.peers
+            for peer in (*self._mesh.view.peers, *self._mesh.view.followers)
             if name == peer.peer
             or (len(name) >= 4 and peer.peer.endswith(name))
             or name == decode_status(peer.attributes).hostname

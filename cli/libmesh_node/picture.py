@@ -27,8 +27,9 @@ Admissions = Callable[[PeerId], tuple[tuple[str, ...], int | None] | None]
 
 
 def peers(view: View, admission_of: Admissions) -> tuple[Peer, ...]:
-    """The other nodes, as status shows them, sorted by id. The forgotten are not among them."""
-    return tuple(_peer(entry, *(admission_of(entry.peer) or ((), None))) for entry in view.peers)
+    """The other nodes, as status shows them, sorted by id: those that only follow us, too, but not the forgotten."""
+    known = sorted((*view.peers, *view.followers), key=lambda entry: entry.peer)
+    return tuple(_peer(entry, *(admission_of(entry.peer) or ((), None))) for entry in known)
 
 
 def models(own: Sequence[tuple[AnnouncedModel, Server | None]], others: ModelsByName) -> tuple[Model, ...]:

@@ -34,7 +34,7 @@ def usage_error(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--clinet"], "did you mean --client?"),
+        (["--clinet"], "did you mean --client"),
         (["--modle", "x"], "did you mean --model?\n"),
         (["--mod", "x"], "did you mean --model?"),
         (["stauts"], "did you mean status?"),
