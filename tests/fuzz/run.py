@@ -1,7 +1,7 @@
 """Fuzz one target with atheris (`make fuzz`, or `pip install atheris`): libFuzzer, guided by coverage.
 
     python tests/fuzz/run.py TARGET --seconds 600      what it finds stays in .fuzz/TARGET; a crash in .fuzz/crash-*
-    python tests/fuzz/run.py TARGET --keep             distil .fuzz/TARGET into tests/fuzz/corpus/TARGET
+    python tests/fuzz/run.py TARGET --keep             distil .fuzz/TARGET into tests/fuzz/corpus/TARGET.txt
     python tests/fuzz/run.py TARGET --replay FILE …    run inputs once, without a fuzzer
     python tests/fuzz/run.py --list
 
@@ -11,18 +11,18 @@ The tests replay the corpus on every run (`test_corpus.py`).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import logging
-import shutil
 import subprocess
 import sys
 import tempfile
+from itertools import accumulate
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 FOUND = ROOT / ".fuzz"
-CORPUS = HERE / "corpus"
-KEPT_BYTES = 9000
+KEPT_BYTES = 7000
 """Of each target's distilled corpus; the smallest inputs first."""
 
 sys.path[0] = str(ROOT)  # instead of this folder
@@ -69,15 +69,14 @@ def _fuzz(name: str, seconds: int, program: str, flags: list[str] | None) -> Non
     except ImportError:
         sys.exit("atheris is not installed: run `make fuzz`, or `pip install atheris`")
     with atheris.instrument_imports(include=["libmesh", "libmesh_node"]):
-        from tests.fuzz.targets import TARGETS
+        from tests.fuzz.targets import TARGETS, kept_inputs
     target = TARGETS[name]
     work = FOUND / name
     work.mkdir(parents=True, exist_ok=True)
     if flags is None:
-        for number, data in enumerate(target.seeds()):
-            (work / f"seed-{number}").write_bytes(data)
-        corpora = [str(folder) for folder in (work, CORPUS / name) if folder.is_dir()]
-        flags = [f"-max_total_time={seconds}", "-print_final_stats=1", "-len_control=20", *corpora]
+        for data in (*target.seeds(), *kept_inputs(name)):
+            (work / hashlib.sha1(data, usedforsecurity=False).hexdigest()).write_bytes(data)
+        flags = [f"-max_total_time={seconds}", "-print_final_stats=1", "-len_control=20", str(work)]
     limits = [f"-max_len={target.longest}", "-timeout=60", "-rss_limit_mb=2048"]
 
     def check(data: bytes) -> None:
@@ -89,6 +88,8 @@ def _fuzz(name: str, seconds: int, program: str, flags: list[str] | None) -> Non
 
 def _keep(name: str) -> None:
     """Merge by coverage. libFuzzer starts its own program again and again for that, so it gets one."""
+    from tests.fuzz.targets import keep_inputs
+
     with tempfile.TemporaryDirectory() as folder:
         program, distilled = Path(folder) / "fuzz", Path(folder) / "distilled"
         program.write_text(
@@ -96,20 +97,16 @@ def _keep(name: str) -> None:
         )
         program.chmod(0o755)
         distilled.mkdir()
-        inputs = [str(path) for path in (FOUND / name, CORPUS / name) if path.is_dir()]
         command = [sys.executable, __file__, name, "--program", str(program), "--flags", "-merge=1"]
-        subprocess.run([*command, str(distilled), *inputs], check=True, capture_output=True, timeout=1800)
-        found = sorted(distilled.iterdir(), key=lambda path: (path.stat().st_size, path.name))
-        shutil.rmtree(CORPUS / name, ignore_errors=True)
-        (CORPUS / name).mkdir(parents=True)
-        size = kept = 0
-        for path in found:
-            size += path.stat().st_size
-            if size > KEPT_BYTES:
-                break
-            kept += 1
-            shutil.copy(path, CORPUS / name / path.name[:12])
-    print(f"{name}: kept {kept} of {len(found)} inputs")  # noqa: T201
+        subprocess.run(
+            [*command, str(distilled), str(FOUND / name)], check=True, capture_output=True, timeout=1800
+        )
+        found = sorted(
+            (path.read_bytes() for path in distilled.iterdir()), key=lambda data: (len(data), data)
+        )
+    kept = [data for data, size in zip(found, accumulate(map(len, found)), strict=True) if size <= KEPT_BYTES]
+    keep_inputs(name, kept)
+    print(f"{name}: kept {len(kept)} of {len(found)} inputs")  # noqa: T201
 
 
 if __name__ == "__main__":
