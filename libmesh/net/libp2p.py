@@ -16,6 +16,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppres
 from dataclasses import dataclass
 
 import trio
+from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
@@ -123,6 +124,8 @@ class Libp2pNetwork(Network):
             addrs_factory=lambda _: [Multiaddr(address) for address in self.addresses()],
             disable_identify_address_discovery=True,
         )
+        for protocol in self._server.handlers:  # libp2p's own, so far: identify tells of them, and others ask first
+            self._host.multiselect.add_handler(TProtocol(protocol), None)
         self._swarm.set_stream_handler(self._server.serve_handed_over)
         self._gossip = Gossip(self._host, self._deliver)
         self._me = PeerId(str(self._host.get_id()))
