@@ -3,6 +3,7 @@
 It offers the service `echo`. The first line that it says is its id, with an invite if it holds the mesh's key. Orders:
 
     {"id": 1, "do": "connect", "peer": ID}      from nothing: seconds to the first byte back, and the path's kind then
+    {"id": 4, "do": "echo", "peer": ID}         the same, over the path that there is
     {"id": 2, "do": "path", "peer": ID}         the path now
     {"id": 3, "do": "state"}                    its addresses and how others reach it
 """
@@ -94,13 +95,9 @@ async def act(mesh: Mesh, order: dict[str, Any]) -> dict[str, Any]:
         case "connect":
             peer = PeerId(order["peer"])
             await mesh._driver.network.disconnect(peer)
-            start = trio.current_time()
-            stream = await mesh.open_service(peer, ECHO)
-            await stream.send_all(b"?")
-            await stream.receive_some(1)
-            seconds = trio.current_time() - start
-            await stream.aclose()
-            return {"first_byte": seconds, **path_to(mesh, peer)}
+            return await ask_echo(mesh, peer)
+        case "echo":
+            return await ask_echo(mesh, PeerId(order["peer"]))
         case "path":
             return path_to(mesh, PeerId(order["peer"]))
         case "state":
@@ -113,6 +110,20 @@ async def act(mesh: Mesh, order: dict[str, Any]) -> dict[str, Any]:
                 "peers": len(mesh.view.peers),
             }
     raise MeshError(f"unknown order {order}")
+
+
+async def ask_echo(mesh: Mesh, peer: PeerId) -> dict[str, Any]:
+    """One byte there and back."""
+    start = trio.current_time()
+    with trio.move_on_after(10):
+        stream = await mesh.open_service(peer, ECHO)
+        try:
+            await stream.send_all(b"?")
+            if await stream.receive_some(1) == b"?":
+                return {"first_byte": trio.current_time() - start, **path_to(mesh, peer)}
+        finally:
+            stream.reset()
+    return {"error": "no echo within 10 s"}
 
 
 def path_to(mesh: Mesh, peer: PeerId) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""What happens to networks: routers reboot, addresses change, cables are pulled, relays are killed. All comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
+
+import pytest
+
+from tests.netlab.crowd import Forks, LabPeer
+from tests.netlab.lab import Host, Kind, Lab
+
+pytestmark = pytest.mark.slow
+
+DELAY = 0.01
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def start(stack: ExitStack, forks: Forks, lab: Lab, host: Host, **options: object) -> LabPeer:
+    return stack.enter_context(closing(LabPeer(forks, host, lab.folder, **options))).up()  # type: ignore[arg-type]
+
+
+def reaches(one: LabPeer, other: LabPeer, *kinds: str) -> None:
+    """Wait until a byte comes back over a path of one of these kinds."""
+    one.until("echo", lambda answer: "error" not in answer and answer["kind"] in kinds, peer=other.id)
+
+
+def test_a_mapping_comes_back_after_the_router_s_reboot(lab: Lab, forks: Forks, stack: ExitStack) -> None:
+    office, home = lab.site(Kind.PUBLIC, delay=DELAY), lab.site(Kind.UPNP, delay=DELAY)
+    founder = start(stack, forks, lab, office.host, relay=True)
+    member = start(stack, forks, lab, home.host, invite=founder.invite)
+    member.until("state", lambda state: state["standing"] == "public")
+    home.reboot()
+    reaches(member, founder, "direct")
+    outsider = start(stack, forks, lab, lab.site(Kind.SYMMETRIC, delay=DELAY).host, invite=founder.invite)
+    reaches(outsider, member, "direct")
+
+
+@pytest.mark.parametrize("kind", [Kind.CONE, Kind.PUBLIC])
+def test_after_a_change_of_address_all_is_connected_again(
+    lab: Lab, forks: Forks, stack: ExitStack, kind: Kind
+) -> None:
+    office, home = lab.site(Kind.PUBLIC, delay=DELAY), lab.site(kind, delay=DELAY)
+    founder = start(stack, forks, lab, office.host, relay=True)
+    member = start(stack, forks, lab, home.host, invite=founder.invite)
+    reaches(founder, member, "direct", "punched")
+    home.renumber()
+    reaches(founder, member, "direct", "punched")
+    reaches(member, founder, "direct", "punched")
+
+
+def test_a_cable_that_was_pulled_and_put_back_is_a_pause_only(
+    lab: Lab, forks: Forks, stack: ExitStack
+) -> None:
+    office, home = lab.site(Kind.PUBLIC, delay=DELAY), lab.site(Kind.CONE, delay=DELAY)
+    founder = start(stack, forks, lab, office.host, relay=True)
+    member = start(stack, forks, lab, home.host, invite=founder.invite)
+    reaches(founder, member, "direct")
+    home.cable.cut()
+    founder.until("path", lambda path: path["kind"] is None, peer=member.id)
+    home.cable.restore()
+    reaches(member, founder, "direct")
+    reaches(founder, member, "direct")
+
+
+def test_a_relay_that_dies_is_replaced_by_another(lab: Lab, forks: Forks, stack: ExitStack) -> None:
+    offices = [lab.site(Kind.PUBLIC, delay=DELAY) for _ in range(2)]
+    homes = [lab.site(Kind.SYMMETRIC, delay=DELAY) for _ in range(2)]
+    first = start(stack, forks, lab, offices[0].host, relay=True)
+    start(stack, forks, lab, offices[1].host, relay=True, invite=first.invite)
+    one, other = (start(stack, forks, lab, home.host, invite=first.invite) for home in homes)
+    for peer in (one, other):
+        peer.until("state", lambda state: sum("p2p-circuit" in address for address in state["addresses"]) > 1)
+    reaches(one, other, "relayed")
+    first.close()
+    reaches(one, other, "relayed")
+    reaches(other, one, "relayed")
