@@ -32,6 +32,7 @@ from libmesh.errors import (
 )
 from libmesh.identity import SecretKey
 from libmesh.invites import InviteInfo, read_invite
+from libmesh.lan import Nearby, look_around
 from libmesh.mesh import Mesh, ServiceHandler
 from libmesh.net.base import Network, Stream, StreamReset
 from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
@@ -73,6 +74,7 @@ __all__ = [
     "MeshConfig",
     "MeshError",
     "MeshId",
+    "Nearby",
     "Network",
     "NetworkError",
     "Path",
@@ -95,6 +97,7 @@ __all__ = [
     "StreamReset",
     "View",
     "expose",
+    "look_around",
     "open_libp2p_network",
     "open_mesh",
     "read_invite",

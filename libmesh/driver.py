@@ -57,6 +57,8 @@ class MeshConfig:
         liveness: times of probes.
         paths: times of the search for paths.
         relays: which relays are used, and whether this node is one.
+        lan: find members on the LAN, and be found by them, by multicast DNS. What is told there names the mesh to those who
+            know its id only.
         resume: seconds for which the TCP connections in tunnels outlive the connection to their peer, waiting for
             another one; 0 to let them end with it.
     """

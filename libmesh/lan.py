@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import trio
 
 from libmesh.errors import MeshError
+from libmesh.net.discovery import mdns
 from libmesh.net.discovery.mdns import LanDiscovery
+from libmesh.net.discovery.mdns_wire import is_marked
 from libmesh.net.libp2p import Libp2pNetwork
-from libmesh.peers import PathKind, PeerId
+from libmesh.peers import MeshId, PathKind, PeerId
 
 if TYPE_CHECKING:
     from libmesh.driver import Driver
@@ -25,6 +28,35 @@ MAX_FOUND = 64
 
 DIAL_LIMIT = 15.0
 """Seconds for one peer found, its admission included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nearby:
+    """What a look around the LAN found.
+
+    Attributes:
+        known: of each mesh that was asked about, how many nodes are here; those with none are left out.
+        others: nodes of other meshes. Which ones, only their members can tell.
+    """
+
+    known: dict[MeshId, int]
+    others: int
+
+
+async def look_around(known: Iterable[MeshId], *, seconds: float = 3.0) -> Nearby:
+    """Which of the `known` meshes have nodes on the LANs that this machine is on.
+
+    Asks by multicast DNS, and waits for `seconds`. Where that is not possible, finds nothing.
+    """
+    try:
+        notices = await mdns.look_around(seconds)
+    except OSError as exc:
+        log.debug("cannot look around on the LAN: %s", exc.strerror)
+        notices = []
+    meshes = tuple(dict.fromkeys(known))
+    found = [next((mesh for mesh in meshes if is_marked(notice.mesh, mesh)), None) for notice in notices]
+    counts = {mesh: found.count(mesh) for mesh in meshes}
+    return Nearby({mesh: count for mesh, count in counts.items() if count}, found.count(None))
 
 
 async def follow_lan(mesh: Mesh, driver: Driver) -> None:

@@ -14,6 +14,9 @@ from libmesh_node.errors import UsageError
 DEFAULT_API_PORT = 9337
 DEFAULT_CONSOLE_PORT = 3131
 
+LAN = "lan"
+"""In place of an invite: look for a mesh on this LAN."""
+
 _INVITE_FILE_LIMIT = 64 << 10
 _LONGEST_TTL = 10 * 365 * 86400.0
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0, "w": 604800.0}
@@ -26,6 +29,7 @@ class NodeOptions:
     Attributes:
         models: what `--model` said, in order: paths or names. Empty on a client.
         join: invite tokens, in order; files that held them have been read.
+        join_lan: join only a mesh that has nodes on this LAN: of those invited to, or the one joined before.
         client: only use the mesh; serve nothing.
         api_port: 0 picks a free one, as do all ports here.
         bind_port: port on which peers connect; `None` picks a free one.
@@ -50,6 +54,7 @@ class NodeOptions:
 
     models: tuple[str, ...] = ()
     join: tuple[str, ...] = ()
+    join_lan: bool = False
     client: bool = False
     api_port: int = DEFAULT_API_PORT
     console_port: int = DEFAULT_CONSOLE_PORT
@@ -91,7 +96,8 @@ def node_options(args: argparse.Namespace) -> NodeOptions:
         raise UsageError("--port, --console and --bind-port must be different ports.")
     return NodeOptions(
         models=tuple(dict.fromkeys(args.model)),
-        join=tuple(dict.fromkeys(args.join)),
+        join=tuple(dict.fromkeys(token for token in args.join if token != LAN)),
+        join_lan=LAN in args.join,
         client=args.client,
         api_port=args.port,
         console_port=console_port(args),
@@ -251,9 +257,11 @@ def relay(text: str) -> str:
 def invite(text: str) -> str:
     """An invite token, from the text itself or from the file that `@FILE` or a path names.
 
-    Only looks at where the token comes from; whether it is valid is for the mesh to say. A file may hold at most
+    `lan` stands for itself. Only looks at where the token comes from; whether it is valid is for the mesh to say. A file may hold at most
     64 KiB; the token is its first line that is not blank.
     """
+    if text.strip().lower() == LAN:
+        return LAN
     named = text.startswith("@")
     if not named and not _looks_like_a_path(text):
         return text.strip()

@@ -28,6 +28,7 @@ from libmesh import (
     RelayLimits,
     RelayUse,
     SecretKey,
+    look_around,
     open_mesh,
 )
 from libmesh_node.datadir import DataDir, write_private
@@ -85,6 +86,8 @@ class Stays:
 
     async def run(self, first: list[Membership]) -> None:
         """Stay somewhere until cancelled. Raises a `MeshError` if none of `first` can be entered, now or later."""
+        if self._options.join_lan:
+            first = await _on_lan(first)
         try:
             current = await self._enter_first_or_own(first)
         except AddressUnavailable as exc:
@@ -243,6 +246,26 @@ class Stays:
         own = [address for address in addresses if address not in self._options.announce_addresses]
         if own:
             write_private(self._folder.path / _PORT_FILE, own[0].rpartition("/")[2].encode() + b"\n")
+
+
+async def _on_lan(memberships: list[Membership]) -> list[Membership]:
+    """Those whose mesh has nodes on this LAN, the most first. Raises `NodeError` if none has, saying what there is."""
+    invited = [membership for membership in memberships if membership.token is not None]
+    nearby = await look_around([membership.mesh_id for membership in invited])
+    for mesh_id, count in nearby.known.items():
+        log.info("on this LAN: %s of the mesh %s", _nodes(count), mesh_id)
+    if nearby.others:
+        log.info("on this LAN: %s of meshes that there is no invite for here", _nodes(nearby.others))
+    found = [membership for membership in invited if membership.mesh_id in nearby.known]
+    if not found:
+        there = f"{_nodes(nearby.others)} of other meshes" if nearby.others else "no node of any mesh"
+        what = "the mesh of the invite has none" if invited else "an invite is needed: add --join TOKEN"
+        raise NodeError(f"There is {there} on this LAN; {what}.")
+    return sorted(found, key=lambda membership: -nearby.known[membership.mesh_id])
+
+
+def _nodes(count: int) -> str:
+    return "1 node" if count == 1 else f"{count} nodes"
 
 
 def _sentence(error: Exception) -> str:

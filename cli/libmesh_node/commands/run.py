@@ -80,7 +80,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         default=[],
         type=options.invite,
         metavar="TOKEN",
-        help="join the mesh of this invite: the token, or @FILE that holds it (repeatable; the first that works wins)",
+        help="join the mesh of this invite: the token, or @FILE that holds it (repeatable; the first that works wins). "
+        "'lan' tells which meshes are on this LAN, and joins one of them that an invite is given for",
     )
     mesh.add_argument(
         "--invite-file",

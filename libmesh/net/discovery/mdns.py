@@ -42,6 +42,9 @@ MAX_FOUND = 64
 
 FOUND_TIME = 10.0
 
+MAX_NEARBY = 256
+"""Nodes that one look around finds."""
+
 Found = Callable[[PeerId, tuple[str, ...]], None]
 
 
@@ -155,6 +158,33 @@ class LanDiscovery:
             if peer != self._me and libp2p_id(peer) is not None and len(self._recent) < MAX_FOUND:
                 self._recent.append(now)
                 self._found(peer, tuple(addresses))
+
+
+async def look_around(seconds: float) -> list[Notice]:
+    """What nodes of whatever mesh say on the LANs here, one notice of each; at most `MAX_NEARBY`. Says nothing of us.
+
+    Raises `OSError` where multicast is not possible.
+    """
+    found: dict[str, Notice] = {}
+    with _open_socket() as sock:
+        await sock.bind(("", PORT))
+        hosts = _join_all(sock)
+
+        async def ask() -> None:
+            for _ in range(2):  # the first may be lost
+                for host in hosts:
+                    await LanDiscovery._send(sock, host, wire.encode_question())
+                await trio.sleep(seconds / 3)
+
+        with trio.move_on_after(seconds):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(ask)
+                while len(found) < MAX_NEARBY:
+                    data, _ = await sock.recvfrom(9000)
+                    with suppress(ValueError):
+                        found.update((notice.instance, notice) for notice in wire.decode_notices(data))
+                nursery.cancel_scope.cancel()
+    return [notice for notice in found.values() if notice.ttl]
 
 
 def _open_socket() -> trio.socket.SocketType:
