@@ -16,10 +16,10 @@ import trio
 
 from libmesh.core import reservations as core
 from libmesh.core.reservations import ReservationConfig, Reservations
-from libmesh.errors import MeshError, NetworkError
+from libmesh.errors import MeshError, NetworkError, ServiceRefused
 from libmesh.framing import receive_frame
 from libmesh.net import relay_wire as wire
-from libmesh.net.base import Approach, Stream
+from libmesh.net.base import Approach, Stream, StreamReset
 from libmesh.net.negotiate import Libp2pStream
 from libmesh.net.relay_wire import Status
 from libmesh.net.underlay import Underlay
@@ -34,10 +34,19 @@ ANSWER_LIMIT = 15.0
 ASK_LIMIT = 10.0
 """Seconds to connect to a relay and get a place there."""
 
+WATCH_EVERY = 1.5
+"""Seconds between pings to a relay at which there is a place."""
+
+WATCH_LIMIT = 3.0
+"""Seconds without an echo after which a relay is given up: the muxer notices 15 s after a cable was pulled, and for so long
+nobody could reach us. With the pause before it that is less than 5 s."""
+
 MAX_INBOUND = 256
 """Circuits to this node that are being set up or stand. More are refused: each is a connection with its tasks."""
 
 CIRCUIT = "/p2p-circuit"
+PING = "/ipfs/ping/1.0.0"
+_PING_BYTES = 32  # libp2p/specs, ping/ping.md
 
 
 def split_relay(address: str) -> tuple[PeerId, str]:
@@ -77,6 +86,7 @@ class RelayClient:
         self._ways: dict[PeerId, tuple[str, ...]] = {}  # of the relays that we are told of
         self._granted: dict[PeerId, tuple[str, ...]] = {}  # what each relay says of itself
         self._approach: Approach | None = None
+        self._watches: dict[PeerId, trio.CancelScope] = {}
         self._inbound = 0
         self._rearm = trio.Event()
         self._tasks: trio.Nursery | None = None
@@ -124,6 +134,7 @@ class RelayClient:
                     self._tasks.start_soon(self._ask, relay)
                 case core.Held(relays):
                     log.info("reachable through %d relays: %s", len(relays), ", ".join(relays) or "none")
+                    self._watch(relays)
                     self._changed()
         self._rearm.set()
 
@@ -156,6 +167,43 @@ class RelayClient:
             self._handle(core.Failed(relay))
         else:
             self._handle(core.Reserved(relay, lasts))
+
+    def _watch(self, relays: Sequence[PeerId]) -> None:
+        """Watch over these relays, and no others."""
+        for relay in set(self._watches) - set(relays):
+            self._watches.pop(relay).cancel()
+        for relay in set(relays) - set(self._watches):
+            scope = self._watches[relay] = trio.CancelScope()
+            assert self._tasks is not None
+            self._tasks.start_soon(self._watch_over, relay, scope)
+
+    async def _watch_over(self, relay: PeerId, scope: trio.CancelScope) -> None:
+        with scope:
+            while self._underlay.path(relay) is not None:
+                try:
+                    await self._ping(relay)
+                except trio.TooSlowError:
+                    log.info("the relay %s does not answer any more", relay)
+                    self._handle(core.Lost(relay))
+                    return
+                except ServiceRefused:
+                    return  # it knows no ping; the muxer notices later
+                except (MeshError, trio.BrokenResourceError):
+                    await trio.sleep(WATCH_EVERY)
+
+    async def _ping(self, relay: PeerId) -> None:
+        """Ping until that fails: with `trio.TooSlowError` if there is no echo."""
+        async with await self._underlay.open_stream(relay, PING) as stream:
+            while True:
+                with trio.fail_after(WATCH_LIMIT):
+                    await stream.send_all(bytes(_PING_BYTES))
+                    missing = _PING_BYTES
+                    while missing:
+                        echo = await stream.receive_some(missing)
+                        if not echo:
+                            raise StreamReset("the relay ended the ping")
+                        missing -= len(echo)
+                await trio.sleep(WATCH_EVERY)
 
     async def _reserve(self, relay: PeerId) -> float:
         """Ask a connected relay for a place. For how many seconds it is granted."""

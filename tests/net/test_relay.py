@@ -13,7 +13,7 @@ import trio
 from libmesh.core.relay_desk import RelayLimits
 from libmesh.errors import NetworkError
 from libmesh.framing import receive_frame
-from libmesh.net import relay_server
+from libmesh.net import relay_client, relay_server
 from libmesh.net import relay_wire as wire
 from libmesh.net.base import Stream, StreamReset
 from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
@@ -179,6 +179,25 @@ async def test_a_relay_that_comes_back_is_used_again() -> None:
         config = replace(RELAY, port=port, relay_open=True)
         async with networks_of(77, config=config):
             await until(lambda: target.relaying.client.relays)
+
+
+async def test_a_relay_that_falls_silent_is_given_up_for_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relay_client, "WATCH_LIMIT", 1.0)
+    monkeypatch.setattr(relay_client, "WATCH_EVERY", 0.2)
+
+    async def silent(stream: Stream) -> None:
+        await trio.sleep_forever()
+
+    async with (
+        networks(1) as (target,),
+        networks_of(77, 78, 79, config=replace(RELAY, relay_open=True)) as relays,
+    ):
+        relays[0].set_handler(relay_client.PING, silent, admitted_only=False)
+        target.set_relays([address_of(relay) for relay in relays])
+        first, second, third = (relay.peer for relay in relays)
+        await until(lambda: target.relaying.client.relays == (first, second))
+        await until(lambda: target.relaying.client.relays == (second, third))
+        assert target.path(first) is not None
 
 
 # ---- who gets in --------------------------------------------------------------------------------------------------
