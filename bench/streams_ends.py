@@ -34,9 +34,10 @@ def say(text: str) -> None:
 async def libmesh_far(target: str) -> None:
     from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
     from libmesh.net.splice import splice
+    from libmesh.net.tcp import connect
 
     async def tunnel(stream) -> None:
-        await splice(stream, await trio.open_tcp_stream("127.0.0.1", int(target)))
+        await splice(stream, await connect("127.0.0.1", int(target)))
 
     async def sink(stream) -> None:
         total = 0

@@ -23,6 +23,7 @@ from libmesh.errors import AddressUnavailable, MeshError, PeerUnreachable, Servi
 from libmesh.framing import FrameReader, frame, receive_frame
 from libmesh.net.base import Stream, StreamReset
 from libmesh.net.splice import splice
+from libmesh.net.tcp import connect
 from libmesh.peers import PeerId, Scope
 from libmesh.wire_pieces import WireError
 
@@ -133,6 +134,12 @@ class _OpeningStream(Stream):
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.send_all(data)
 
+    def receive_nowait(self, max_bytes: int | None = None) -> bytes | None:
+        return None if self.opened is None else self._stream.receive_nowait(max_bytes)
+
+    def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+        return self._stream.send_nowait(data)
+
     async def wait_send_all_might_not_block(self) -> None:
         await self._stream.wait_send_all_might_not_block()
 
@@ -164,7 +171,7 @@ async def expose(
     async def serve(stream: Stream, accept: Accept) -> None:
         try:
             with trio.fail_after(OPEN_LIMIT):
-                sock = await trio.open_tcp_stream(host, port)
+                sock = await connect(host, port)
         except (OSError, UnicodeError, trio.TooSlowError) as exc:  # Unicode: what cannot be a host's name
             raise ServiceRefused(f"{host}:{port} does not answer: {exc}", reason="unavailable") from exc
         async with sock:
