@@ -247,3 +247,9 @@ def test_waking_moves_the_deadline_on_and_nobody_is_asked_twice_at_a_time(
             made.handle(Wake(), now)
             after = made.deadline()
             assert after is None or after > now
+
+
+def test_before_this_node_listens_there_is_nothing_to_ask() -> None:
+    made = Reachability(CONFIG, rng=random.Random(1))
+    assert made.handle(seen(ANN), 0.0) == []
+    assert made.verdicts() == ()
