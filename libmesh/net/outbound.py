@@ -29,6 +29,11 @@ SMALL_BYTES = 16 * 1024
 OUTBOX_BYTES = 128 * 1024
 """Small messages that wait for the socket. When full, their senders queue like bulk."""
 
+FULL_TIME = 0.1
+"""Seconds that a channel which is no socket took for a write, from which on it was full, and the peer made room.
+
+Less is no sign of the peer's life: what stands between us, a relay, takes a ping for a dead peer at once."""
+
 CORK_TIME = 0.0003
 """Seconds after another stream's small message within which one waits for company."""
 
@@ -226,10 +231,12 @@ class Outbound:
                 if self.pump():
                     await self._flusher.wait()
                 elif self._blocked:
+                    began = trio.current_time()
                     lives = await self._channel.flush()
                     self._blocked = False
-                    if lives:
-                        self._machine.alive(trio.current_time())
+                    now = trio.current_time()
+                    if lives or now - began >= FULL_TIME:
+                        self._machine.alive(now)
                 else:
                     await trio.lowlevel.checkpoint()
         except StreamReset as exc:

@@ -64,3 +64,30 @@ async def test_a_peer_that_is_gone_fails_every_stream_within_the_keepalive_bound
     assert connection.is_closed
     assert len(ended) == 5
     assert max(ended) - secured.last_said <= BOUND
+
+
+async def test_a_peer_that_only_makes_room_now_and_then_is_alive(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """As behind a relay and a slow line, where the answers to pings wait behind bulk."""
+
+    class SlowConn(FadingConn):
+        gone = False
+
+        async def write(self, data: bytes) -> None:
+            await (trio.sleep_forever() if self.gone else trio.sleep(4))
+
+    secured: Any = SlowConn(0)
+    connection = YamuxConnection(secured, peer_of(KEYS[1]))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.start)
+        await connection.event_started.wait()
+        for _ in range(20):
+            stream = await connection.open_stream()
+            await stream.send_all(b"bulk")
+            await trio.sleep(3)
+        assert not connection.is_closed
+        secured.gone = True
+        await stream.send_all(b"more")
+        await trio.sleep(BOUND + 4)  # the write that is under way
+        assert connection.is_closed
