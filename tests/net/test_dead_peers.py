@@ -75,7 +75,7 @@ async def test_a_peer_that_only_makes_room_now_and_then_is_alive(
         gone = False
 
         async def write(self, data: bytes) -> None:
-            await (trio.sleep_forever() if self.gone else trio.sleep(4))
+            await trio.sleep(float("inf") if self.gone else 4)
 
     secured: Any = SlowConn(0)
     connection = YamuxConnection(secured, peer_of(KEYS[1]))
