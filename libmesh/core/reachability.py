@@ -201,7 +201,7 @@ class Reachability:
         settled = [candidate.settled for candidate in self._candidates.values()]
         if any(settled):
             return Standing.PUBLIC
-        if self._seen and None not in settled:
+        if self._seen and settled and None not in settled:
             return Standing.PRIVATE
         return Standing.UNKNOWN
 
