@@ -1,0 +1,173 @@
+"""Tokens per second of a split model: through the mesh against llama.cpp's own `--rpc` over bare TCP, side by side.
+
+    python bench/split_decode.py                             0, 5 and 20 ms one way; 1, 2 and 3 workers; small model
+    python bench/split_decode.py --medium --delays 20 --workers 2
+
+Every machine is a network namespace, joined by cables that delay (tests/netlab), so it needs root on Linux. The worker's
+programs, the model, llama-server's flags and the machine's load are the same for both; rounds alternate. Speeds are
+llama-server's own `timings`. `load` is the time until llama-server is healthy. The ratio is the mesh's speed to bare TCP's,
+more is better; for loading, bare TCP's time to the mesh's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from libmesh_node.llama.engine import find_engine
+from libmesh_node.models.demo import MEDIUM, SMALL, write_model
+
+from tests.netlab.lab import Host, Kind, Lab, open_lab
+
+ENDS = Path(__file__).with_name("split_ends.py")
+PORT = 40404
+ASK = """
+import json, sys, urllib.request
+body = json.dumps({"prompt": "Once upon a time", "n_predict": int(sys.argv[2]), "temperature": 0, "cache_prompt": False})
+asked = urllib.request.Request(sys.argv[1] + "/completion", body.encode(), {"Content-Type": "application/json"})
+print(urllib.request.urlopen(asked, timeout=600).read().decode())
+"""
+HEALTHY = """
+import sys, time, urllib.request
+while True:
+    try:
+        urllib.request.urlopen(sys.argv[1] + "/health", timeout=5)
+        break
+    except OSError:
+        time.sleep(0.01)
+"""
+
+
+@contextmanager
+def running(host: Host, *argv: str, **how: Any) -> Iterator[subprocess.Popen[Any]]:
+    process = host.popen(*argv, stdin=subprocess.PIPE, **how)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def first_line(process: subprocess.Popen[Any]) -> dict[str, Any]:
+    assert process.stdout is not None
+    found: dict[str, Any] = json.loads(process.stdout.readline())
+    return found
+
+
+@contextmanager
+def bare(host: Host, workers: Sequence[Host], model: Path) -> Iterator[list[str]]:
+    """rpc-servers that listen for everybody."""
+    server = str(find_engine().require_rpc_server().path)
+    processes = [
+        worker.popen(
+            server,
+            "-H",
+            worker.address,
+            "-p",
+            str(PORT),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        for worker in workers
+    ]
+    try:
+        time.sleep(0.5)
+        yield [f"{worker.address}:{PORT}" for worker in workers]
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+@contextmanager
+def meshed(host: Host, workers: Sequence[Host], model: Path) -> Iterator[list[str]]:
+    """Members of a mesh."""
+    quiet = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+
+    def argv(role: str, at: Host, **options: Any) -> list[str]:
+        told = json.dumps({"model": str(model), "address": at.address, **options})
+        return [sys.executable, str(ENDS), role, told]
+
+    lent = [worker.popen(*argv("worker", worker), stdin=subprocess.PIPE, **quiet) for worker in workers]
+    try:
+        known = [first_line(process) for process in lent]
+        told = [[entry["peer"], entry["address"]] for entry in known]
+        with running(host, *argv("host", host, workers=told), **quiet) as end:
+            yield [f"127.0.0.1:{port}" for port in first_line(end)["ports"]]
+    finally:
+        for process in lent:
+            process.kill()
+            process.wait()
+
+
+def llama_server_argv(endpoints: Sequence[str], model: Path) -> list[str]:
+    argv = [str(find_engine().require_llama_server().path), "--rpc", ",".join(endpoints), "-m", str(model)]
+    argv += ["--host", "127.0.0.1", "--port", str(PORT + 1), "-ngl", "99", "-c", "1024", "-np", "1"]
+    return [*argv, "-fit", "off", "-cram", "0", "-ts", ",".join("1" * len(endpoints))]
+
+
+def measure(host: Host, endpoints: Sequence[str], model: Path, tokens: int) -> tuple[float, float, str]:
+    """Seconds to load, tokens per second, and the text."""
+    url = f"http://127.0.0.1:{PORT + 1}"
+    argv = llama_server_argv(endpoints, model)
+    started = time.monotonic()
+    with running(host, *argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
+        host.run(sys.executable, "-c", HEALTHY, url, limit=600)
+        load = time.monotonic() - started
+        host.run(sys.executable, "-c", ASK, url, "8", limit=600)
+        answer = json.loads(host.run(sys.executable, "-c", ASK, url, str(tokens), limit=600).stdout)
+        return load, float(answer["timings"]["predicted_per_second"]), str(answer["content"])
+
+
+def compare(lab: Lab, model: Path, delay: float, count: int, rounds: int, tokens: int) -> None:
+    sites = [lab.site(Kind.PUBLIC, delay=delay / 2) for _ in range(count + 1)]
+    host, *workers = (site.host for site in sites)
+    found: dict[str, list[tuple[float, float]]] = {"bare": [], "mesh": []}
+    texts = set()
+    for _ in range(rounds):
+        for name, way in (("bare", bare), ("mesh", meshed)):
+            with way(host, workers, model) as endpoints:
+                load, speed, text = measure(host, endpoints, model, tokens)
+                found[name].append((load, speed))
+                texts.add(text)
+    load = {name: statistics.median(entry[0] for entry in entries) for name, entries in found.items()}
+    speed = {name: statistics.median(entry[1] for entry in entries) for name, entries in found.items()}
+    print(
+        f"{delay * 1000:4.0f} ms one way, {count} worker{'s' * (count > 1)}:"
+        f"  decode {speed['mesh']:7.2f} tok/s, bare TCP {speed['bare']:7.2f}: x{speed['mesh'] / speed['bare']:.2f}"
+        f"   load {load['mesh']:6.2f} s, bare TCP {load['bare']:6.2f}: x{load['bare'] / load['mesh']:.2f}"
+        f"   {'same text' if len(texts) == 1 else 'TEXTS DIFFER'}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--medium", action="store_true", help="the model of 500 MB instead of 40")
+    parser.add_argument("--delays", type=float, nargs="+", default=[0, 5, 20], help="milliseconds one way")
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=64)
+    chosen = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model.gguf"
+        write_model(model, MEDIUM if chosen.medium else SMALL, 7)
+        for delay in chosen.delays:
+            for count in chosen.workers:
+                with open_lab() as lab:
+                    compare(lab, model, delay / 1000, count, chosen.rounds, chosen.tokens)
+
+
+if __name__ == "__main__":
+    main()
