@@ -97,8 +97,8 @@ class MembershipConfig:
             stall=4.5,
             alone=11.0,
             hush=1.0,
-            refute=2.0,
-            reach=3.0,
+            refute=1.5,
+            reach=2.5,
             dial_first=1.0,
             coalesce=0.3,
         )
