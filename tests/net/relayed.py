@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 
+import trio
+
 from libmesh.core.relay_desk import RelayLimits
+from libmesh.framing import receive_frame
+from libmesh.net import relay_wire as wire
+from libmesh.net.base import Stream
 from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
 from libmesh.net.relay_server import RelayServer
+from libmesh.net.relay_wire import Answer, Connect, Reserve
 from libmesh.peers import PathKind
 from tests.members import seed
 from tests.net.hosts import LOCAL, PROTOCOL, echo, join, networks, until
@@ -64,3 +70,30 @@ async def relayed(config: Libp2pConfig = RELAY) -> AsyncIterator[Relayed]:
         await take_place(target, relay)
         await join(source, relay)
         yield Relayed(relay, target, source)
+
+
+@asynccontextmanager
+async def networks_of(*seeds: int, config: Libp2pConfig = RELAY) -> AsyncIterator[list[Libp2pNetwork]]:
+    async with AsyncExitStack() as stack:
+        yield [await stack.enter_async_context(open_libp2p_network(seed(n), config)) for n in seeds]
+
+
+async def both_ways(near: Stream, data: bytes) -> bytes:
+    got = bytearray()
+
+    async def send() -> None:
+        await near.send_all(data)
+        await near.send_eof()
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send)
+        async for piece in near:
+            got += piece
+    return bytes(got)
+
+
+async def asked(nodes: Relayed, request: Reserve | Connect, who: str = "source") -> Answer:
+    """What the relay says to `who`."""
+    async with await getattr(nodes, who).open_stream(nodes.relay.peer, wire.HOP) as stream:
+        await stream.send_all(wire.encode_hop_request(request))
+        return wire.decode_hop_answer(await receive_frame(stream, wire.MAX_MESSAGE))
