@@ -313,4 +313,6 @@ def _raw_of(
     raw.libmesh_kind = kind
     if isinstance(stream, trio.SocketStream):
         raw.libmesh_port = stream.socket.getsockname()[1]
+        remote = tuple(stream.socket.getpeername()[:2])
+        raw.get_remote_address = lambda: remote  # py-libp2p's own tells of no IPv6 address
     return raw  # type: ignore[no-any-return]

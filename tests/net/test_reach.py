@@ -15,10 +15,10 @@ from libmesh.framing import frame, receive_frame
 from libmesh.net import dial_back as serving
 from libmesh.net import reach_wire as wire
 from libmesh.net.dial_back import dial_back
-from libmesh.net.libp2p import Libp2pNetwork
+from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork
 from libmesh.net.reach_wire import Data, DataWanted, Request, Response, Verdict
 from libmesh.wire_pieces import WireError
-from tests.net.hosts import networks
+from tests.net.hosts import join, networks
 
 LIMIT = 60.0
 
@@ -28,18 +28,24 @@ async def pair(*, admitted: bool = True) -> AsyncIterator[tuple[Libp2pNetwork, L
     """Two connected networks that have, or have not, admitted each other."""
     with trio.fail_after(LIMIT):
         async with networks(2) as (one, other):
-            await one.connect(other.peer, other.addresses())
-            if admitted:
-                one.admit(other.peer)
-                while other.path(one.peer) is None:  # noqa: ASYNC110
-                    await trio.sleep(0.01)
-                other.admit(one.peer)
+            await join(one, other, admit=admitted)
             yield one, other
 
 
 async def test_a_peer_that_listens_is_reached() -> None:
     async with pair() as (one, other):
         assert await one.reach.ask(other.peer, f"/ip4/127.0.0.1/tcp/{one.port}") is True
+
+
+@pytest.mark.parametrize("host", ["/ip4/127.0.0.1", "/ip6/::1"])
+async def test_a_peer_says_where_it_sees_us(host: str) -> None:
+    with trio.fail_after(LIMIT):
+        config = Libp2pConfig(hosts=("127.0.0.1", "::1"))
+        async with networks(2, config) as (one, other):
+            await one.connect(other.peer, [f"{host}/tcp/{other.port}"])
+            stream = await one.open_stream(other.peer, wire.IDENTIFY)
+            observed = wire.observed_address(await receive_frame(stream, wire.MAX_IDENTIFY))
+            assert observed == f"{host}/tcp/{one.local_port(other.peer)}"
 
 
 async def test_the_dial_back_makes_a_connection_of_its_own_and_ends_it() -> None:
