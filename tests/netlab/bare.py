@@ -5,6 +5,8 @@ Takes whoever connects for a member, so that peers of other implementations can 
 time:
 
     {"do": "relays", "relays": [ADDRESS, …]}              be reached through these; the circuits that lead here then
+    {"do": "held", "count": N}                            once there are places at so many relays: their ids
+    {"do": "until", "relays": [ID, …]}                    once there are places at these and no others: their ids
     {"do": "dial", "peer": ID, "address": ADDRESS}        the path
     {"do": "punch", "peer": ID}                           the path
     {"do": "path", "peer": ID, "kinds": [KIND, …]}        the path, once it is of one of these kinds
@@ -72,6 +74,14 @@ async def act(network: Libp2pNetwork, order: dict[str, Any]) -> dict[str, Any]:
             network.set_relays(order["relays"])
             await until(network.relaying.circuits)
             return {"circuits": network.relaying.circuits()}
+        case "held":
+            client = network.relaying.client
+            await until(lambda: len(client.relays) == order["count"])
+            return {"relays": client.relays}
+        case "until":
+            client = network.relaying.client
+            await until(lambda: list(client.relays) == order["relays"])
+            return {"relays": client.relays}
         case "dial":
             await network.dial(peer, order["address"])
         case "punch":
