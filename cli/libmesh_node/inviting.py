@@ -63,6 +63,12 @@ class Inviting:
         except InviteDenied:
             self.token = ""
             return
+        if self.token not in ("", token):
+            log.info(
+                "there are other ways to this node now; the next machine joins with:  libmesh-node --join %s",
+                token,
+                extra={"private": True},
+            )
         self.token = token
         self._folder.write_secret(self._folder.invite, token.encode() + b"\n")
         wanted = self._options.invite_file
