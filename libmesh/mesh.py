@@ -26,6 +26,7 @@ from libmesh.invites import check_invite
 from libmesh.net.base import Stream
 from libmesh.peers import MeshId, PeerId, Reaching, Scope, Service, View
 from libmesh.posts import Post
+from libmesh.resuming import NearTunnel, Resumption
 from libmesh.wire_pieces import WireError, valid_service_name
 
 log = logging.getLogger(__name__)
@@ -192,10 +193,21 @@ class Mesh:
         request; a refusal then comes from the first receive. Raises `ServiceRefused`, `PeerUnreachable`, or, if the peer
         does not take us for a member, `AdmissionRefused`.
         """
-        if self._driver.admission.credential_of(peer) is None:
-            await self._driver.admission.connect(peer, self._driver.membership.addresses_of(peer))
+        await self._driver.reach(peer)
         stream = await self._driver.network.open_stream(peer, tunnel.PROTOCOL)
         return await tunnel.request(stream, service, wait=wait)
+
+    @property
+    def resumption(self) -> Resumption:
+        """The tunnels that outlive their connections; for `tunnel.py`."""
+        return self._driver.resumption
+
+    async def open_tunnel(self, peer: PeerId, service: str) -> tuple[Stream, NearTunnel | None]:
+        """As `open_service` without waiting, and with what the tunnel goes on by if its connection is lost."""
+        await self._driver.reach(peer)
+        stream = await self._driver.network.open_stream(peer, tunnel.PROTOCOL)
+        lifeline = self.resumption.near(peer)
+        return await tunnel.request(stream, service, wait=False, lifeline=lifeline), lifeline
 
     def invite(self, *, scope: Scope, not_after_unix: float | None) -> str:
         """A token that lets its holder join with `scope` until `not_after_unix` (cut to this node's own end).
@@ -220,7 +232,7 @@ class Mesh:
 
         No invites: the mesh's key itself let it in. `None` if nothing is known of the peer.
         """
-        credential = self._driver.membership.credential_of(peer)
+        credential = self._driver.credential_of(peer)
         if credential is None:
             return None
         return tuple(link.id.hex() for link in credential.links[:-1]), credential.not_after_unix
@@ -247,7 +259,7 @@ class Mesh:
 
         Raises `InviteDenied` unless this node let it in, or whoever did; `PeerUnreachable` if the peer is not known.
         """
-        credential = self._driver.membership.credential_of(peer)
+        credential = self._driver.credential_of(peer)
         if credential is None:
             raise PeerUnreachable(f"nothing is known of a peer {peer}")
         self._driver.handle(io.RevocationHeard(self._authority.revoke(credential.links), gossiped=False))
@@ -259,7 +271,7 @@ class Mesh:
 
     def add_contacts(self, contacts: Iterable[tuple[PeerId, tuple[str, ...]]]) -> None:
         """Remember ways into the mesh (peers and their multiaddrs), tried whenever this node knows nobody."""
-        self._driver.admission.add_contacts(tuple(contacts))
+        self._driver.admission.add_contacts(tuple(contacts), given=False)
 
     async def join(self, token: str) -> None:
         """Reach one of the contacts of an invite to *this* mesh. Returns when the first one has admitted us.

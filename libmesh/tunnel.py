@@ -12,7 +12,7 @@ import logging
 import socket
 import struct
 from collections.abc import Awaitable, Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,8 @@ from libmesh.net.base import Stream, StreamReset
 from libmesh.net.splice import splice
 from libmesh.net.tcp import connect
 from libmesh.peers import PeerId, Scope
+from libmesh.resume_wire import is_resumable, session_of_open
+from libmesh.resuming import NearTunnel
 from libmesh.wire_pieces import WireError
 
 if TYPE_CHECKING:
@@ -37,7 +39,23 @@ PROTOCOL = "/libmesh/tunnel/1.0.0"
 OPEN_LIMIT = 10.0
 """Seconds within which an opener must say what it wants, and an exposed address must accept a connection."""
 
-Accept = Callable[[], Awaitable[None]]
+
+class Acceptance:
+    """Agrees to a tunnel.
+
+    Attributes:
+        session: what the opener calls the tunnel, if it would resume it.
+    """
+
+    def __init__(self, stream: Stream, session: bytes | None) -> None:
+        self._stream, self.session = stream, session
+
+    async def __call__(self, *, resumable: bool = False) -> None:
+        """Tell the opener; `resumable`: the tunnel may go on over another connection."""
+        await self._stream.send_all(frame(wire.encode_opened(None, resumable=resumable)))
+
+
+Accept = Acceptance
 RawHandler = Callable[[Stream, Accept], Awaitable[None]]
 """Serves a stream: calls the given function to accept, or raises `ServiceRefused` before that."""
 
@@ -54,14 +72,12 @@ async def answer(stream: Stream, choose: Callable[[str], RawHandler]) -> None:
     """Serve one inbound stream: read what is wanted, let `choose` say who serves it or raise `ServiceRefused`."""
     try:
         with trio.fail_after(OPEN_LIMIT):
-            service = wire.decode_open(await receive_frame(stream, wire.MAX_OPEN))
+            request = await receive_frame(stream, wire.MAX_OPEN)
+        service, accept = wire.decode_open(request), Acceptance(stream, session_of_open(request))
     except (WireError, trio.TooSlowError, trio.BrokenResourceError) as exc:
         log.debug("the peer %s opened a tunnel and made no sense: %s", stream.peer, exc or "too slow")
         stream.reset()
         return
-
-    async def accept() -> None:
-        await stream.send_all(frame(wire.encode_opened(None)))
 
     try:
         await choose(service)(stream, accept)
@@ -74,12 +90,12 @@ async def answer(stream: Stream, choose: Callable[[str], RawHandler]) -> None:
         stream.reset()
 
 
-async def request(stream: Stream, service: str, *, wait: bool) -> Stream:
+async def request(stream: Stream, service: str, *, wait: bool, lifeline: NearTunnel | None = None) -> Stream:
     """Ask for `service` on a fresh stream, and return a stream of its bytes. Takes over `stream`.
 
     Without `wait`, what is sent next travels with the question, and a refusal comes out of the first receive.
     """
-    opening = _OpeningStream(stream, service)
+    opening = _OpeningStream(stream, service, lifeline)
     try:
         await opening.ask()
         if wait:
@@ -95,22 +111,26 @@ async def request(stream: Stream, service: str, *, wait: bool) -> Stream:
 class _OpeningStream(Stream):
     """A stream whose first answer has still to be read."""
 
-    def __init__(self, stream: Stream, service: str) -> None:
-        self._stream, self._service = stream, service
+    def __init__(self, stream: Stream, service: str, lifeline: NearTunnel | None) -> None:
+        self._stream, self._service, self._lifeline = stream, service, lifeline
         self._answer = FrameReader(stream, wire.MAX_OPEN)
         self._refusal: ServiceRefused | None = None
         self.peer, self.protocol = stream.peer, stream.protocol
         self.opened: Stream | None = None
 
     async def ask(self) -> None:
-        await self._stream.send_all(frame(wire.encode_open(self._service)))
+        session = b"" if self._lifeline is None else self._lifeline.session
+        await self._stream.send_all(frame(wire.encode_open(self._service, session)))
 
     async def hear(self) -> None:
         """Wait for the answer. Raises `ServiceRefused`, each time, or `WireError`; if cancelled, nothing is lost."""
         if self._refusal is not None:
             raise self._refusal
         try:
-            refusal = wire.decode_opened(await self._answer.receive())
+            answer = await self._answer.receive()
+            refusal = wire.decode_opened(answer)
+            if self._lifeline is not None:
+                self._lifeline.agreed(resumable=is_resumable(answer))
         except ServiceRefused as exc:
             refusal = exc.reason
         except WireError:
@@ -122,6 +142,10 @@ class _OpeningStream(Stream):
             self._refusal = ServiceRefused(f"the peer {self.peer} declined: {why}", reason=refusal)
             raise self._refusal
         self.opened = self._stream
+
+    @property
+    def connection_lost(self) -> bool:
+        return self._stream.connection_lost
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         if self.opened is None:
@@ -175,8 +199,15 @@ async def expose(
         except (OSError, UnicodeError, trio.TooSlowError) as exc:  # Unicode: what cannot be a host's name
             raise ServiceRefused(f"{host}:{port} does not answer: {exc}", reason="unavailable") from exc
         async with sock:
-            await accept()
-            await splice(stream, sock)
+            lifeline = mesh.resumption.far(stream.peer, accept.session)
+            if lifeline is None:
+                await accept()
+                await splice(stream, sock)
+                return
+            lifeline.carried_by(stream)
+            with lifeline:
+                await accept(resumable=True)
+                await splice(stream, sock, lifeline)
 
     with mesh.offer_raw(service, serve, scope=scope):
         task_status.started()
@@ -210,13 +241,14 @@ async def serve_tunnel(
 async def _carry(mesh: Mesh, peer: PeerId, service: str, sock: trio.SocketStream) -> None:
     async with sock:
         try:
-            stream = await mesh.open_service(peer, service, wait=False)
+            stream, lifeline = await mesh.open_tunnel(peer, service)
         except (MeshError, trio.BrokenResourceError) as exc:
             log.info("tunnel to %r: %s", service, exc)
             _abort(sock)
             return
         try:
-            await splice(stream, sock)
+            with lifeline or nullcontext():
+                await splice(stream, sock, lifeline)
         except MeshError as exc:
             log.info("tunnel to %r: %s", service, exc)
             _abort(sock)

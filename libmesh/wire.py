@@ -340,9 +340,9 @@ def decode_probe_answer(data: bytes) -> bool:
 # ── tunnels ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def encode_open(service: str) -> bytes:
+def encode_open(service: str, session: bytes = b"") -> bytes:
     """The bytes of an `Open`."""
-    return pb.Open(service=service).SerializeToString()
+    return pb.Open(service=service, session=session).SerializeToString()
 
 
 def decode_open(data: bytes) -> str:
@@ -353,9 +353,9 @@ def decode_open(data: bytes) -> str:
     return service
 
 
-def encode_opened(refusal: str | None) -> bytes:
+def encode_opened(refusal: str | None, *, resumable: bool = False) -> bytes:
     """The bytes of an `Opened`; `None` accepts."""
-    return pb.Opened(refusal=refusal).SerializeToString()
+    return pb.Opened(refusal=refusal, resumable=resumable).SerializeToString()
 
 
 def decode_opened(data: bytes) -> str | None:

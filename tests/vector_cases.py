@@ -19,6 +19,7 @@ from libmesh.core.credentials import MAX_LINKS, Invite
 from libmesh.core.membership_io import Suspicion
 from libmesh.core.summary import Digest, Part, Prints, Summary, fingerprint_of_revocations
 from libmesh.peers import Scope, Service
+from libmesh.resume_wire import Progress
 from tests.handmade import chain, field, link, public, said, varint
 from tests.members import HOUR, MESH, NOW, announcement, credential, invited, peer, record, seed
 from tests.vector_form import CODECS, value_to_json
@@ -276,6 +277,30 @@ def opened() -> Iterator[Case]:
     yield Case("over 1 KiB", raw=field(1, "x" * 1024), reason="an Opened has at most 1024 bytes")
 
 
+def progress() -> Iterator[Case]:
+    session = bytes(range(16))
+    yield Case("the beginning", Progress(session, 0, False))
+    yield Case("far on", Progress(session, 2**63, False))
+    yield Case("the end", Progress(session, 5, True))
+    yield Case(
+        "with a field that we do not know", Progress(session, 0, False), field(1, session) + field(99, 7)
+    )
+    yield Case("a short session", raw=field(1, session[:15]), reason="a session has 16 bytes")
+    yield Case("no session", raw=field(2, 1), reason="a session has 16 bytes")
+    yield Case(
+        "over 1 KiB",
+        raw=field(1, session) + field(99, bytes(1024)),
+        reason="a Progress has at most 1024 bytes",
+    )
+
+
+def resumed() -> Iterator[Case]:
+    yield Case("from the beginning", (None, 0, False))
+    yield Case("only the end is missing", (None, 2**40, True))
+    yield Case("refused", ("unknown", 0, False))
+    yield Case("over 1 KiB", raw=field(1, "x" * 1024), reason="a Resumed has at most 1024 bytes")
+
+
 def post() -> Iterator[Case]:
     yield Case("a line of a chat", ("chat", b"hello"))
     yield Case("nothing on a topic", ("模型", b""))
@@ -344,6 +369,8 @@ TABLE = {
     "probe_answer": probe_answer,
     "open": open_,
     "opened": opened,
+    "progress": progress,
+    "resumed": resumed,
     "post": post,
     "invite": invite,
 }

@@ -17,12 +17,13 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
-from libmesh import tokens, wire
+from libmesh import resume_wire, tokens, wire
 from libmesh.core.announcement import Record
 from libmesh.core.credentials import Invite, Revocation
 from libmesh.core.membership_io import Suspicion
 from libmesh.core.summary import Digest, Summary
 from libmesh.peers import PeerId
+from libmesh.resume_wire import Progress
 
 FOLDER = Path(__file__).resolve().parent / "vectors"
 
@@ -61,6 +62,13 @@ CODECS: dict[str, Codec] = {
     "probe_answer": Codec(wire.encode_probe_answer, wire.decode_probe_answer, bool, "ProbeAnswer: heard"),
     "open": Codec(wire.encode_open, wire.decode_open, str, "Open: the service"),
     "opened": Codec(wire.encode_opened, wire.decode_opened, str | None, "Opened: the refusal"),
+    "progress": Codec(resume_wire.encode_progress, resume_wire.decode_progress, Progress, "Progress"),
+    "resumed": Codec(
+        lambda value: resume_wire.encode_resumed(*value),
+        resume_wire.decode_resumed,
+        tuple[str | None, int, bool],
+        "Resumed: the refusal, received, ended",
+    ),
     "post": Codec(
         lambda value: wire.encode_post(*value), wire.decode_post, tuple[str, bytes], "Post: topic, data"
     ),

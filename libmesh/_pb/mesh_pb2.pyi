@@ -745,15 +745,19 @@ class Open(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SERVICE_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     service: _builtins.str
+    session: _builtins.bytes
+    """16 bytes by chance from an opener that would resume; absent: it would not"""
     def __init__(
         self,
         *,
         service: _builtins.str = ...,
+        session: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["service", b"service"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["service", b"service", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -766,24 +770,94 @@ class Opened(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     REFUSAL_FIELD_NUMBER: _builtins.int
+    RESUMABLE_FIELD_NUMBER: _builtins.int
     refusal: _builtins.str
     """Absent: the service's bytes follow. Otherwise one of "unknown_service", "scope" (the opener's scope is too
     narrow), "busy" (try later) or "unavailable" (the service did not answer).
     """
+    resumable: _builtins.bool
+    """with a session in Open: see Progress"""
     def __init__(
         self,
         *,
         refusal: _builtins.str | None = ...,
+        resumable: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_refusal", b"_refusal", "refusal", b"refusal"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_refusal", b"_refusal", "refusal", b"refusal"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_refusal", b"_refusal", "refusal", b"refusal", "resumable", b"resumable"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__refusal: _TypeAlias = _typing.Literal["refusal"]  # noqa: Y015
     _WhichOneofArgType__refusal: _TypeAlias = _typing.Literal["_refusal", b"_refusal"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__refusal) -> _WhichOneofReturnType__refusal | None: ...
 
 Global___Opened: _TypeAlias = Opened  # noqa: Y015
+
+@_typing.final
+class Progress(_message.Message):
+    """What one end of a resumable tunnel has received. Should the connection be lost, the opener opens a stream for
+    /libmesh/tunnel-resume/1.0.0, on any new connection, with a Progress; Resumed comes back; and then each end sends on
+    from where the other had got. Streams for /libmesh/tunnel-acks/1.0.0, one way, carry nothing but Progress, of any of
+    the tunnels between the two peers: at least whenever an end has received a mebibyte more than it said last, and at the
+    end. Each end keeps what the other has not said to have; at 4 MiB it waits. A reset ends a tunnel for good. At most 1 KiB.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    session: _builtins.bytes
+    """of Open; 16 bytes"""
+    received: _builtins.int
+    """bytes of the service's, counted from the first"""
+    ended: _builtins.bool
+    """the end of file was received, too"""
+    def __init__(
+        self,
+        *,
+        session: _builtins.bytes = ...,
+        received: _builtins.int = ...,
+        ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ended", b"ended", "received", b"received", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Progress: _TypeAlias = Progress  # noqa: Y015
+
+@_typing.final
+class Resumed(_message.Message):
+    """Answer to a Progress on /libmesh/tunnel-resume/1.0.0. After a refusal the stream ends. At most 1 KiB."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    RECEIVED_FIELD_NUMBER: _builtins.int
+    ENDED_FIELD_NUMBER: _builtins.int
+    refusal: _builtins.str
+    """Absent: bytes follow. "unknown": there is no such tunnel between us (any more), or too much of it is missing."""
+    received: _builtins.int
+    """as in Progress"""
+    ended: _builtins.bool
+    def __init__(
+        self,
+        *,
+        refusal: _builtins.str | None = ...,
+        received: _builtins.int = ...,
+        ended: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_refusal", b"_refusal", "refusal", b"refusal"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_refusal", b"_refusal", "ended", b"ended", "received", b"received", "refusal", b"refusal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__refusal: _TypeAlias = _typing.Literal["refusal"]  # noqa: Y015
+    _WhichOneofArgType__refusal: _TypeAlias = _typing.Literal["_refusal", b"_refusal"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__refusal) -> _WhichOneofReturnType__refusal | None: ...
+
+Global___Resumed: _TypeAlias = Resumed  # noqa: Y015
 
 @_typing.final
 class Post(_message.Message):

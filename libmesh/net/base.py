@@ -45,6 +45,11 @@ class Stream(trio.abc.HalfCloseableStream):
     peer: PeerId
     protocol: str
 
+    @property
+    def connection_lost(self) -> bool:
+        """Whether the connection beneath is over: a `StreamReset` was not the peer's will, then."""
+        return False
+
     def receive_nowait(self, max_bytes: int | None = None) -> bytes | None:
         """Like `receive_some`, for what has arrived already; `None` if `receive_some` would be needed to find out.
 

@@ -130,6 +130,11 @@ class Libp2pStream(Stream):
             return False
         return self._inner.muxed_conn.get_connection_type() is ConnectionType.RELAYED
 
+    @property
+    def connection_lost(self) -> bool:
+        """See `Stream`."""
+        return isinstance(self._inner, YamuxStream) and self._inner.muxed_conn.is_closed
+
     # ---- receiving --------------------------------------------------------------------------------------------
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes:

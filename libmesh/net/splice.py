@@ -15,8 +15,9 @@ from dataclasses import dataclass
 
 import trio
 
-from libmesh.errors import ServiceRefused
+from libmesh.errors import MeshError, ServiceRefused
 from libmesh.net.base import Stream
+from libmesh.net.journal import Journal, Lifeline
 from libmesh.net.negotiate import Libp2pStream
 from libmesh.net.pipes import TAKE_BYTES, BufferPool, tune_socket
 
@@ -44,26 +45,31 @@ class SpliceResult:
     reset: str | None = None
 
 
-async def splice(stream: Stream, sock: trio.SocketStream) -> SpliceResult:
+async def splice(stream: Stream, sock: trio.SocketStream, lifeline: Lifeline | None = None) -> SpliceResult:
     """Carry bytes between a stream and a socket until both directions have ended, or either side is reset.
+
+    With a `lifeline` it goes on over another stream if the connection of this one is lost.
 
     A stream that wraps another one only until it is opened may name that in an attribute `opened`; the pump then goes
     on with it. Takes over both and closes them, also on error. Cancelling resets both. Never raises for what either side does;
     a refused service resets the socket and raises `ServiceRefused`.
     """
-    pumps = _Pumps(stream, sock)
+    pumps = _Pumps(stream, sock, lifeline)
     try:
         if sock.socket.family in (socket.AF_INET, socket.AF_INET6):
             tune_socket(sock.socket)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(pumps.send, nursery.cancel_scope)
-            nursery.start_soon(pumps.receive, nursery.cancel_scope)
+        while True:
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pumps.send, nursery.cancel_scope)
+                nursery.start_soon(pumps.receive, nursery.cancel_scope)
+            if lifeline is None or not await _must_go_on(pumps, lifeline):
+                break
         if pumps.reset is None:
             pumps.ended = True
-            await stream.aclose()
+            await pumps.stream.aclose()
     finally:
         if not pumps.ended:
-            stream.reset()
+            pumps.stream.reset()
             _reset_on_close(sock)
         sock.socket.close()
     if pumps.refusal is not None:
@@ -71,10 +77,29 @@ async def splice(stream: Stream, sock: trio.SocketStream) -> SpliceResult:
     return SpliceResult(pumps.bytes_sent, pumps.bytes_received, pumps.reset)
 
 
+async def _must_go_on(pumps: _Pumps, lifeline: Lifeline) -> bool:
+    """After both pumps have ended: whether they begin again, on another stream."""
+    if pumps.reset is None and not pumps.lost:
+        pumps.lost = not await lifeline.finished(pumps.stream)
+    if not pumps.lost or pumps.reset is not None:
+        return False
+    pumps.stream.reset()
+    try:
+        pumps.stream = await lifeline.again()
+    except (MeshError, trio.BrokenResourceError):
+        pumps.reset = "stream"
+        return False
+    pumps.lost = False
+    return True
+
+
 class _Pumps:
-    def __init__(self, stream: Stream, sock: trio.SocketStream) -> None:
-        self._stream = stream
+    def __init__(self, stream: Stream, sock: trio.SocketStream, lifeline: Lifeline | None) -> None:
+        self.stream = stream
         self._socket = sock.socket
+        self._lifeline = lifeline
+        self._unwritten = b""  # received, and not yet written to the socket when the pump was stopped
+        self.lost = False
         self.bytes_sent = 0
         self.bytes_received = 0
         self.reset: str | None = None
@@ -83,11 +108,20 @@ class _Pumps:
 
     async def send(self, scope: trio.CancelScope) -> None:
         """Socket to stream."""
-        stream, number = self._stream, self._socket.fileno()
+        stream, number = self.stream, self._socket.fileno()
+        journal = None if self._lifeline is None else self._lifeline.journal
         turn = 0
         buffer: bytearray | None = None
         try:
+            if journal is not None and journal.sent + journal.sent_end and await self._send_again(journal):
+                return
             while True:
+                if journal is not None and journal.full:
+                    if buffer is not None:
+                        _POOL.give(buffer)
+                        buffer = None
+                    await journal.wait_changed()
+                    continue
                 if buffer is None:
                     buffer = _POOL.take()
                 try:
@@ -98,9 +132,13 @@ class _Pumps:
                     await trio.lowlevel.wait_readable(number)
                     continue
                 if not count:
+                    if journal is not None:
+                        journal.sent_end = True
                     await stream.send_eof()
                     return
                 with memoryview(buffer) as whole, whole[:count] as view:
+                    if journal is not None:
+                        journal.append(view)
                     sent = stream.send_nowait(view)
                     if sent < count:
                         await stream.send_all(view[sent:])
@@ -119,11 +157,26 @@ class _Pumps:
             if buffer is not None:
                 _POOL.give(buffer)
 
+    async def _send_again(self, journal: Journal) -> bool:
+        """What the other end of a tunnel that goes on has not received. Whether that was all there is to send."""
+        offset = journal.has
+        while (piece := journal.piece_at(offset)) is not None:
+            await self.stream.send_all(piece)
+            offset += len(piece)
+        if journal.sent_end:
+            await self.stream.send_eof()
+        return journal.sent_end
+
     async def receive(self, scope: trio.CancelScope) -> None:
         """Stream to socket."""
-        stream, number = self._stream, self._socket.fileno()
+        stream, number = self.stream, self._socket.fileno()
+        lifeline = self._lifeline
         turn = 0
         try:
+            if lifeline is not None:
+                await self._write_all(number, self._unwritten)
+                if lifeline.journal.received_end:
+                    return
             while True:
                 data: bytes | bytearray | None = stream.receive_nowait()
                 if data is None and isinstance(stream, Libp2pStream):
@@ -139,10 +192,14 @@ class _Pumps:
                     await trio.lowlevel.checkpoint()
                 if not data:
                     break
-                await self._write_all(number, data)
                 self.bytes_received += len(data)
+                if lifeline is not None:
+                    lifeline.took(len(data))
+                await self._write_all(number, data)
                 turn += len(data)
             self._socket.shutdown(socket.SHUT_WR)
+            if lifeline is not None:
+                lifeline.took_end()
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ServiceRefused) as exc:
             self._failed(exc, scope)
 
@@ -150,7 +207,10 @@ class _Pumps:
         """Tell whose fault it was, and end both pumps. `StreamReset` comes from the stream, `OSError` does not."""
         if isinstance(exc, ServiceRefused):
             self.refusal = exc
-        if self.reset is None:
+        ended = isinstance(exc, (trio.BrokenResourceError, trio.ClosedResourceError))
+        if ended and self._lifeline is not None and self._lifeline.is_lost(self.stream):
+            self.lost = True
+        elif self.reset is None:
             self.reset = "stream" if isinstance(exc, (ServiceRefused, trio.BrokenResourceError)) else "socket"
         scope.cancel()
 
@@ -161,16 +221,21 @@ class _Pumps:
         except OSError:
             return 0
         self.bytes_received += written
+        if self._lifeline is not None:
+            self._lifeline.took(written)
         return written
 
     async def _write_all(self, number: int, data: bytes | bytearray) -> None:
         written = 0
         with memoryview(data) as view:
-            while written < len(data):
-                try:
-                    written += os.write(number, view[written:] if written else view)
-                except BlockingIOError:
-                    await trio.lowlevel.wait_writable(number)
+            try:
+                while written < len(data):
+                    try:
+                        written += os.write(number, view[written:] if written else view)
+                    except BlockingIOError:
+                        await trio.lowlevel.wait_writable(number)
+            finally:
+                self._unwritten = bytes(view[written:]) if written < len(data) else b""
 
 
 def _reset_on_close(sock: trio.SocketStream) -> None:

@@ -21,6 +21,7 @@ from libmesh import keys
 from libmesh.core.ways import is_circuit, relay_of
 from libmesh.errors import NetworkError, PeerUnreachable
 from libmesh.net.base import (
+    AddressesChanged,
     Approach,
     Message,
     Network,
@@ -115,7 +116,10 @@ class MemoryNetwork(Network):
 
     def set_relays(self, relays: Sequence[str], approach: Approach | None = None) -> None:
         """See `Network.set_relays`. Held as long as there is a connection to the relay, which others must make."""
+        before = self.addresses()
         self.relays = tuple(PeerId(relay.rpartition("/p2p/")[2]) for relay in relays)
+        if self.addresses() != before:
+            self.emit(AddressesChanged())
 
     async def disconnect(self, peer: PeerId) -> None:
         """See `Network.disconnect`."""

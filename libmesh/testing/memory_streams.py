@@ -39,6 +39,7 @@ class MemoryStream(Stream):
         self._outgoing, self._incoming = outgoing, incoming
         self._sending, self._receiving, self._closed = False, False, False
         self.refusal: str | None = None
+        self._lost = False
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See `trio.abc.SendStream.send_all`."""
@@ -141,7 +142,12 @@ class MemoryStream(Stream):
     def reset(self) -> None:
         """See `Stream.reset`."""
         self._closed = True
-        self.lose()
+        self._break()
+
+    @property
+    def connection_lost(self) -> bool:
+        """See `Stream`."""
+        return self._lost
 
     @property
     def over(self) -> bool:
@@ -150,6 +156,10 @@ class MemoryStream(Stream):
 
     def lose(self) -> None:
         """What the death of the connection does."""
+        self._lost = True
+        self._break()
+
+    def _break(self) -> None:
         for pipe in (self._outgoing, self._incoming):
             pipe.broken = True
             pipe.notify()
