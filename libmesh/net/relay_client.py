@@ -44,8 +44,12 @@ nobody could reach us. With the pause before it that is less than 5 s."""
 MAX_INBOUND = 256
 """Circuits to this node that are being set up or stand. More are refused: each is a connection with its tasks."""
 
+MAX_WAYS = 3
+"""Addresses of each relay that others are told: one of each kind of network at most. An announcement has few places."""
+
 CIRCUIT = "/p2p-circuit"
 PING = "/ipfs/ping/1.0.0"
+_LOOPBACK = ("/ip4/127.", "/ip6/::1/")
 _PING_BYTES = 32  # libp2p/specs, ping/ping.md
 
 
@@ -102,12 +106,14 @@ class RelayClient:
     def circuits(self) -> tuple[str, ...]:
         """The multiaddrs by which this node can be reached through its relays, up to `/p2p-circuit`, best first.
 
-        For each relay the addresses that worked for us, then those that it names itself; four of each at most.
+        For each relay the address that works for us, then those that it names itself, then those that we were told;
+        `MAX_WAYS` at most, and none that only leads to the relay's own machine unless it has no other.
         """
         found: list[str] = []
         for relay in self._machine.held:
-            ways = dict.fromkeys((*self._granted.get(relay, ()), *self._ways.get(relay, ())))
-            found += [f"{way}/p2p/{relay}{CIRCUIT}" for way in list(ways)[:4]]
+            ways = list(dict.fromkeys((*self._granted.get(relay, ()), *self._ways.get(relay, ()))))
+            far = [way for way in ways if not way.startswith(_LOOPBACK)] or ways
+            found += [f"{way}/p2p/{relay}{CIRCUIT}" for way in far[:MAX_WAYS]]
         return tuple(found)
 
     def set_relays(self, relays: Sequence[str], approach: Approach | None = None) -> None:
@@ -211,7 +217,7 @@ class RelayClient:
         if isinstance(answer, wire.Answer) and answer.status == Status.OK and answer.reservation is not None:
             addresses = [a.removesuffix(f"/p2p/{relay}") for a in answer.reservation.addresses]
             reachable = [address for address in addresses if "/p2p/" not in address and "/tcp/" in address]
-            self._granted[relay] = (*self._used(relay), *reachable)[:3]
+            self._granted[relay] = (*self._used(relay), *reachable)
             # A relay with a wrong clock grants what looks long past, or for ever; renewing does no harm.
             return min(max(answer.reservation.expires_unix - self._wall_clock(), 60.0), 3600.0)
         raise NetworkError(wire.WORDS.get(answer.status, f"the relay answered {answer.status}"))

@@ -17,7 +17,7 @@ from libmesh.net.relay_server import RelayServer
 from libmesh.net.relay_wire import Answer, Connect, Reserve
 from libmesh.peers import PathKind
 from tests.members import seed
-from tests.net.hosts import LOCAL, PROTOCOL, echo, join, networks, until
+from tests.net.hosts import HOSTS, LOCAL, PROTOCOL, echo, join, networks, until
 
 RELAY = replace(LOCAL, relay=RelayLimits())
 
@@ -64,8 +64,9 @@ async def take_place(client: Libp2pNetwork, *relays: Libp2pNetwork) -> None:
 
 
 @asynccontextmanager
-async def relayed(config: Libp2pConfig = RELAY) -> AsyncIterator[Relayed]:
-    async with open_libp2p_network(seed(77), config) as relay, networks(2) as (target, source):
+async def relayed(config: Libp2pConfig = RELAY, hosts: tuple[str, ...] = HOSTS) -> AsyncIterator[Relayed]:
+    ends = networks(2, replace(LOCAL, hosts=hosts))
+    async with open_libp2p_network(seed(77), replace(config, hosts=hosts)) as relay, ends as (target, source):
         target.set_handler(PROTOCOL, echo)
         await take_place(target, relay)
         await join(source, relay)

@@ -47,6 +47,14 @@ async def test_either_side_may_ask_and_both_come_to_a_punched_path(asker: str) -
         await answers(nodes.source, nodes.target)
 
 
+async def test_holes_are_punched_over_ipv6_too() -> None:
+    async with relayed(hosts=("::1",)) as nodes:
+        await nodes.connect()
+        path = await nodes.target.punch(nodes.source.peer)
+        assert path.kind is PathKind.PUNCHED
+        assert path.address.startswith("/ip6/::1/")
+
+
 async def test_what_runs_over_the_relay_goes_on_there() -> None:
     async with relayed() as nodes:
         await nodes.connect()

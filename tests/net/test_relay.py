@@ -184,6 +184,17 @@ async def test_a_relay_that_falls_silent_is_given_up_for_another_one(monkeypatch
         assert target.path(first) is not None
 
 
+async def test_others_are_told_the_addresses_of_a_relay_that_may_lead_there() -> None:
+    async with relayed() as nodes:
+        client, relay = nodes.target.relaying.client, nodes.relay.peer
+        assert client.circuits() == (f"{address_of(nodes.relay)}/p2p-circuit",), (
+            "it has no other than loopback"
+        )
+        here, far = nodes.relay.addresses()[0], [f"/ip4/192.0.2.{n}/tcp/4001" for n in range(1, 6)]
+        client._granted[relay] = (here, "/ip6/::1/tcp/4001", *far)
+        assert client.circuits() == tuple(f"{way}/p2p/{relay}/p2p-circuit" for way in far[:3])
+
+
 # ---- who gets in --------------------------------------------------------------------------------------------------
 
 
