@@ -9,6 +9,7 @@ llama-server to its first `/health`. With the mesh also what opening the session
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -22,11 +23,11 @@ from libmesh_node.models.demo import MEDIUM, SMALL, write_model
 from bench.split_decode import HEALTHY, PORT, bare, llama_server_argv, meshed, running
 from tests.netlab.lab import Host, Kind, open_lab
 
-COUNTERS = "cat /sys/class/net/wan0/statistics/tx_bytes /sys/class/net/wan0/statistics/rx_bytes"
-
 
 def crossed(host: Host) -> int:
-    return sum(map(int, host.run("sh", "-c", COUNTERS).stdout.split()))
+    """Bytes that its device has sent and received."""
+    (device,) = json.loads(host.run("ip", "-s", "-j", "link", "show", host.device).stdout)
+    return int(device["stats64"]["rx"]["bytes"]) + int(device["stats64"]["tx"]["bytes"])
 
 
 def load(host: Host, endpoints: list[str], model: Path) -> tuple[int, float]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from libmesh_node.hardware import CPU_SHARE, Gpu, Hardware, detect
+from libmesh_node.hardware import CPU_SHARE, Gpu, Hardware, detect, memory_bandwidth
 
 GB = 10**9
 
@@ -109,3 +109,13 @@ def test_memory_for_models(gpus: tuple[int, ...], usable: bool, limit: float | N
     cards = tuple(Gpu("x", size, "nvidia") for size in gpus)
     machine = Hardware(gpus=cards, ram_bytes=64 * GB, cpu="", cores=8)
     assert machine.model_memory(gpu_usable=usable, max_vram_gb=limit) == memory
+
+
+def test_bandwidth_is_measured_once_and_remembered(tmp_path: Path) -> None:
+    cache = tmp_path / "folder" / "hardware.json"
+    first = memory_bandwidth(cache)
+    assert first > 0
+    cache.write_text(cache.read_text().replace(str(first), "12345.0"))
+    assert memory_bandwidth(cache) == 12345.0
+    cache.write_text("[garbage")
+    assert memory_bandwidth(cache) > 0

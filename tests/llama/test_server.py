@@ -10,7 +10,9 @@ from libmesh_node.llama.server import (
     DEMO_TOKENS,
     MAX_CONTEXT,
     MIN_CONTEXT,
+    DraftPlan,
     ServerPlan,
+    SplitPlan,
     child_environment,
     choose_context,
     plan_server,
@@ -119,3 +121,48 @@ def test_environment_loses_what_would_change_the_server() -> None:
     parent = {"LLAMA_ARG_HOST": "0.0.0.0", "LLAMA_API_KEY": "k", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1"}
     expected = {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1", "GGML_NO_BACKTRACE": "1"}
     assert child_environment(parent) == expected
+
+
+def test_rpc_comes_before_the_devices_that_it_makes(header: GgufHeader) -> None:
+    split = SplitPlan(ports=(11, 12), layers=(20, 13), home_layers=0)
+    plan = ServerPlan(model=model(header), context=4096, split=split, prompt_cache_mib=512)
+    arguments = server_args(binary("--cache-ram"), plan, 1234)
+    assert arguments[1:3] == ["--rpc", "127.0.0.1:11,127.0.0.1:12"]
+    assert option(arguments, "--device") == "RPC0,RPC1"
+    assert option(arguments, "--tensor-split") == "20,13"
+    assert option(arguments, "--n-gpu-layers") == "33"
+    assert option(arguments, "--cache-ram") == "0"
+    assert option(arguments, "--fit") == "off"
+
+
+def test_a_processor_keeps_the_first_layers_and_a_gpu_the_last(header: GgufHeader) -> None:
+    home = SplitPlan(ports=(11,), layers=(25,), home_layers=8, logits_home=True)
+    arguments = server_args(binary(), ServerPlan(model=model(header), context=4096, split=home), 1234)
+    assert option(arguments, "--n-gpu-layers") == "25"
+    assert option(arguments, "--override-tensor") == "^output\\.weight=CPU"
+    assert option(arguments, "--tensor-split") is None
+    gpu = SplitPlan(ports=(11,), layers=(10, 23), own_devices=("CUDA0",))
+    arguments = server_args(binary(), ServerPlan(model=model(header), context=4096, split=gpu), 1234)
+    assert option(arguments, "--device") == "RPC0,CUDA0"
+    assert option(arguments, "--n-gpu-layers") == "33"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (
+            ("--spec-type", "--spec-draft-n-max", "--device-draft"),
+            "--spec-type draft-simple --spec-draft-n-max 4 --device-draft none",
+        ),
+        (("--draft-max", "-devd"), "--draft-max 4 -devd none"),
+        ((), ""),
+    ],
+)
+def test_a_draft_stays_at_home_in_the_words_of_the_build(
+    header: GgufHeader, flags: tuple[str, ...], expected: str
+) -> None:
+    plan = ServerPlan(model=model(header), context=4096, draft=DraftPlan(path=Path("/d.gguf"), tokens=4))
+    arguments = server_args(binary(*flags), plan, 1234)
+    at = arguments.index("--model-draft")
+    assert arguments[at + 1] == "/d.gguf"
+    assert " ".join(arguments[at + 2 : at + 2 + len(expected.split())]) == expected

@@ -1,0 +1,50 @@
+"""What a server tells of its load, and how little of it is passed on."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from libmesh_node.llama.load import IDLE, ServerLoad, read_load
+
+
+def metrics(processing: float, deferred: float, speed: float) -> bytes:
+    return (
+        b"HTTP/1.1 200 OK\r\n\r\n# HELP llamacpp:requests_processing Number of requests processing.\n"
+        b"llamacpp:requests_processing %g\nllamacpp:requests_deferred %g\n"
+        b"llamacpp:predicted_tokens_seconds %g\n" % (processing, deferred, speed)
+    )
+
+
+@pytest.mark.parametrize(
+    ("processing", "deferred", "busy"), [(0, 0, 0), (1, 0, 1), (2, 0, 2), (2, 1, 4), (4, 5, 16)]
+)
+def test_busy_is_all_that_is_there_rounded_up_to_a_power_of_two(
+    processing: int, deferred: int, busy: int
+) -> None:
+    assert read_load(metrics(processing, deferred, 10)).busy == busy
+
+
+@pytest.mark.parametrize(
+    ("measured", "told"), [(0.2, 1), (1.4, 1.5), (9.9, 8), (10.5, 12), (100, 96), (1000, 1024)]
+)
+def test_speed_is_told_in_steps(measured: float, told: float) -> None:
+    assert read_load(metrics(0, 0, measured)).speed == told
+
+
+@given(st.floats(1.0, 1e5))
+def test_steps_are_never_a_third_off(speed: float) -> None:
+    assert 0.74 <= read_load(metrics(0, 0, speed)).speed / speed <= 1.34
+
+
+def test_speed_stays_while_nothing_is_generated() -> None:
+    assert read_load(metrics(0, 0, 0), ServerLoad(busy=4, speed=8.0)) == ServerLoad(busy=0, speed=8.0)
+
+
+@pytest.mark.parametrize(
+    "answer", [b"", b"HTTP/1.1 501 Not Implemented\r\n\r\n{}", b"llamacpp:requests_processing ...\n"]
+)
+def test_what_cannot_be_read_changes_nothing(answer: bytes) -> None:
+    before = ServerLoad(busy=2, speed=3.0)
+    assert read_load(answer, before) is before
+    assert read_load(answer) is IDLE
