@@ -185,6 +185,17 @@ class Site:
         if self._upnp is not None:
             self._start_upnp()
 
+    def block(self, other: Site) -> None:
+        """The router drops all that comes from and goes to another site, until `unblock`."""
+        assert self.router is not None
+        drop = f"ip saddr {other.public} drop\nadd rule inet lab blocked ip daddr {other.public} drop"
+        self.router.nft(f"add rule inet lab blocked {drop}")
+
+    def unblock(self) -> None:
+        """Let everybody through again."""
+        assert self.router is not None
+        self.router.nft("flush chain inet lab blocked")
+
     def renumber(self) -> str:
         """The provider gives the site another public address; the new one."""
         old = self.public
@@ -291,6 +302,7 @@ def _rules(kind: Kind) -> str:
     return f"""
 table inet lab {{
     chain miniupnpd {{ }}
+    chain blocked {{ }}
     chain prerouting_miniupnpd {{ }}
     chain postrouting_miniupnpd {{ }}
     chain input {{
@@ -299,6 +311,7 @@ table inet lab {{
     }}
     chain forward {{
         type filter hook forward priority 0
+        jump blocked
         ct state invalid drop
         {forward}
         iifname "wan0" ct state new ct status dnat accept

@@ -5,6 +5,8 @@ It offers the service `echo`. The first line that it says is its id, with an inv
     {"id": 1, "do": "connect", "peer": ID}      from nothing: seconds to the first byte back, and the path's kind then
     {"id": 4, "do": "echo", "peer": ID}         the same, over the path that there is
     {"id": 2, "do": "path", "peer": ID}         the path now
+    {"id": 5, "do": "carry", "peer": ID}        carry bytes through a tunnel to it from now on (`carrying.py`)
+    {"id": 6, "do": "carried", "stop": false}   how far that has come
     {"id": 3, "do": "state"}                    its addresses and how others reach it
 """
 
@@ -35,6 +37,7 @@ from libmesh import (
     Stream,
     open_mesh,
 )
+from tests.netlab.carrying import Carrier, expose_echo
 
 ECHO = "echo"
 
@@ -56,10 +59,11 @@ async def main(options: dict[str, Any]) -> None:
     )
     async with opened as mesh, trio.open_nursery() as nursery:
         with mesh.offer(ECHO, echo):
+            nursery.start_soon(expose_echo, mesh)
             invite = mesh.invite(scope=Scope.INVITE, not_after_unix=None) if founded is not None else ""
             say({"peer": mesh.peer, "invite": invite})
             async for line in lines():
-                nursery.start_soon(obey, mesh, json.loads(line))
+                nursery.start_soon(obey, mesh, json.loads(line), nursery)
             nursery.cancel_scope.cancel()
 
 
@@ -80,16 +84,19 @@ async def echo(stream: Stream) -> None:
     await stream.send_eof()
 
 
-async def obey(mesh: Mesh, order: dict[str, Any]) -> None:
+async def obey(mesh: Mesh, order: dict[str, Any], nursery: trio.Nursery) -> None:
     """Do one thing, and tell what came of it."""
     try:
-        answer = await act(mesh, order)
+        answer = await act(mesh, order, nursery)
     except (MeshError, trio.BrokenResourceError) as exc:
         answer = {"error": str(exc)}
     say({"id": order["id"], **answer})
 
 
-async def act(mesh: Mesh, order: dict[str, Any]) -> dict[str, Any]:
+CARRIERS: list[Carrier] = []
+
+
+async def act(mesh: Mesh, order: dict[str, Any], nursery: trio.Nursery) -> dict[str, Any]:
     """See the module's docstring."""
     match order["do"]:
         case "connect":
@@ -98,6 +105,14 @@ async def act(mesh: Mesh, order: dict[str, Any]) -> dict[str, Any]:
             return await ask_echo(mesh, peer)
         case "echo":
             return await ask_echo(mesh, PeerId(order["peer"]))
+        case "carry":
+            CARRIERS.append(Carrier(mesh, PeerId(order["peer"])))
+            nursery.start_soon(CARRIERS[-1].run)
+            return {}
+        case "carried":
+            if order.get("stop"):
+                CARRIERS[-1].stop()
+            return CARRIERS[-1].picture()
         case "path":
             return path_to(mesh, PeerId(order["peer"]))
         case "state":
