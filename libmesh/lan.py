@@ -104,6 +104,10 @@ async def _meet(driver: Driver, peer: PeerId, addresses: tuple[str, ...]) -> Non
     path = driver.network.path(peer)
     if path is not None and path.kind is not PathKind.RELAYED:
         return
+    machine = driver.membership
+    surplus = machine.following or (machine.believes(peer) and not machine.wanted(peer))
+    if path is None and surplus and driver.admission.anybody:
+        return
     log.debug("on this LAN: %s at %s", peer, " ".join(addresses))
     try:
         if path is None:

@@ -200,6 +200,45 @@ def test_a_parted_mesh_heals_within_ten_seconds(
     assert world.false_deaths == []
 
 
+@pytest.mark.parametrize(("count", "limit"), [(2, 45.0), (8, 30.0)])
+def test_a_mesh_that_was_parted_for_so_long_that_it_forgot_itself_is_one_again(
+    count: int, limit: float
+) -> None:
+    world = settled(lan(21), count)
+    world.part(list(world.peers)[: count // 2])
+    world.run(700)
+    assert world.opinions(world.peer(0)) == ({PeerState.ALIVE: count // 2 - 1} if count > 2 else {})
+    world.heal()
+    assert world.run_until(world.agreed, limit=limit) is not None, world
+    assert world.false_deaths == []
+
+
+@pytest.mark.parametrize("count", [3, 10, 60])
+def test_a_vanished_machine_is_known_to_be_gone_within_five_seconds(count: int) -> None:
+    world = settled(lan(22), count)
+    for _ in range(4):
+        world.run(5 + world.rng.random())
+        gone = world.rng.choice(world.running).peer
+        world.vanish(gone)
+        assert world.run_until(lambda gone=gone: world.gone(gone), limit=5) is not None, world  # type: ignore[misc]
+        world.restart(gone)
+        world.run(15)
+    assert world.false_deaths == []
+
+
+def test_what_a_peer_says_in_an_idle_mesh_does_not_grow_with_it() -> None:
+    quiet: list[float] = []
+    gossip: list[float] = []
+    for count in (30, 120):
+        world = settled(lan(23), count)
+        world.run(120)
+        sizes = {kind: sent.size / 120 / count for kind, sent in world.traffic.items()}
+        gossip.append(sizes.pop("gossip"))
+        quiet.append(sum(sizes.values()))
+    assert quiet[1] < 1.1 * quiet[0]
+    assert gossip[1] < 2 * gossip[0]  # a dozen announcements, at random times; four times as many would be 4
+
+
 def test_in_a_long_partition_each_side_takes_the_other_for_dead() -> None:
     world = settled(lan(16), 10)
     half = list(world.peers)[:5]
