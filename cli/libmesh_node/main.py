@@ -30,6 +30,7 @@ COMMANDS = {
     "engine": "find llama.cpp's programs, or build them",
     "invite": "make an invite for the next machine",
     "peers": "show who is in the mesh, and who let whom in",
+    "ping": "show the path to a peer, its round-trip time, and each change",
     "relay": "relay for nodes that cannot reach each other",
     "plan": "show who would serve a model, and how fast",
     "status": "show peers, paths, models and processes",
