@@ -13,6 +13,7 @@ What is exported here is the public API; everything else may change without noti
 """
 
 from libmesh.admission import AdmissionConfig
+from libmesh.core.intercept import FrameRewriter, Interceptor, PassThrough
 from libmesh.core.liveness import LivenessConfig
 from libmesh.core.membership_io import MembershipConfig
 from libmesh.core.paths_io import PathsConfig
@@ -61,6 +62,8 @@ __all__ = [
     "AdmissionConfig",
     "AdmissionRefused",
     "Attempt",
+    "FrameRewriter",
+    "Interceptor",
     "InviteDenied",
     "InviteError",
     "InviteExpired",
@@ -77,6 +80,7 @@ __all__ = [
     "Nearby",
     "Network",
     "NetworkError",
+    "PassThrough",
     "Path",
     "PathKind",
     "PathsConfig",

@@ -28,6 +28,7 @@ from pathlib import Path
 import trio
 
 from libmesh_node.llama.engine import Binary
+from libmesh_node.llama.load import IDLE, read_load
 from libmesh_node.llama.logfile import BoundedLog
 from libmesh_node.llama.process import GuardedProcess, Lines, ProgramNotStarted, open_guarded
 from libmesh_node.llama.restart import Effect, Ended, GiveUp, Launch, Ready, RestartPolicy, Wake
@@ -38,6 +39,9 @@ logger = logging.getLogger(__name__)
 
 FIRST_POLL = 0.02
 SLOWEST_POLL = 0.5
+LOAD_POLL = 2.0
+"""Seconds between two looks at a server's load. What it tells is announced, so it is coarse, too."""
+
 POLL_LIMIT = 2.0
 """Seconds one health check may take."""
 
@@ -61,6 +65,7 @@ class LlamaServer:
 
     Attributes:
         process: its state now. A new value at each change.
+        load: how busy it is, as it said a moment ago.
     """
 
     def __init__(
@@ -89,6 +94,7 @@ class LlamaServer:
         )
         self._binary = binary
         self._log_path = log
+        self.load = IDLE
         self._environment = child_environment(environment)
         self._on_change = on_change
         self._policy = policy or RestartPolicy()
@@ -156,7 +162,7 @@ class LlamaServer:
             # Shielded: a server that nobody listens to any more stalls as soon as the pipe is full, also while ending.
             copying = trio.CancelScope(shield=True)
             nursery.start_soon(_copy_output, process, log, copying)
-            nursery.start_soon(self._watch_health, port)
+            nursery.start_soon(self._watch, port)
             try:
                 return await process.wait()
             except trio.Cancelled:
@@ -172,6 +178,15 @@ class LlamaServer:
         logger.warning("llama-server for %s: %s", self.plan.model.name, reason)
         self.process = replace(self.process, pid=None, failure=reason)
         return Ended(reason, port_taken)
+
+    async def _watch(self, port: int) -> None:
+        await self._watch_health(port)
+        while True:
+            load = read_load(await _get(port, "/metrics"), self.load)
+            if load != self.load:
+                self.load = load
+                self._tell()
+            await trio.sleep(LOAD_POLL)
 
     async def _watch_health(self, port: int) -> None:
         pause = FIRST_POLL
@@ -191,10 +206,14 @@ class LlamaServer:
         if changed == self.process:
             return
         self.process = changed
-        if self._on_change is not None:
-            self._on_change(changed)
+        self.load = replace(self.load, busy=0)
+        self._tell()
         if status in ("ready", "failed"):
             self._settled.set()
+
+    def _tell(self) -> None:
+        if self._on_change is not None:
+            self._on_change(self.process)
 
 
 async def _end(process: GuardedProcess) -> None:

@@ -1,0 +1,52 @@
+"""How busy a llama-server is and how fast, as it tells itself. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+_GAUGE = re.compile(
+    rb"^llamacpp:(requests_processing|requests_deferred|predicted_tokens_seconds) ([0-9.e+-]{1,24})$", re.M
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerLoad:
+    """What other nodes are told, in steps so large that it seldom changes.
+
+    Attributes:
+        busy: requests that are answered or wait, rounded up to a power of two.
+        speed: tokens per second of one request, to the next of 1, 1.5, 2, 3, 4, 6, 8, 12 and so on; 0 if unknown.
+    """
+
+    busy: int = 0
+    speed: float = 0.0
+
+
+IDLE = ServerLoad()
+
+
+def read_load(metrics: bytes, before: ServerLoad = IDLE) -> ServerLoad:
+    """The load by llama-server's answer to `/metrics`; `before` if it cannot be read.
+
+    The speed of `before` stays where the server has not generated anything since it was asked last.
+    """
+    try:
+        gauges = {name: float(value) for name, value in _GAUGE.findall(metrics)}
+    except ValueError:
+        return before
+    if b"requests_processing" not in gauges:
+        return before
+    busy = int(gauges[b"requests_processing"] + gauges.get(b"requests_deferred", 0.0))
+    speed = gauges.get(b"predicted_tokens_seconds", 0.0)
+    return ServerLoad(
+        busy=0 if busy <= 0 else 1 << (busy - 1).bit_length(),
+        speed=_step(speed) if 0 < speed < 1e6 else before.speed,
+    )
+
+
+def _step(speed: float) -> float:
+    step = 1.0
+    while step * 1.25 < speed:
+        step *= 2
+    return step * 0.75 if step > 1 and speed < step * 0.875 else step
