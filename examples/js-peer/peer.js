@@ -9,7 +9,7 @@ import { Herald } from './herald.js'
 import { Members } from './members.js'
 import { MANY, createNode } from './node.js'
 import { difference } from './summary.js'
-import { Reader, SCOPE, decode, encode, has, within } from './wire.js'
+import { Reader, SCOPE, decode, encode, has, served, within } from './wire.js'
 
 const AGENT = 'libmesh-js-peer/0.1.0'
 const HELLO = '/libmesh/hello/1.0.0'
@@ -28,7 +28,8 @@ const idOf = (key) => peerIdFromPublicKey(publicKeyFromRaw(key))
 const keyOf = (peer) => peer.publicKey.raw
 
 /**
- * Join the mesh of `token`. `services` maps names to `{ scope, serve(reader, accept) }` as in services.js. `tell(event)` hears `{ peer, state, services }` and `{ peer, topic, data }`.
+ * Join the mesh of `token`. `services` maps names to `{ scope, serve(reader, accept) }` as in services.js. `tell(event)`
+ * hears `{ peer, state, services }` and `{ peer, topic, data }`.
  */
 export async function joinMesh (token, { listen = ['/ip4/127.0.0.1/tcp/0'], services = new Map(), tell = () => {} } = {}) {
   const peer = new Peer(readToken(token), services, tell)
@@ -37,7 +38,7 @@ export async function joinMesh (token, { listen = ['/ip4/127.0.0.1/tcp/0'], serv
 }
 
 class Peer {
-  #tasks = []
+  #looking = null
   #herald = new Herald()
 
   constructor (invite, services, tell) {
@@ -83,12 +84,12 @@ class Peer {
     this.node.addEventListener('peer:disconnect', ({ detail }) => this.#gone(detail))
     this.members.announce({ services: this.#offered(), addresses: this.addresses.map((address) => address.bytes) })
     await this.#seek()
-    this.#tasks.push(setInterval(() => this.#look(), LOOK_EVERY * 1000))
+    this.#looking = setInterval(() => this.#look(), LOOK_EVERY * 1000)
   }
 
   /** Say goodbye and stop. */
   async stop () {
-    for (const task of this.#tasks) clearInterval(task)
+    clearInterval(this.#looking)
     this.members.announce({ leaving: true, services: [] })
     await new Promise((resolve) => setTimeout(resolve, 200)) // for the goodbye to get out
     this.members.stop()
@@ -386,17 +387,6 @@ class Peer {
 
   #connections (peer) {
     return this.node.getConnections().filter(({ remotePeer, status }) => remotePeer.toString() === peer.toString() && status === 'open')
-  }
-}
-
-/** A stream handler of one that answers a reader, and resets the stream if that fails. */
-function served (answer) {
-  return async (stream, connection) => {
-    try {
-      await answer(new Reader(stream), connection)
-    } catch (error) {
-      stream.abort(error)
-    }
   }
 }
 

@@ -125,6 +125,17 @@ export class Reader {
   }
 }
 
+/** A stream handler of one that answers a reader, and resets the stream if that fails. */
+export function served (answer) {
+  return async (stream, connection) => {
+    try {
+      await answer(new Reader(stream), connection)
+    } catch (error) {
+      stream.abort(error)
+    }
+  }
+}
+
 /** The outcome of a promise, or an error after so many seconds. */
 export async function within (seconds, promise) {
   let timer
