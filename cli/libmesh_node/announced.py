@@ -32,6 +32,8 @@ class AnnouncedModel:
     slots: int = 1
     ready: bool = False
     workers: tuple[str, ...] = ()
+    busy: int = 0
+    speed: float = 0.0  # tokens per second
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,8 @@ def encode_status(status: NodeStatus) -> bytes:
                 size_bytes=model.size_bytes,
                 context_length=model.context_length,
                 slots=model.slots,
+                busy=model.busy,
+                milli_speed=round(model.speed * 1000),
                 ready=model.ready,
                 workers=model.workers[:MAX_WORKERS],
             )
@@ -106,6 +110,8 @@ def decode_status(attributes: bytes) -> NodeStatus:
             size_bytes=model.size_bytes,
             context_length=model.context_length,
             slots=max(1, min(model.slots, 4096)),
+            busy=min(model.busy, 65536),
+            speed=model.milli_speed / 1000,
             ready=model.ready,
             workers=tuple(map(_clean, model.workers[:MAX_WORKERS])),
         )

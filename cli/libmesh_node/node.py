@@ -316,7 +316,7 @@ class Node:
         url = self._models.base_url(model.name)
         if url is None:
             return None
-        return Server(peer=self._key.peer, base_url=url, local=True, slots=model.slots, digest=model.digest)
+        return picture.server(model, self._key.peer, url, local=True)
 
     # ── commands from the console ────────────────────────────────────────────────────────────────────────────────
 

@@ -22,6 +22,23 @@ def node_status(*, client: bool, own: Sequence[AnnouncedModel], alone: bool, len
     return "Idle" if alone or own else "Standby"
 
 
+def server(
+    model: AnnouncedModel, peer: PeerId, base_url: str, *, local: bool = False, rtt: float | None = None
+) -> Server:
+    """The server of a model that `peer` announces, answering at `base_url`."""
+    return Server(
+        peer=peer,
+        base_url=base_url,
+        local=local,
+        slots=model.slots,
+        rtt=rtt,
+        digest=model.digest,
+        context_length=model.context_length,
+        speed=model.speed or None,
+        busy=model.busy,
+    )
+
+
 Admissions = Callable[[PeerId], tuple[tuple[str, ...], int | None] | None]
 """`Mesh.admission_of`."""
 

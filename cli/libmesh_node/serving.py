@@ -93,6 +93,7 @@ class LocalModels:
         self.engine: Engine | None = None
         self.own_devices: tuple[str, ...] = ()
         self.on_change = on_change
+        self._told: dict[str, int | None] = {}
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -222,8 +223,9 @@ class LocalModels:
             )
 
     def _changed(self, process: Process) -> None:
-        if process.status == "ready":
+        if process.status == "ready" and self._told.get(process.model) != process.pid:
             log.info("%s is ready", process.model)
+            self._told[process.model] = process.pid
         self.on_change()
 
     async def _identify(self, entry: Entry) -> None:
@@ -245,6 +247,8 @@ def _announced(entry: Entry) -> AnnouncedModel:
         slots=plan.slots,
         ready=entry.base_url is not None,
         workers=entry.workers if entry.base_url is not None else (),
+        busy=entry.servers[0].load.busy if entry.servers else 0,
+        speed=entry.servers[0].load.speed if entry.servers else 0.0,
     )
 
 

@@ -28,6 +28,7 @@ from libmesh import (
 from libmesh_node.announced import SERVICE_PREFIX, AnnouncedModel, NodeStatus, decode_status, encode_status
 from libmesh_node.bridge import CommandFailed
 from libmesh_node.options import NodeOptions
+from libmesh_node.picture import server
 from libmesh_node.serving import LocalModels
 from libmesh_node.snapshot import Server, Tunnel
 from libmesh_node.splits import Splits
@@ -146,13 +147,8 @@ class Session:
         port = self._ports.get((peer.peer, model.name))
         if port is None or model not in _ready_models(peer):
             return None
-        return Server(
-            peer=peer.peer,
-            base_url=f"http://127.0.0.1:{port}",
-            local=False,
-            slots=model.slots,
-            rtt=_rounded(peer.path.rtt if peer.path else None),
-            digest=model.digest,
+        return server(
+            model, peer.peer, f"http://127.0.0.1:{port}", rtt=_rounded(peer.path.rtt if peer.path else None)
         )
 
     def _sync_tunnels(self) -> None:

@@ -22,7 +22,7 @@ class Server:
         digest: of the weights that it has; empty while unknown.
         context_length: tokens that one request may use there; 0 if unknown.
         speed: tokens per second of one request, as its node announces; `None` if unknown.
-        busy_with_others: requests that it answers, or makes wait, for others than this node, as announced.
+        busy: requests that it answers or makes wait, as announced a moment ago, ours among them.
     """
 
     peer: str
@@ -33,7 +33,7 @@ class Server:
     digest: str = ""
     context_length: int = 0
     speed: float | None = None
-    busy_with_others: int = 0
+    busy: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -73,7 +73,7 @@ def test_nearer_of_two_equals_is_chosen_and_a_local_one_is_nearest() -> None:
 
 
 def test_announced_load_and_speed_count_where_nothing_was_measured() -> None:
-    busy = server("b", busy_with_others=8)
+    busy = server("b", busy=8)
     assert balance().choose([A, busy], (), NOTHING, 0) is A
     slow, quick = server("s", speed=5.0), server("q", speed=50.0)
     assert balance().choose([slow, quick], (), NOTHING, 0) is quick

@@ -131,6 +131,8 @@ class ModelStatus(_message.Message):
     SLOTS_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     WORKERS_FIELD_NUMBER: _builtins.int
+    BUSY_FIELD_NUMBER: _builtins.int
+    MILLI_SPEED_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """what requests call it; the part after "api/" in the service's name"""
     digest: _builtins.str
@@ -142,6 +144,10 @@ class ModelStatus(_message.Message):
     """requests answered at once"""
     ready: _builtins.bool
     """its server answers now"""
+    busy: _builtins.int
+    """requests that it answers or makes wait, rounded up to a power of two"""
+    milli_speed: _builtins.int
+    """thousandths of a token per second that one request gets, coarse; 0 if unknown"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """peer ids, in the order of a token's way, of those it is split over; at most 16"""
@@ -156,10 +162,12 @@ class ModelStatus(_message.Message):
         slots: _builtins.int = ...,
         ready: _builtins.bool = ...,
         workers: _abc.Iterable[_builtins.str] | None = ...,
+        busy: _builtins.int = ...,
+        milli_speed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "digest", b"digest", "name", b"name", "ready", b"ready", "size_bytes", b"size_bytes", "slots", b"slots", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "context_length", b"context_length", "digest", b"digest", "milli_speed", b"milli_speed", "name", b"name", "ready", b"ready", "size_bytes", b"size_bytes", "slots", b"slots", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

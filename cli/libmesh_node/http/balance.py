@@ -93,8 +93,8 @@ class Balance:
         return alone * (1 + self.load(server) / max(server.slots, 1)) + 2 * _distance(server)
 
     def load(self, server: Server) -> int:
-        """Requests under way at `server`: ours, and what it tells of others'."""
-        return self._of(server).in_flight + server.busy_with_others
+        """Requests under way at `server`: ours, or more if it told of more."""
+        return max(self._of(server).in_flight, server.busy)
 
     def is_full(self, server: Server, backlog: int) -> bool:
         """Whether `server` has all its slots busy and `backlog` requests waiting besides."""
