@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import logging
+import socket
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from libmesh.framing import receive_frame
 from libmesh.net import relay_wire as wire
 from libmesh.net import tcp
 from libmesh.net.base import Stream
+from libmesh.net.negotiate import HEADER, encode_line
 from libmesh.net.relay_wire import PunchAddresses, PunchNow
 from libmesh.net.underlay import Underlay
 from libmesh.peers import Path, PathKind, PeerId
@@ -50,8 +52,8 @@ QUIET_TIME = 1.0
 """Seconds without a byte after which the side that should wait for the handshake starts it.
 
 Our dial may have met the other side's listener, before its own dial left or because nothing is in its way. A listener that
-knows of the punch starts the handshake (`take`). js-libp2p's does not: it waits in silence, as for any other connection. A
-side that means to start does so at once, and is heard within a round trip."""
+knows of the punch starts the handshake (`take`). Any other one waits, in silence or with no more than multistream's
+header. A side that means to start proposes at once, and is heard within a round trip."""
 
 SETTLE_TIME = 1.0
 """Seconds that the side which does not choose leaves further connections after the first one."""
@@ -60,6 +62,7 @@ MAX_PUNCHES = 32
 """Punches at a time that others asked for. More are refused: each costs a burst of SYNs."""
 
 _REPEAT = 0.1
+_HEADER_LINE = encode_line(HEADER)
 _REPEATED = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EADDRNOTAVAIL, errno.EADDRINUSE}
 
 
@@ -289,11 +292,16 @@ class Puncher:
 
 
 async def _is_spoken_to(stream: trio.SocketStream) -> bool:
-    """Whether the other side begins to speak within `QUIET_TIME`. Closes the stream if cancelled."""
+    """Whether the other side begins to negotiate within `QUIET_TIME`. Closes the stream if cancelled."""
     try:
         with trio.move_on_after(QUIET_TIME):
-            await trio.lowlevel.wait_readable(stream.socket)
-            return True
+            while True:
+                said = await stream.socket.recv(len(_HEADER_LINE) + 1, socket.MSG_PEEK)
+                if not said or len(said) > len(_HEADER_LINE) or not _HEADER_LINE.startswith(said):
+                    return True  # or it has hung up: the handshake will tell
+                await trio.sleep(_REPEAT)
+    except OSError:
+        return True
     except BaseException:
         stream.socket.close()
         raise

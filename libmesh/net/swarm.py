@@ -22,6 +22,7 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from libmesh.keys import public_key_of
+from libmesh.net.eager import EagerClient
 from libmesh.net.muxer import Serve, YamuxConnection, install_muxer
 from libmesh.net.noise import PROTOCOL_ID as NOISE_ID
 from libmesh.net.noise import Noise
@@ -61,6 +62,8 @@ def new_mesh_swarm(
         ),
     )
     install_muxer(swarm.upgrader, serve=serve)
+    for selector in (swarm.upgrader.security_multistream, swarm.upgrader.muxer_multistream):
+        selector._selector.multiselect_client = EagerClient()
     swarm.auto_connector.maybe_connect = _connect_nobody
     swarm.add_conn = partial(_add_connection, swarm.add_conn)
     return swarm

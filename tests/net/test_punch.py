@@ -83,6 +83,23 @@ async def test_both_sides_asking_at_once_do_not_stand_in_each_others_way() -> No
         await answers(nodes.source, nodes.target)
 
 
+async def test_a_listener_that_does_not_know_whom_it_accepts_is_spoken_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As ours does not, when a router shows another address than was told."""
+    async with relayed() as nodes:
+        monkeypatch.setattr(nodes.source.puncher, "take", lambda stream: False)
+
+        async def no_dial(*_: object) -> None:
+            await trio.sleep_forever()
+
+        monkeypatch.setattr(nodes.source.puncher, "_dial", no_dial)
+        await nodes.connect()
+        assert (await nodes.target.punch(nodes.source.peer)).kind is PathKind.PUNCHED
+        await until(lambda: kind(nodes.source, nodes.target) is PathKind.DIRECT)
+        await answers(nodes.source, nodes.target)
+
+
 async def test_a_listener_that_waits_to_be_spoken_to_is_spoken_to(monkeypatch: pytest.MonkeyPatch) -> None:
     """As js-libp2p's does, which knows nothing of punches."""
     async with relayed() as nodes, trio.open_nursery() as nursery:
