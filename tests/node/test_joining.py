@@ -166,7 +166,7 @@ def test_membership_that_was_remembered_and_has_ended_keeps_no_node_from_startin
     node = machine.node("--client", "--join", token, name="again").sees("demo")
     node.ends(15)
     time.sleep(15)
-    again = machine.node("--client", name="again")
+    again = machine.node("--client", name="again").up()
     wait_for(lambda: "its own" in again.words, 60, "it is in its own mesh")
     assert again.status()["mesh_id"] != pair.server.status()["mesh_id"]
     assert "expired" in again.words
