@@ -7,6 +7,7 @@ from collections.abc import Callable
 import trio
 
 from libmesh.core.relay_desk import RelayLimits
+from libmesh.core.ways import ip_of
 from libmesh.errors import NetworkError
 from libmesh.net import tcp
 from libmesh.net.relay_client import CIRCUIT, RelayClient
@@ -48,8 +49,10 @@ class Relaying:
             )
 
     def _own_addresses(self) -> tuple[str, ...]:
-        """For clients to build circuits from: without those of circuits to us."""
-        return tuple(address for address in self._underlay.addresses() if CIRCUIT not in address)
+        """For clients to build circuits from: without those of circuits to us, and loopback ones only if there are no others."""
+        direct = tuple(address for address in self._underlay.addresses() if CIRCUIT not in address)
+        told = tuple(a for a in direct if (ip := ip_of(a)) is None or not ip.is_loopback)
+        return told or direct
 
     def circuits(self) -> tuple[str, ...]:
         """See `RelayClient.circuits`."""
