@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from libmesh_node.datadir import DataDir
 from libmesh_node.errors import NodeError
 from libmesh_node.hardware import Hardware, detect, memory_bandwidth
 from libmesh_node.llama.engine import Binary, Engine, cache_root, find_engine
-from libmesh_node.llama.gguf import GgufHeader, read_header
+from libmesh_node.llama.gguf import GgufHeader, ModelError, read_header
 from libmesh_node.llama.probe import list_devices
-from libmesh_node.llama.server import MIN_CONTEXT, ServerPlan, plan_server
+from libmesh_node.llama.server import MIN_CONTEXT, DraftPlan, ServerPlan, plan_server
 from libmesh_node.llama.supervisor import LlamaServer
 from libmesh_node.models.digest import model_digest
 from libmesh_node.models.reference import ModelFile, model_folders, resolve
@@ -143,12 +143,19 @@ class LocalModels:
         self.bandwidth = await self._bandwidth(hardware)
         models = [await self._find(reference) for reference in self._options.models]
         budget = self.memory_bytes // max(1, len(models))
+        draft, vocabulary = await trio.to_thread.run_sync(_draft, self._options)
         for model in models:
             if model.name in self.entries:
                 raise NodeError(
                     f"Two models are named {model.name}. Requests could not tell them apart: rename one of the files."
                 )
             plan = plan_server(model, memory_bytes=budget, device=self._options.device)
+            if draft is not None and model.header.vocabulary == vocabulary:
+                plan = replace(plan, draft=draft)
+            elif draft is not None:
+                log.warning(
+                    "%s has another vocabulary than %s, which cannot guess for it", model.name, draft.path
+                )
             headers = await trio.to_thread.run_sync(_headers, model)
             entry = Entry(model, headers, plan, alone=False)
             entry.alone = needed(entry.shape) <= self.spare_bytes and not self._options.split
@@ -250,6 +257,15 @@ def _announced(entry: Entry) -> AnnouncedModel:
         busy=entry.servers[0].load.busy if entry.servers else 0,
         speed=entry.servers[0].load.speed if entry.servers else 0.0,
     )
+
+
+def _draft(options: NodeOptions) -> tuple[DraftPlan | None, int]:
+    """The model that guesses, and the size of its vocabulary. Raises `ModelError` for a file that is none."""
+    if options.draft is None or not options.draft_max:
+        return None, 0
+    if not options.draft.is_file():
+        raise ModelError(f"There is no file {options.draft}, which --draft names.")
+    return DraftPlan(path=options.draft, tokens=options.draft_max), read_header(options.draft).vocabulary
 
 
 def _least_context(model: ModelFile) -> int:

@@ -21,7 +21,6 @@ import trio
 from libmesh import Mesh, PeerId, Scope
 from libmesh_node.announced import AnnouncedModel, NodeStatus
 from libmesh_node.llama.rpc.lender import Lender, LentModel
-from libmesh_node.llama.server import DraftPlan
 from libmesh_node.llama.supervisor import LlamaServer, busy
 from libmesh_node.options import NodeOptions
 from libmesh_node.placement.electing import elect, predict
@@ -259,7 +258,7 @@ class _Host:
             log=self._models.log_of(self.name),
             own_devices=self._models.own_devices,
             slots=self._entry.plan.slots,
-            draft=_draft(self._options),
+            draft=self._entry.plan.draft,
         )
         memory = {machine.peer: machine.memory for machine in machines}
         self._coming = run = SplitRun(setting, placement, memory, partial(self._changed, nursery))
@@ -350,12 +349,4 @@ def rules_of(options: NodeOptions) -> SplitRules:
         ratios=options.tensor_split or None,
         force=options.split,
         min_peers=options.min_peers,
-    )
-
-
-def _draft(options: NodeOptions) -> DraftPlan | None:
-    return (
-        DraftPlan(path=options.draft, tokens=options.draft_max)
-        if options.draft is not None and options.draft_max
-        else None
     )

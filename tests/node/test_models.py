@@ -8,6 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from libmesh_node.models.demo import demo_model
 
 from tests.node.conftest import HeldServer
 from tests.node.nodes import Machine, Node, chat, served
@@ -87,3 +88,31 @@ def test_model_that_is_still_loading_is_unavailable_not_unknown(
     assert refused.status_code == 503
     assert refused.headers["Retry-After"].isdigit()
     assert refused.json()["error"]["code"] == "no_server"
+
+
+def test_a_draft_changes_the_speed_and_not_the_answer(machine: Machine) -> None:
+    """The demo model guesses for itself, so all that it guesses is right."""
+    plain = machine.serving()
+    drafted = machine.node("--model", "demo", "--draft", str(demo_model()), "--draft-max", "4").ready()
+    answers = [
+        httpx.post(
+            f"{node.api}/v1/chat/completions",
+            json={
+                "model": "demo",
+                "max_tokens": 20,
+                "temperature": 0,
+                "messages": [{"role": "user", "content": "Hello?"}],
+            },
+            timeout=60,
+        ).json()
+        for node in (plain, drafted)
+    ]
+    texts = [answer["choices"][0]["message"]["content"] for answer in answers]
+    assert texts[0] == texts[1]
+    assert answers[1]["timings"]["draft_n"] > 0
+    assert answers[1]["timings"]["draft_n_accepted"] > 0
+
+
+def test_a_draft_that_does_not_exist_is_named(machine: Machine) -> None:
+    node = machine.node("--model", "demo", "--draft", "/nowhere/d.gguf")
+    assert "There is no file /nowhere/d.gguf" in node.fails()
