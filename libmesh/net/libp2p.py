@@ -124,7 +124,9 @@ class Libp2pNetwork(Network):
             addrs_factory=lambda _: [Multiaddr(address) for address in self.addresses()],
             disable_identify_address_discovery=True,
         )
-        for protocol in self._server.handlers:  # libp2p's own, so far: identify tells of them, and others ask first
+        for (
+            protocol
+        ) in self._server.handlers:  # libp2p's own, so far: identify tells of them, and others ask first
             self._host.multiselect.add_handler(TProtocol(protocol), None)
         self._swarm.set_stream_handler(self._server.serve_handed_over)
         self._gossip = Gossip(self._host, self._deliver)
