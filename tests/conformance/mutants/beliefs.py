@@ -12,7 +12,7 @@ from libmesh.core import membership_io as io
 from libmesh.core.announcement import Announcement
 from libmesh.core.membership import Membership
 from libmesh.core.roster import Entry
-from libmesh.core.summary import Digest
+from libmesh.core.summary import Digest, Part
 from libmesh.driver import Driver
 from tests.conformance.mutants.base import Patch, ignore, mutant
 
@@ -97,9 +97,9 @@ def tells_everything_always(patch: Patch) -> None:
 def leaves_itself_out_of_its_digest(patch: Patch) -> None:
     digest = Membership.digest
 
-    def of_others(self: Membership) -> Digest:
-        whole = digest(self)
-        return Digest({p: age for p, age in whole.ages.items() if p != self._id}, whole.dead)
+    def of_others(self: Membership, part: Part | None = None) -> Digest:
+        whole = digest(self, part)
+        return replace(whole, ages={p: age for p, age in whole.ages.items() if p != self._id})
 
     patch.setattr(Membership, "digest", of_others)
 
