@@ -13,7 +13,7 @@ from libmesh.errors import MeshError
 from libmesh.testing.conformance.bench import Bench, Target
 from libmesh.testing.conformance.rules import RULES, NotApplicable, Result, Rule, RuleBroken, Verdict
 
-WHOLE_LIMIT = 60.0
+WHOLE_LIMIT = 300.0
 """Seconds for all rules. Those that are not reached have failed."""
 
 WHAT_PEERS_CAUSE = (MeshError, trio.BrokenResourceError, trio.ClosedResourceError, DecodeError, OSError)
