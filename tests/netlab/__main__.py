@@ -75,9 +75,9 @@ def _say(text: str) -> None:
 def _tell(site: Site, host: Host, folder: Path) -> None:
     where = f"seen as {site.public}" if site.router else "public"
     _say(f"{host.name:<12} {host.address:<14} {where}")
-    _say(
-        f"             nsenter --net={host.namespace.file} libmesh-node status --data-dir {folder / host.name}"
-    )
+    program = Path(sys.executable).with_name("libmesh-node")
+    where = f"nsenter --net={host.namespace.file} {program}"
+    _say(f"             {where} status --data-dir {folder / host.name}   (or: doctor)")
 
 
 if __name__ == "__main__":
