@@ -16,6 +16,9 @@ from libmesh.core import credentials
 from libmesh.core import membership_io as io
 from libmesh.core.membership import Membership
 from libmesh.net.base import Stream
+from libmesh.net.muxed_stream import YamuxStream
+from libmesh.net.negotiate import Libp2pStream
+from libmesh.net.serving import StreamServer
 from libmesh.wire_pieces import WireError
 from tests.conformance.mutants.base import Patch, PeerNetwork, ignore, mutant
 
@@ -184,16 +187,15 @@ def speaks_in_clear_if_asked(patch: Patch) -> None:
 
 @mutant("limits.streams", "", slow=True)
 def has_streams_for_a_while_only(patch: Patch) -> None:
-    serve, served = PeerNetwork._serve_stream, 0
+    take, served = StreamServer.take, 0
 
-    async def serve_some(self: PeerNetwork, stream: Any) -> None:
+    def take_some(self: StreamServer, muxed: YamuxStream) -> None:
         nonlocal served
         served += 1
-        if served > 500:
-            await trio.sleep_forever()
-        await serve(self, stream)
+        if served <= 500:
+            take(self, muxed)
 
-    patch.setattr(PeerNetwork, "_serve_stream", serve_some)
+    patch.setattr(StreamServer, "take", take_some)
 
 
 # ── before that ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -201,11 +203,10 @@ def has_streams_for_a_while_only(patch: Patch) -> None:
 
 @mutant("closed.streams_reset", "told a stranger")
 def answers_tunnels_before_admission(patch: Patch) -> None:
-    async def proceed(self: Any, peer: PeerId, protocol: str) -> bool:
-        await trio.lowlevel.checkpoint()
-        return True
+    async def at_once(self: Any, muxed: Any, protocol: str, handler: Any) -> None:
+        await self._run(handler, Libp2pStream(muxed, muxed.muxed_conn.peer, protocol, agreed=True))
 
-    patch.setattr(PeerNetwork, "_may_proceed", proceed)
+    patch.setattr(StreamServer, "_serve_when_admitted", at_once)
 
 
 @mutant(
