@@ -7,10 +7,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from libmesh_node.models import demo
 
 from tests.node.nodes import Machine, Node
 
@@ -23,23 +25,28 @@ SECONDS = 45.0
 KILL_EVERY = 6.0
 
 
-def question(number: int) -> dict[str, Any]:
+def question(model: str, number: int, tokens: int) -> dict[str, Any]:
     return {
-        "model": "demo",
+        "model": model,
         "stream": True,
         "temperature": 0,
-        "max_tokens": TOKENS,
+        "max_tokens": tokens,
         "messages": [{"role": "user", "content": f"Question {number}: what is {number} times {number}?"}],
         "stream_options": {"include_usage": True},
     }
 
 
-def ask(node: Node, number: int, at_chunk: Callable[[int, str], None] = lambda count, server: None) -> str:
+def ask(
+    node: Node,
+    model: str,
+    number: int,
+    tokens: int,
+    at_chunk: Callable[[int, str], None] = lambda count, server: None,
+) -> str:
     """One streamed answer, whole and well-formed, or an assertion. `at_chunk` is told each chunk and who began it."""
     text, ids, roles, reasons, usage, done = "", set(), 0, [], None, False
-    with httpx.stream(
-        "POST", f"{node.api}/v1/chat/completions", json=question(number), timeout=180
-    ) as answer:
+    request = question(model, number, tokens)
+    with httpx.stream("POST", f"{node.api}/v1/chat/completions", json=request, timeout=180) as answer:
         assert answer.status_code == 200, answer.read()
         for count, line in enumerate(answer.iter_lines()):
             at_chunk(count, answer.headers["X-Libmesh-Node"])
@@ -61,23 +68,30 @@ def ask(node: Node, number: int, at_chunk: Callable[[int, str], None] = lambda c
     assert done, "the stream ended without its end"
     assert (len(ids), roles, len(reasons)) == (1, 1, 1)
     assert usage is not None
-    assert usage["completion_tokens"] <= TOKENS
+    assert usage["completion_tokens"] <= tokens
     return text
 
 
-def test_greedy_text_that_went_on_elsewhere_is_the_unbroken_one(machine: Machine) -> None:
+def test_greedy_text_that_went_on_elsewhere_is_the_unbroken_one(machine: Machine, tmp_path: Path) -> None:
     """One stream at a time: llama.cpp rounds otherwise when it computes several together."""
-    first, second = machine.serving(name="first"), machine.joining("--model", "demo", name="second").ready()
-    client = machine.joining("--client", name="client").sees("demo")
+    path, tokens = (
+        tmp_path / "slow.gguf",
+        60,
+    )  # a model so large that its server is still at it when it is killed
+    demo.write_model(path, demo.MEDIUM, seed=3, name="slow")
+    invite = ("--invite-file", str(machine.invite_file))
+    first = machine.node("--model", str(path), *invite, name="first").ready()
+    second = machine.joining("--model", str(path), name="second").ready()
+    client = machine.joining("--client", name="client").sees("slow")
     client.until(lambda status: status["mesh_models"][0]["node_count"] == 2)
-    unbroken = ask(client, 1)
+    unbroken = ask(client, "slow", 1, tokens)
     by_id = {node.node_id: node for node in (first, second)}
 
     def kill(count: int, server: str) -> None:
-        if count == TOKENS // 2:
+        if count == 10:
             by_id[server].kill()
 
-    assert ask(client, 1, kill) == unbroken
+    assert ask(client, "slow", 1, tokens, kill) == unbroken
     assert "looking for a server that goes on" in client.words
 
 
@@ -96,7 +110,7 @@ def test_streams_survive_the_death_of_one_server_after_another(machine: Machine)
     def stream(lane: int) -> None:
         number = lane
         while not stop.is_set():
-            answers.append(ask(client, number))
+            answers.append(ask(client, "demo", number, TOKENS))
             number += 1
 
     with ThreadPoolExecutor(STREAMS) as pool:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.node.nodes import Machine, Node, chat, wait_for
+from tests.node.nodes import PATIENCE, Machine, Node, chat, wait_for
 
 pytestmark = pytest.mark.llama
 
@@ -46,7 +46,7 @@ def test_node_without_file_descriptors_lives_and_recovers(machine: Machine) -> N
     client = machine.joining("--client").sees("demo")
     limit = _starve(client)
     os.kill(server.llama_pid(), signal.SIGKILL)
-    wait_for(lambda: "no way to demo" in client.words, 20, "the lack is told")
+    wait_for(lambda: "no way to demo" in client.words, PATIENCE, "the lack is told")
     time.sleep(6)  # the interfaces are looked at again
     assert client.pid
     resource.prlimit(client.pid, resource.RLIMIT_NOFILE, limit)
@@ -60,11 +60,11 @@ def test_full_disk_does_not_end_a_node(machine: Machine, tmp_path: Path) -> None
     kept = server.folder / "mesh.json"
     kept.unlink()
     kept.mkdir()
-    machine.joining("--client").sees("demo")
-    wait_for(lambda: "Cannot write" in server.words, 5, "it is told")
+    machine.joining().sees("demo")  # not a client: those only follow, and nobody remembers them
+    wait_for(lambda: "Cannot write" in server.words, PATIENCE, "it is told")
     time.sleep(5)
     assert server.words.count("Cannot write") == 1
     answer = server.post("/api/invite", {"scope": "client", "ttl_s": 60})
     assert answer.json()["error"].startswith("Cannot write")
     kept.rmdir()
-    wait_for(kept.is_file, 5, "it is written after all")
+    wait_for(kept.is_file, PATIENCE, "it is written after all")
