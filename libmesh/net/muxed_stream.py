@@ -194,6 +194,7 @@ class YamuxStream(StockFace):
         self._sending = True
         self.view, self.sent = view, sent
         try:
+            self._check_sendable()  # what was sent at once may have found the connection lost
             self._outbound.queue(self)
             while self.view is not None:
                 await self._sendable.wait()

@@ -221,10 +221,10 @@ class YamuxConnection(IMuxedConn):
         machine, receive = self._machine, self._channel.receive
         taken, shortened = 0, False
         reason = "the peer closed the connection"
-        if isinstance(self.secured_conn, Session):  # what came behind the muxer's negotiation
-            self._handle(machine.receive(self.secured_conn.take_unread(), trio.current_time()))
+        # First, what came behind the muxer's negotiation: a stream of the peer's, maybe, which waits for our answer.
+        records = [self.secured_conn.take_unread()] if isinstance(self.secured_conn, Session) else []
         try:
-            while records := await receive():
+            while records or (records := await receive()):
                 if self._over is not None:
                     return  # it ended while this was under way, and its streams are gone
                 now = trio.current_time()
@@ -243,6 +243,7 @@ class YamuxConnection(IMuxedConn):
                 if taken >= TURN_BYTES:
                     taken = 0
                     await trio.lowlevel.checkpoint()
+                records = []
         except StreamReset as exc:
             reason = str(exc)
         self._fail(reason)

@@ -11,8 +11,9 @@ import trio.testing
 
 from libmesh.core.yamux_frames import DATA, HEADER, SYN
 from libmesh.net.base import StreamReset
+from libmesh.net.muxed_stream import YamuxStream
 from libmesh.net.muxer import YamuxConnection
-from tests.net.pairs import KEYS, peer_of
+from tests.net.pairs import KEYS, noise_pair, peer_of
 
 
 class WaitingConn:
@@ -83,3 +84,36 @@ async def test_a_mistake_beside_a_cancellation_costs_the_connection_and_not_the_
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     assert connection.is_closed
+
+
+async def test_a_send_that_finds_the_connection_lost_says_so(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost() -> bool:
+        raise StreamReset("connection lost")
+
+    secured: Any = WaitingConn()
+    connection = YamuxConnection(secured, peer_of(KEYS[1]))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.start)
+        await connection.event_started.wait()
+        stream = await connection.open_stream()
+        await trio.testing.wait_all_tasks_blocked()
+        monkeypatch.setattr(connection._channel, "flush_nowait", lost)
+        with trio.fail_after(60), pytest.raises(StreamReset):
+            await stream.send_all(bytes(1_000_000))
+
+
+async def test_a_stream_that_came_behind_the_muxers_negotiation_is_served_at_once() -> None:
+    near, far = await noise_pair()
+    near.channel.put([b"agreed", HEADER.pack(0, DATA, SYN, 1, 5) + b"hello"])
+    assert near.channel.flush_nowait()
+    assert await far.read(6) == b"agreed"
+    served: list[YamuxStream] = []
+    connection = YamuxConnection(far, near.get_local_peer(), serve=served.append)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.start)
+        await trio.testing.wait_all_tasks_blocked()
+        assert [stream.receive_nowait() for stream in served] == [b"hello"]
+        nursery.cancel_scope.cancel()
+    await near.close()
