@@ -62,6 +62,7 @@ async def look_around(known: Iterable[MeshId], *, seconds: float = 3.0) -> Nearb
 async def follow_lan(mesh: Mesh, driver: Driver) -> None:
     """Connect to members on the LAN to whom there is no direct path, until cancelled.
 
+    Tells them that this node is here, unless it only follows: it would cost each of them a connection.
     Does nothing on a network that is not libp2p's: it has no LAN.
     """
     network = driver.network
@@ -75,7 +76,9 @@ async def follow_lan(mesh: Mesh, driver: Driver) -> None:
         except trio.WouldBlock:
             log.debug("too many peers on the LAN at once; one was left out")
 
-    discovery = LanDiscovery(mesh.mesh_id, mesh.peer, lambda: network.port, take)
+    discovery = LanDiscovery(
+        mesh.mesh_id, mesh.peer, lambda: network.port, take, silent=lambda: mesh.following
+    )
     network.watchers.append(discovery.again)
     try:
         async with trio.open_nursery() as nursery:

@@ -56,10 +56,20 @@ class LanDiscovery:
         me: this node.
         port: where it listens, asked each time.
         found: told of a peer and its multiaddrs, without `/p2p/…`; again whenever it says that it is there.
+        silent: while it says so, hear of others only, and tell nothing of this node.
     """
 
-    def __init__(self, mesh_id: MeshId, me: PeerId, port: Callable[[], int], found: Found) -> None:
+    def __init__(
+        self,
+        mesh_id: MeshId,
+        me: PeerId,
+        port: Callable[[], int],
+        found: Found,
+        *,
+        silent: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._mesh_id, self._me, self._port, self._found = mesh_id, me, port, found
+        self._silent = silent
         self._mark = wire.mesh_mark(mesh_id, os.urandom(8))
         self._instance = os.urandom(16).hex()  # libp2p's specification wants it random, too
         self._told: dict[str, float] = {}
@@ -78,10 +88,10 @@ class LanDiscovery:
                 with _open_socket() as sock:
                     await sock.bind(("", PORT))
                     await self._run_with(sock)
-            except OSError as exc:
-                log.debug("no discovery on the LAN now: %s", exc.strerror)
-                with trio.move_on_after(ASK_EVERY):
-                    await self._again.wait()
+            except* OSError as exc:  # in a group where a task met it
+                log.debug("no discovery on the LAN now: %s", tcp.reason(exc))
+            with trio.move_on_after(ASK_EVERY):  # no time at all where the network has changed
+                await self._again.wait()
 
     async def _run_with(self, sock: trio.socket.SocketType) -> None:
         """With one socket, until the network changes."""
@@ -102,7 +112,7 @@ class LanDiscovery:
                         await self._ask_and_tell(sock, hosts)
             finally:
                 nursery.cancel_scope.cancel()
-                if not self._again.is_set():
+                if not self._again.is_set() and self._told:
                     with trio.CancelScope(shield=True), trio.move_on_after(0.2):
                         for host in hosts:
                             await self._send(sock, host, wire.encode_notice(self._notice(host, ttl=0)))
@@ -114,7 +124,7 @@ class LanDiscovery:
 
     async def _tell(self, sock: trio.socket.SocketType, host: str) -> None:
         now = trio.current_time()
-        if now - self._told.get(host, float("-inf")) >= ANSWER_GAP:
+        if not self._silent() and now - self._told.get(host, float("-inf")) >= ANSWER_GAP:
             self._told[host] = now
             await self._send(sock, host, wire.encode_notice(self._notice(host)))
 
@@ -137,11 +147,16 @@ class LanDiscovery:
                     for host in near or hosts:
                         await self._tell(sock, host)
                 for notice in wire.decode_notices(data):
-                    self._hear(notice)
+                    self._hear(notice, str(sender[0]))
             except ValueError:
                 continue
 
-    def _hear(self, notice: Notice) -> None:
+    def _hear(self, notice: Notice, sender: str) -> None:
+        """Take in a notice.
+
+        Marks can be copied, so only its sender's own addresses are believed: otherwise anybody on a LAN could have all
+        members there dial whom he likes.
+        """
         if notice.instance == self._instance or not notice.ttl:
             return
         if not wire.is_marked(notice.mesh, self._mesh_id):
@@ -150,7 +165,8 @@ class LanDiscovery:
         for address in notice.addresses:
             with suppress(ValueError):
                 peer, where = split_relay(address)
-                tcp.host_and_port(where)
+                if tcp.host_and_port(where)[0] != sender:
+                    continue
                 peers.setdefault(peer, []).append(where)
         now = trio.current_time()
         self._recent = [then for then in self._recent if then > now - FOUND_TIME]
@@ -180,7 +196,10 @@ async def look_around(seconds: float) -> list[Notice]:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(ask)
                 while len(found) < MAX_NEARBY:
-                    data, _ = await sock.recvfrom(9000)
+                    try:
+                        data, _ = await sock.recvfrom(9000)
+                    except OSError:  # an interface that has gone meanwhile
+                        break
                     with suppress(ValueError):
                         found.update((notice.instance, notice) for notice in wire.decode_notices(data))
                 nursery.cancel_scope.cancel()
