@@ -152,8 +152,11 @@ class Connections:
         kind: PathKind,
     ) -> Path:
         """See `Underlay.adopt`."""
-        raw = _raw_of(stream, initiator=initiator, address=address, kind=kind)
         with _Owned(stream) as owned:
+            try:
+                raw = _raw_of(stream, initiator=initiator, address=address, kind=kind)
+            except OSError as exc:  # reset by the other end already, so that nobody is there
+                raise NetworkError(tcp.reason(exc)) from exc
             peer_id = None if peer is None else libp2p_id(peer)
             if initiator and peer_id is None:
                 raise NetworkError(f"{peer!r} is no peer id")

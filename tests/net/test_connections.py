@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 
 from libmesh.core.relay_desk import RelayLimits
 from libmesh.errors import NetworkError
@@ -188,3 +191,20 @@ async def test_a_cancelled_dial_leaves_nothing() -> None:
         await until(lambda: not one._connections.peers and not two._connections.peers)
         await join(one, two)
         await answers(one, two)
+
+
+async def test_a_socket_that_was_reset_already_is_a_failed_connection_and_is_closed() -> None:
+    async with networks(1) as (network,):
+        (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+        async with listener:
+            near = await trio.testing.open_stream_to_socket_listener(listener)
+            far = await listener.accept()
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            far.socket.close()
+            with pytest.raises(trio.BrokenResourceError):
+                await near.receive_some()
+            with pytest.raises(NetworkError):
+                await network.adopt(
+                    near, peer=peer(9), initiator=True, address="/ip4/127.0.0.1/tcp/1", kind=PathKind.PUNCHED
+                )
+            assert near.socket.fileno() == -1
