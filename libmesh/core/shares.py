@@ -89,12 +89,15 @@ class Shares(Generic[Flow]):
                 del self._waiting[peer]
 
     def forget(self, peer: PeerId, now: float) -> None:
-        """Free what is kept of a peer without flows, unless it left in debt."""
-        bucket = self._buckets.get(peer)
-        if bucket is not None and peer not in self._waiting:
+        """A circuit of `peer` has ended: free what is kept of it, unless it is in debt, and of all that have used nothing of late.
+
+        Who comes back finds the debt that it left, or a bucket as full as the one that was freed.
+        """
+        for other, bucket in list(self._buckets.items()):
             bucket.fill(now)
-            if bucket.tokens > 0:
-                del self._buckets[peer]
+            spare = bucket.tokens > 0 if other == peer else bucket.tokens >= bucket.rate * BURST
+            if spare and other not in self._waiting:
+                del self._buckets[other]
 
     def turns(self, now: float) -> list[Flow]:
         """Those whose turn it is, at most one of each peer, in order. They wait no more."""

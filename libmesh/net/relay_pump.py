@@ -55,7 +55,7 @@ class Turns:
             raise
 
     def forget(self, peer: PeerId) -> None:
-        """The last circuit of `peer` has ended."""
+        """A circuit of `peer` has ended."""
         self._shares.forget(peer, trio.current_time())
 
     async def run(self) -> None:

@@ -96,6 +96,18 @@ def test_a_peer_cannot_leave_its_debt_behind() -> None:
     assert it.turns(60) == ["a"]
 
 
+def test_who_left_in_debt_is_forgotten_once_it_would_have_been_paid() -> None:
+    it = shares(peer_rate=100)
+    for number in range(50):
+        peer = PeerId(f"debtor {number}")
+        it.wait(peer, "flow", 1000, number)
+        it.leave(peer, "flow")
+        it.forget(peer, number)
+    assert 0 < len(it._buckets) < 15
+    it.forget(A, 100)
+    assert it._buckets == {}
+
+
 @given(
     st.floats(0, 1e6).map(lambda rate: rate if rate >= 1 else 0),
     st.floats(0, 1e6).map(lambda rate: rate if rate >= 1 else 0),
