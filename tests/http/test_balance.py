@@ -120,6 +120,48 @@ def test_server_that_keeps_failing_rests_twice_as_long_each_time_and_is_tried_by
     assert known.choose([A], (), NOTHING, now) is A
 
 
+def test_trial_that_its_client_left_does_not_stop_the_next() -> None:
+    known = balance()
+    for _ in range(FAILURES):
+        known.failed(A, 0)
+    with known.seat(A):
+        assert known.choose([A, B], (), NOTHING, REST) is B
+    assert {known.choose([A, B], (), NOTHING, REST) for _ in range(50)} == {A, B}
+
+
+def test_request_is_counted_where_it_is_and_nowhere_else() -> None:
+    known = balance()
+    with known.seat(A) as seat:
+        assert dict(known.in_flight) == {A.base_url: 1}
+        seat.move(B)
+        assert dict(known.in_flight) == {B.base_url: 1}
+        seat.move(None)
+        assert dict(known.in_flight) == {}
+    assert dict(known.in_flight) == {}
+
+
+def test_full_servers_are_passed_over_while_one_has_room_and_resting_ones_are_no_room() -> None:
+    known = balance()
+    for _ in range(A.slots + 2):
+        known.begins(A)
+    crowd = [A, B, server("d", busy=99), server("e", busy=99)]
+    assert {known.choose(crowd, (), NOTHING, 0, backlog=2) for _ in range(50)} == {B}
+    assert known.has_room([A, B], 2, 0)
+    for _ in range(FAILURES):
+        known.failed(B, 0)
+    assert not known.has_room([A, B], 2, 0)
+    assert known.has_room([B], 2, 0)
+
+
+def test_looking_at_servers_remembers_nothing_of_them() -> None:
+    known = balance()
+    known.choose([A, B, C], (), NOTHING, 0)
+    known.has_room([A, B, C], 2, 0)
+    with known.seat(A):
+        pass
+    assert known._known == {}
+
+
 def test_rest_has_an_end_however_often_a_server_failed() -> None:
     known = balance()
     for _ in range(2000):
@@ -138,6 +180,7 @@ def test_only_server_is_asked_though_it_fails() -> None:
 def test_what_is_known_of_the_gone_is_forgotten_unless_something_is_under_way() -> None:
     known = balance()
     known.answered(A, speed=3)
+    known.answered(B, speed=3)
     known.begins(B)
     known.forget({C.base_url})
     assert set(known._known) == {B.base_url}
@@ -205,6 +248,24 @@ def test_what_a_request_says_of_itself_is_read() -> None:
 )
 def test_no_body_is_too_strange(value: object) -> None:
     assert isinstance(read_wanted(json.dumps(value).encode(), {}), Wanted)
+
+
+HALF = rb'"\ud83d"'
+"""Half of an emoji: JSON can say it, UTF-8 cannot."""
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b'{"messages":[{"role":"user","content":%s}]}' % HALF,
+        b'{"user":%s,"prompt":%s}' % (HALF, HALF),
+        rb'{"prompt":"%s"}' % (rb"\ud83d" * 2 * BLOCK),
+    ],
+)
+def test_half_a_character_is_no_trouble(body: bytes) -> None:
+    read = read_wanted(body, {})
+    Affinity().learn("m", read.prefixes, read.session, "a", 0)
+    assert read != NOTHING
 
 
 @pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"[" * 100_000])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from libmesh_node.http.answers import Told
 from libmesh_node.http.metrics import MOST_MODELS, Metrics
-from libmesh_node.snapshot import Peer, Process
+from libmesh_node.snapshot import Model, Peer, Process
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.http.conftest import Llama, Node, call, running_node, snapshot_of
@@ -25,7 +25,11 @@ def samples(text: str) -> dict[str, float]:
 
 
 def scrape(metrics: Metrics, **changes: object) -> dict[str, float]:
-    return samples(metrics.text(snapshot_of(**changes), {}, 0))
+    return samples(metrics.text(snapshot_of(**changes), {}, 0, {}))
+
+
+def model(name: str) -> Model:
+    return Model(name=name, digest="", size_bytes=1, context_length=1)
 
 
 def peer(name: str, state: str, path: str | None) -> Peer:
@@ -67,6 +71,20 @@ def test_retries_and_failovers_are_told_apart() -> None:
     found = scrape(metrics)
     assert found["libmesh_retries_total"] == 5
     assert found["libmesh_failovers_total"] == 1
+
+
+def test_streams_that_another_server_went_on_with_are_counted() -> None:
+    metrics = Metrics()
+    metrics.answered("/v1/completions", 200, 0.1, attempts=1, resumed=2)
+    metrics.answered("/v1/completions", 200, 0.1, attempts=1)
+    assert scrape(metrics)["libmesh_streams_resumed_total"] == 2
+
+
+def test_lines_are_shown_by_model_also_the_empty_ones() -> None:
+    found = samples(Metrics().text(snapshot_of(model("busy"), model("calm")), {}, 0, {"busy": 3, "gone": 1}))
+    assert found['libmesh_requests_queued{model="busy"}'] == 3
+    assert found['libmesh_requests_queued{model="calm"}'] == 0
+    assert found['libmesh_requests_queued{model="gone"}'] == 1
 
 
 def test_labels_are_bounded_and_harmless() -> None:

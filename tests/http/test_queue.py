@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
+from libmesh_node.http import queue
 from libmesh_node.http.errors import ApiError
 from libmesh_node.http.queue import PER_SLOT, Queues
 
@@ -20,14 +21,15 @@ class Server:
     def __init__(self, room: int) -> None:
         self.room, self.queues, self.order = room, Queues(), list[str]()
 
-    async def ask(self, name: str, *, batch: bool = False) -> None:
-        await self.queues.turn("m", batch=batch, has_room=lambda: self.room > 0, slots=lambda: 1)
+    async def ask(self, name: str, *, batch: bool = False, again: bool = False) -> None:
+        await self.queues.turn("m", batch=batch, has_room=lambda: self.room > 0, slots=lambda: 1, again=again)
         self.room -= 1
         self.order.append(name)
 
     def leave(self, seconds: float = 2.0) -> None:
         self.room += 1
-        self.queues.ended("m", seconds)
+        self.queues.took("m", seconds)
+        self.queues.nudge("m")
 
 
 async def settle() -> None:
@@ -105,11 +107,46 @@ def test_who_leaves_the_line_holds_up_nobody() -> None:
     run(test)
 
 
+def test_who_leaves_when_told_of_room_passes_the_word_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(queue, "LOOK", 1000.0)
+
+    async def test() -> None:
+        server = Server(room=0)
+        async with asyncio.TaskGroup() as tasks:
+            gone = tasks.create_task(server.ask("gone"))
+            tasks.create_task(server.ask("stays"))
+            await settle()
+            server.leave()
+            gone.cancel()
+        assert server.order == ["stays"]
+
+    run(test)
+
+
+def test_request_whose_server_failed_waits_before_its_equals_and_is_never_refused() -> None:
+    async def test() -> None:
+        server = Server(room=0)
+        async with asyncio.TaskGroup() as tasks:
+            waiting = [tasks.create_task(server.ask(str(index))) for index in range(PER_SLOT)]
+            await settle()
+            tasks.create_task(server.ask("again", again=True))
+            await settle()
+            assert server.queues.lengths == {"m": PER_SLOT + 1}
+            server.leave()
+            await settle()
+            assert server.order == ["again"]
+            for task in waiting:
+                task.cancel()
+        assert server.queues.lengths == {"m": 0}
+
+    run(test)
+
+
 def test_full_line_refuses_with_the_time_by_the_measured_rate() -> None:
     async def test() -> None:
         server = Server(room=0)
         for _ in range(40):
-            server.queues.ended("m", 2.0)
+            server.queues.took("m", 2.0)
         async with asyncio.TaskGroup() as tasks:
             waiting = [tasks.create_task(server.ask(str(index))) for index in range(PER_SLOT)]
             await settle()

@@ -301,3 +301,59 @@ def test_events_end_at_blank_lines_of_every_kind() -> None:
 def test_event_without_end_is_given_up() -> None:
     with pytest.raises(EventTooLong):
         EventReader().feed(b"x" * (MAX_EVENT + 1))
+
+
+# ── what lying or dying servers send ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "garbage",
+    [
+        {"choices": [5]},
+        {"choices": 7},
+        {"choices": [{"delta": 3}]},
+        {"choices": [{"delta": {"content": 3}}]},
+        {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [{"bytes": [999], "id": 1}]}}]},
+        {"choices": [{"delta": {"content": "a"}, "logprobs": 4}]},
+    ],
+)
+def test_event_of_no_protocol_breaks_the_answer_off(garbage: Json) -> None:
+    with pytest.raises(BrokenOff):
+        asked().feed(data_event(garbage))
+
+
+@pytest.mark.parametrize("data", [b"[" * 100_000, b"{", b"\xff"])
+def test_event_that_cannot_be_read_breaks_the_answer_off(data: bytes) -> None:
+    with pytest.raises(BrokenOff):
+        asked().feed(b"data: " + data + b"\n\n")
+
+
+def test_number_where_bytes_belong_takes_no_memory() -> None:
+    liar = {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [{"bytes": 10**13, "id": 1}]}}]}
+    assert b'"a"' in asked().feed(data_event(liar))
+
+
+def test_events_before_a_bad_one_are_passed_on_first() -> None:
+    transcript = asked()
+    good = {**SHELL, "choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]}
+    assert b'"a"' in transcript.feed(data_event(good) + data_event({"error": {"message": "dying"}}))
+    with pytest.raises(BrokenOff, match="dying"):
+        transcript.feed(b"")
+
+
+def test_answer_that_has_not_begun_begins_anew_without_the_rest_of_an_event() -> None:
+    transcript = asked()
+    assert transcript.feed(comment("patience") + b'data: {"choi') == comment("patience")
+    assert not transcript.begun
+    assert transcript.restart() == transcript.body
+    good = {**SHELL, "choices": [{"index": 0, "delta": {"content": "a"}, "finish_reason": None}]}
+    assert b'"a"' in transcript.feed(data_event(good))
+
+
+def test_half_a_character_passes_both_ways() -> None:
+    transcript = track(CHAT, rb'{"stream":true,"messages":[{"role":"user","content":"\ud83d"}]}')
+    assert transcript is not None
+    assert rb"\ud83d" in transcript.body
+    assert rb"\ud83d" in transcript.feed(
+        rb'data: {"id":"1","choices":[{"delta":{"content":"\ud83d"}}]}' + b"\n\n"
+    )

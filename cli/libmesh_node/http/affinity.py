@@ -36,4 +36,6 @@ class Affinity:
 
     @staticmethod
     def _keys(model: str, prefixes: Sequence[bytes], session: str) -> list[tuple[str, bytes]]:
-        return [(model, prefix) for prefix in prefixes] + ([(model, session.encode())] if session else [])
+        return [(model, prefix) for prefix in prefixes] + (
+            [(model, session.encode(errors="surrogatepass"))] if session else []
+        )

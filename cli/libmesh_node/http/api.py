@@ -67,6 +67,7 @@ class Api:
         self._origins = frozenset(origins)
         self._started_unix = int(time.time())
         self.metrics = Metrics()
+        self._looked_at: NodeSnapshot | None = None
 
     async def handle(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request. Never raises except when cancelled, which is how a client's departure shows."""
@@ -88,7 +89,14 @@ class Api:
         """Count a request at its end, and log it."""
         spent = time.perf_counter() - exchange.began
         path, server, metrics = exchange.request.path.rstrip("/"), exchange.server, self.metrics
-        metrics.answered(path, status, spent, model=exchange.model, attempts=exchange.attempts)
+        metrics.answered(
+            path,
+            status,
+            spent,
+            model=exchange.model,
+            attempts=exchange.attempts,
+            resumed=exchange.resumed,
+        )
         said = Told()
         if server is not None:
             metrics.carried(self._way(server), sent=len(exchange.body), received=exchange.received)
@@ -109,6 +117,7 @@ class Api:
             "model": exchange.model,
             "node": server.peer if server else "",
             "attempts": exchange.attempts,
+            "resumed": exchange.resumed,
             "sent": len(exchange.body),
             "received": exchange.received,
             "tokens": said.completion,
@@ -144,6 +153,9 @@ class Api:
             headers = exchange.headers | ({"Retry-After": str(RETRY_AFTER)} if status == 503 else {})
             return _json(status, value, headers)
         check_endpoint(method, request.path)
+        if (snapshot := self._source.snapshot) is not self._looked_at:
+            self._looked_at = snapshot
+            self._proxy.forget_gone(snapshot.models)
         with self._intake.hold() as held:
             exchange.body = await held.read(request)
             name = await _wanted_model(request, exchange.body)

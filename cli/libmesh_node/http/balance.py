@@ -7,7 +7,9 @@ server at once (M. Mitzenmacher, "The Power of Two Choices in Randomized Load Ba
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Iterable, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from libmesh_node.http.wanted import Wanted
@@ -36,12 +38,28 @@ REST, MAX_REST = 2.0, 60.0
 class _Known:
     """What is known of one server. Times in seconds."""
 
-    in_flight: int = 0
     first: float | None = None  # from a request to its first token, with an idle server
     speed: float | None = None  # tokens per second of one request
     failures: int = 0
     rests_until: float = 0.0
     probing: bool = False
+
+
+class Seat:
+    """One request's place at a server, so that it is counted once and where it is."""
+
+    def __init__(self, balance: Balance, server: Server) -> None:
+        self._balance = balance
+        self._server: Server | None = None
+        self.move(server)
+
+    def move(self, server: Server | None) -> None:
+        """Go on at another server, or at none for the moment."""
+        if self._server is not None:
+            self._balance.ends(self._server)
+        self._server = server
+        if server is not None:
+            self._balance.begins(server)
 
 
 @dataclass(slots=True)
@@ -54,6 +72,7 @@ class Balance:
 
     rng: random.Random
     _known: dict[str, _Known] = field(default_factory=dict)
+    _in_flight: Counter[str] = field(default_factory=Counter)
 
     def choose(
         self,
@@ -62,16 +81,20 @@ class Balance:
         wanted: Wanted,
         now: float,
         warm: str | None = None,
+        backlog: int | None = None,
     ) -> Server | None:
         """The server for the next try; `None` when none is left that has not been `tried` (base URLs).
 
         `warm` is a peer that has the prompt's beginning; it is taken unless it is full and another is not. Servers
         whose context the request cannot fit are left out, unless it fits none: then the server says so best. So are
-        servers that keep failing, while there are others.
+        servers that keep failing, while there are others; and so are those that have all slots busy and `backlog` requests
+        waiting besides, if that is given.
         """
         left = [server for server in servers if server.base_url not in tried]
         left = [server for server in left if self._fits(server, wanted)] or left
         left = [server for server in left if self._is_up(server, now)] or left
+        if backlog is not None:
+            left = [server for server in left if not self.is_full(server, backlog)] or left
         if not left:
             return None
         favourite = next((server for server in left if server.peer == warm), None)
@@ -86,7 +109,7 @@ class Balance:
 
     def cost(self, server: Server, wanted: Wanted, among: Sequence[Server]) -> float:
         """Seconds until `server` would have answered, as predicted."""
-        known = self._of(server)
+        known = self._known.get(server.base_url, _Known())
         speed = known.speed or server.speed or self._usual_speed(among)
         tokens = min(wanted.max_tokens if wanted.max_tokens is not None else TYPICAL_TOKENS, TYPICAL_TOKENS)
         alone = (known.first or 0.0) + max(tokens, 1) / speed
@@ -94,30 +117,48 @@ class Balance:
 
     def load(self, server: Server) -> int:
         """Requests under way at `server`: ours, or more if it told of more."""
-        return max(self._of(server).in_flight, server.busy)
+        return max(self.in_flight.get(server.base_url, 0), server.busy)
 
     def is_full(self, server: Server, backlog: int) -> bool:
         """Whether `server` has all its slots busy and `backlog` requests waiting besides."""
         return self.load(server) >= server.slots + backlog
 
-    def in_flight(self, server: Server) -> int:
-        """Requests under way there from this node."""
-        return self._of(server).in_flight
+    def has_room(self, servers: Iterable[Server], backlog: int, now: float) -> bool:
+        """Whether one of `servers` is not full; those that are left alone count only if there are no others."""
+        present = list(servers)
+        up = [server for server in present if self._is_up(server, now)] or present
+        return any(not self.is_full(server, backlog) for server in up)
+
+    @property
+    def in_flight(self) -> Mapping[str, int]:
+        """Requests under way from this node by base URL; servers with none are left out."""
+        return self._in_flight
 
     # ── what happened ────────────────────────────────────────────────────────────────────────────────────────────
 
+    @contextmanager
+    def seat(self, server: Server) -> Iterator[Seat]:
+        """Count one request at `server`, or wherever its seat moves, until the end of the block."""
+        seat = Seat(self, server)
+        try:
+            yield seat
+        finally:
+            seat.move(None)
+
     def begins(self, server: Server) -> None:
         """A request is sent to `server`; to be followed by one `ends`."""
-        known = self._of(server)
-        known.in_flight += 1
-        known.probing = known.failures >= FAILURES
+        self._in_flight[server.base_url] += 1
+        known = self._known.get(server.base_url)
+        if known is not None and known.failures >= FAILURES:
+            known.probing = True
 
     def ends(self, server: Server) -> None:
-        """A request to `server` is over, whatever came of it."""
-        known = self._of(server)
-        known.in_flight -= 1
-        if known == _Known():
-            del self._known[server.base_url]
+        """A request to `server` is over, whatever came of it: also if its client left, so another may try."""
+        self._in_flight[server.base_url] -= 1
+        if self._in_flight[server.base_url] <= 0:
+            del self._in_flight[server.base_url]
+        if (known := self._known.get(server.base_url)) is not None:
+            known.probing = False
 
     def failed(self, server: Server, now: float) -> None:
         """`server` could not be reached, or broke off."""
@@ -138,7 +179,7 @@ class Balance:
 
     def forget(self, present: Collection[str]) -> None:
         """Drop what is known of servers that are gone (`present`: base URLs that are there)."""
-        for url in [url for url, known in self._known.items() if url not in present and not known.in_flight]:
+        for url in [url for url in self._known if url not in present and url not in self._in_flight]:
             del self._known[url]
 
     # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,15 +188,17 @@ class Balance:
         return self._known.setdefault(server.base_url, _Known())
 
     def _is_up(self, server: Server, now: float) -> bool:
-        known = self._of(server)
-        return known.failures < FAILURES or (now >= known.rests_until and not known.probing)
+        known = self._known.get(server.base_url)
+        return known is None or known.failures < FAILURES or (now >= known.rests_until and not known.probing)
 
     @staticmethod
     def _fits(server: Server, wanted: Wanted) -> bool:
         return not server.context_length or wanted.prompt_tokens < server.context_length
 
     def _usual_speed(self, servers: Sequence[Server]) -> float:
-        speeds = sorted(speed for server in servers if (speed := self._of(server).speed or server.speed))
+        nothing = _Known()
+        told = [self._known.get(server.base_url, nothing).speed or server.speed for server in servers]
+        speeds = sorted(speed for speed in told if speed)
         return speeds[len(speeds) // 2] if speeds else UNKNOWN_SPEED
 
 

@@ -12,6 +12,8 @@ import json
 import re
 from collections.abc import Iterator
 
+from libmesh_node.http.sse import encode_json
+
 STEP_TOKENS = 4096
 """Quotes and brackets looked at between two pauses: about a millisecond."""
 
@@ -76,7 +78,7 @@ def with_model(body: bytes, name: str) -> bytes:
         return body
     if not isinstance(request, dict):
         return body
-    return json.dumps(request | {"model": name}, ensure_ascii=False, separators=(",", ":")).encode()
+    return encode_json(request | {"model": name})
 
 
 def form_model(body: bytes) -> str | None:

@@ -120,7 +120,9 @@ class Console:
 
     async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
         proxy = self._proxy
-        text = self._api.metrics.text(self._bridge.snapshot, proxy.in_flight, proxy.waiting)
+        text = self._api.metrics.text(
+            self._bridge.snapshot, proxy.in_flight, proxy.waiting, proxy.queues.lengths
+        )
         return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _events(self, request: web.BaseRequest) -> web.StreamResponse:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Awaitable, Callable, Collection
 from typing import Any
 
 import aiohttp
 
+from libmesh_node.http.errors import ApiError
 from libmesh_node.http.transcript import Transcript
 from libmesh_node.snapshot import Model, Server
 
@@ -20,6 +21,9 @@ PATIENCE = 60.0
 
 PAUSE = 0.25
 """Seconds between two looks at who serves the model."""
+
+SAY_EVERY = 5.0
+"""Seconds between two comments to a client that waits."""
 
 PREPARATION = 20.0
 """Seconds that a server has to render the prompt. It takes milliseconds; one that hangs is passed over."""
@@ -40,15 +44,22 @@ class Succession:
         find: the model of the request, as it is served now.
         choose: how servers are chosen.
         digest: of the weights that the answer was begun with.
+        path: of the request, to ask anew where nothing has begun.
     """
 
     def __init__(
-        self, session: aiohttp.ClientSession, find: Callable[[], Model], choose: Choose, digest: str
+        self,
+        session: aiohttp.ClientSession,
+        find: Callable[[], Model],
+        choose: Choose,
+        digest: str,
+        path: str,
     ) -> None:
-        self._session, self._find, self._choose, self._digest = session, find, choose, digest
+        self._session, self._find, self._choose = session, find, choose
+        self._digest, self._path = digest, path
 
     async def next(
-        self, transcript: Transcript, failed: str, say: Callable[[], Any]
+        self, transcript: Transcript, failed: str, say: Callable[[], Awaitable[object]]
     ) -> tuple[Server, aiohttp.ClientResponse]:
         """A server, and its answer, which goes on where `transcript` ends. The caller closes the answer.
 
@@ -57,41 +68,69 @@ class Succession:
             failed: the base URL of the server that broke off: asked again only when all others have refused.
             say: awaited every few seconds while nobody goes on, to keep the client.
 
-        Raises `NobodyGoesOn` after `PATIENCE` seconds. Cancelling leaves nothing behind.
+        Raises `NobodyGoesOn` if none is found for `PATIENCE` seconds, and what `say` raises. Cancelling leaves nothing
+        behind.
         """
         loop = asyncio.get_running_loop()
         deadline, told = loop.time() + PATIENCE, loop.time()
         refused = {failed}
         while loop.time() < deadline:
-            same = [server for server in self._find().servers if server.digest == self._digest]
+            try:
+                present = self._find().servers
+            except ApiError:  # nobody has it at this moment
+                present = ()
+            same = [server for server in present if server.digest == self._digest or not transcript.begun]
             server = self._choose(same, refused)
             if server is None:
                 refused.clear()
                 await asyncio.sleep(PAUSE)
-                if loop.time() - told >= 5:
+                if loop.time() - told >= SAY_EVERY:
                     told = loop.time()
                     await say()
                 continue
             refused.add(server.base_url)
+            asked = await self._ask_while_saying(server, transcript, say)
             try:
-                return server, await self._ask(server, transcript)
+                return server, asked.result()
             except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError) as exc:
                 log.warning("%s did not go on with an answer: %s", server.peer, exc or type(exc).__name__)
         raise NobodyGoesOn
 
+    async def _ask_while_saying(
+        self, server: Server, transcript: Transcript, say: Callable[[], Awaitable[object]]
+    ) -> asyncio.Task[aiohttp.ClientResponse]:
+        """What came of asking: a long prompt takes long to be computed again, too. Raises only what `say` does."""
+        asking = asyncio.create_task(self._ask(server, transcript))
+        try:
+            while not (await asyncio.wait((asking,), timeout=SAY_EVERY))[0]:
+                await say()
+        except BaseException:
+            asking.cancel()
+            if (await asyncio.wait((asking,)))[0] and not asking.cancelled() and asking.exception() is None:
+                asking.result().close()
+            raise
+        return asking
+
     async def _ask(self, server: Server, transcript: Transcript) -> aiohttp.ClientResponse:
+        if not transcript.begun:
+            return await self._post(server, self._path, transcript.restart())
         async with asyncio.timeout(PREPARATION):
             prompt = ""
             if (request := transcript.template_request) is not None:
                 prompt = (await self._call(server, "/apply-template", request))["prompt"]
             spelled = {text: await self._tokens(server, text) for text in transcript.gaps}
         body = transcript.resume(prompt, spelled)
-        answer = await self._session.post(f"{server.base_url}/completion", data=body, headers=_JSON)
-        if answer.status != 200:
+        return await self._post(server, "/completion", body)
+
+    async def _post(self, server: Server, path: str, body: bytes) -> aiohttp.ClientResponse:
+        answer = await self._session.post(server.base_url + path, data=body, headers=_JSON)
+        if answer.status == 200:
+            return answer
+        try:
             reason = (await answer.content.read(500)).decode(errors="replace")
+        finally:
             answer.close()
-            raise ValueError(f"{answer.status} {reason}")
-        return answer
+        raise ValueError(f"{answer.status} {reason}")
 
     async def _tokens(self, server: Server, text: str) -> tuple[list[int], str]:
         body = json.dumps({"content": text, "add_special": False, "with_pieces": True}).encode()

@@ -72,19 +72,26 @@ class Metrics:
         self._requests: Counter[Labels] = Counter()
         self._tokens: Counter[Labels] = Counter()
         self._bytes: Counter[Labels] = Counter()
-        self._retries = self._failovers = 0
+        self._retries = self._failovers = self._resumed = 0
         self._seconds = Histogram(SECONDS)
         self._first = Histogram(SECONDS)
         self._speed = Histogram(SPEEDS)
         self._models: set[str] = set()
 
-    def answered(self, path: str, status: int, seconds: float, *, model: str = "", attempts: int = 0) -> None:
-        """A request came to its end; `attempts` servers were asked, the last of which answered if `status` is below 500."""
+    def answered(
+        self, path: str, status: int, seconds: float, *, model: str = "", attempts: int = 0, resumed: int = 0
+    ) -> None:
+        """A request came to its end.
+
+        `attempts` servers were asked, the last of which answered if `status` is below 500; `resumed` more went on with
+        its answer.
+        """
         endpoint = path if path in ENDPOINTS else "other"
         self._requests[("endpoint", endpoint), ("model", self._model(model)), ("status", str(status))] += 1
         self._seconds.add(seconds, endpoint=endpoint)
         self._retries += max(attempts - 1, 0)
         self._failovers += attempts > 1 and status < 500
+        self._resumed += resumed
 
     def started(self, model: str, seconds: float) -> None:
         """The first bytes of a stream came, so long after its request."""
@@ -117,8 +124,14 @@ class Metrics:
         self._models.add(name)
         return name
 
-    def text(self, snapshot: NodeSnapshot, in_flight: Mapping[str, int], waiting: int) -> str:
-        """All of it, with what `snapshot` shows now. `in_flight` counts requests by base URL, `waiting` those unanswered."""
+    def text(
+        self, snapshot: NodeSnapshot, in_flight: Mapping[str, int], waiting: int, queued: Mapping[str, int]
+    ) -> str:
+        """All of it, with what `snapshot` shows now.
+
+        `in_flight` counts requests by base URL, `waiting` those that a server has not begun to answer, and `queued` those
+        that no server has room for, by model.
+        """
         lines: list[str] = []
 
         def tell(name: str, kind: str, about: str, samples: Iterable[str]) -> None:
@@ -157,9 +170,18 @@ class Metrics:
             "Requests answered by another server than the first.",
             {(): self._failovers},
         )
+        count(
+            "libmesh_streams_resumed_total",
+            "Times that another server went on with a stream that had broken off.",
+            {(): self._resumed},
+        )
         count("libmesh_server_bytes_total", "Bytes of bodies to and from servers, by path.", self._bytes)
         gauge("libmesh_requests_in_flight", "Requests under way by server.", _by_server(snapshot, in_flight))
         gauge("libmesh_requests_waiting", "Requests without a byte of an answer yet.", {(): waiting})
+        lines_by_model: Counter[Labels] = Counter({(("model", model.name),): 0 for model in snapshot.models})
+        for model, length in queued.items():
+            lines_by_model[(("model", self._model(model)),)] += length
+        gauge("libmesh_requests_queued", "Requests that no server has room for.", lines_by_model)
         gauge("libmesh_peers", "Other nodes by state and path.", _peers(snapshot))
         gauge("libmesh_servers", "Servers by model.", _servers(snapshot))
         restarts: dict[Labels, float] = {(("process", one.name),): one.restarts for one in snapshot.processes}

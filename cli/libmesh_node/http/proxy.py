@@ -10,8 +10,7 @@ import asyncio
 import logging
 import random
 import time
-from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 
 import aiohttp
@@ -19,7 +18,7 @@ from aiohttp import web
 
 from libmesh_node.http.affinity import Affinity
 from libmesh_node.http.answers import told
-from libmesh_node.http.balance import Balance
+from libmesh_node.http.balance import Balance, Seat
 from libmesh_node.http.continuing import Succession
 from libmesh_node.http.errors import ApiError
 from libmesh_node.http.exchange import Exchange
@@ -66,7 +65,15 @@ class Proxy:
         self.balance = Balance(rng or random.Random())
         self.queues = Queues()
         self._affinity = Affinity()
-        self.in_flight: Counter[str] = Counter()
+
+    @property
+    def in_flight(self) -> Mapping[str, int]:
+        """Requests under way by the base URL of the server that has them now."""
+        return self.balance.in_flight
+
+    def forget_gone(self, models: Iterable[Model]) -> None:
+        """Drop what is known of servers that none of `models` has any more."""
+        self.balance.forget({server.base_url for model in models for server in model.servers})
 
     @property
     def waiting(self) -> int:
@@ -90,7 +97,8 @@ class Proxy:
             exchange.attempts += 1
             exchange.server, exchange.model = server, search.model.name
             search.asked = time.perf_counter()
-            with self._occupied(server, search.model.name):
+            began = time.monotonic()
+            with self._occupied(server, exchange.model) as seat:
                 try:
                     upstream, start = await self._open(
                         exchange, server, fresh=server.base_url in search.hung_up
@@ -102,10 +110,12 @@ class Proxy:
                     search.tried.add(server.base_url)
                     if self._is_for_another(search, upstream, start):
                         continue
-                    succession = Succession(self.upstream.fresh, find, self._successor, server.digest)
-                    response = await relay(exchange, upstream, start, succession, self.balance)
-                    if response.status < 400:
-                        self._learn(exchange, search)
+                    path = exchange.request.path
+                    succession = Succession(self.upstream.fresh, find, self._successor, server.digest, path)
+                    response = await relay(exchange, upstream, start, succession, self.balance, seat)
+                    if not exchange.broken:
+                        self._learn(exchange, search, response.status)
+                        self.queues.took(exchange.model, time.monotonic() - began)
                     return response
 
     # ── who is next ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -114,12 +124,16 @@ class Proxy:
         """The server for the next try, once there is one with room."""
         exchange = search.exchange
         model = search.model
+        if (same := search.again) is not None:
+            search.again = None
+            return same
         if exchange.request.method == "POST":
             await self.queues.turn(
                 model.name,
                 batch=exchange.wanted.batch,
                 has_room=lambda: self._has_room(search.model),
                 slots=lambda: sum(server.slots for server in search.model.servers),
+                again=exchange.attempts > 0,
             )
         while True:
             search.check_deaths()
@@ -127,7 +141,7 @@ class Proxy:
             warm = self._affinity.warm(
                 model.digest or model.name, exchange.wanted.prefixes, exchange.wanted.session, now
             )
-            server = self.balance.choose(model.servers, search.tried, exchange.wanted, now, warm)
+            server = self.balance.choose(model.servers, search.tried, exchange.wanted, now, warm, BACKLOG)
             if server is not None:
                 return server
             search.check_time()
@@ -135,7 +149,7 @@ class Proxy:
             await asyncio.sleep(PAUSE)
 
     def _has_room(self, model: Model) -> bool:
-        return not model.servers or not all(self.balance.is_full(server, BACKLOG) for server in model.servers)
+        return not model.servers or self.balance.has_room(model.servers, BACKLOG, time.monotonic())
 
     def _successor(self, servers: Collection[Server], refused: Collection[str]) -> Server | None:
         return self.balance.choose(servers, refused, NOTHING, time.monotonic())
@@ -155,20 +169,25 @@ class Proxy:
 
     def _note_failure(self, search: _Search, server: Server, failure: Exception) -> None:
         log.warning("%s at %s did not answer: %s", search.model.name, server.peer, in_words(failure))
-        # A kept connection may have been closed under us. That says nothing of the server: ask once more.
-        if hung_up(failure) and server.base_url not in search.hung_up:
+        # A kept connection may have been closed under us. That says nothing of the server: ask the same once more.
+        was_asked_again = server.base_url in search.hung_up
+        if hung_up(failure) and not was_asked_again and not self.upstream.wants_own(search.exchange.body):
             search.hung_up.add(server.base_url)
+            search.again = server
             return
         search.tried.add(server.base_url)
         search.failed = True
-        search.deaths += not isinstance(failure, aiohttp.ClientConnectorError)
+        search.deaths += was_asked_again or not isinstance(failure, aiohttp.ClientConnectorError)
         self.balance.failed(server, time.monotonic())
 
-    def _learn(self, exchange: Exchange, search: _Search) -> None:
+    def _learn(self, exchange: Exchange, search: _Search, status: int) -> None:
         server, said = exchange.server, told(exchange.tail)
-        if server is None:
+        if server is None or status >= 500:
             return
-        first = None if exchange.first is None else exchange.first - search.asked
+        if status >= 400:  # it is alive, and refused
+            self.balance.answered(server)
+            return
+        first = None if exchange.first is None or exchange.resumed else exchange.first - search.asked
         self.balance.answered(server, first=first, speed=said.speed)
         wanted, model = exchange.wanted, search.model
         self._affinity.learn(
@@ -199,18 +218,12 @@ class Proxy:
         return await self.upstream.open(exchange.request.method, url, headers, exchange.body, fresh=fresh)
 
     @contextmanager
-    def _occupied(self, server: Server, model: str) -> Iterator[None]:
-        began = time.monotonic()
-        self.in_flight[server.base_url] += 1
-        self.balance.begins(server)
+    def _occupied(self, server: Server, model: str) -> Iterator[Seat]:
         try:
-            yield
+            with self.balance.seat(server) as seat:
+                yield seat
         finally:
-            self.balance.ends(server)
-            self.in_flight[server.base_url] -= 1
-            if self.in_flight[server.base_url] <= 0:
-                del self.in_flight[server.base_url]
-            self.queues.ended(model, time.monotonic() - began)
+            self.queues.nudge(model)
 
 
 class _Search:
@@ -219,6 +232,7 @@ class _Search:
     Attributes:
         tried: base URLs that refused or failed since the last pause.
         hung_up: base URLs of servers that closed a kept connection.
+        again: the server to ask once more before any other.
         deaths: servers that broke off on this request.
         failed: whether any server was asked in vain.
         asked: when the last server was asked, by `time.perf_counter`.
@@ -228,6 +242,7 @@ class _Search:
         self.exchange, self._find = exchange, find
         self.tried: set[str] = set()
         self.hung_up: set[str] = set()
+        self.again: Server | None = None
         self.deaths = 0
         self.failed = False
         self.asked = time.perf_counter()

@@ -47,32 +47,46 @@ class Queues:
         return len(self._lines.get(model, ()))
 
     async def turn(
-        self, model: str, *, batch: bool, has_room: Callable[[], bool], slots: Callable[[], int]
+        self,
+        model: str,
+        *,
+        batch: bool,
+        has_room: Callable[[], bool],
+        slots: Callable[[], int],
+        again: bool = False,
     ) -> None:
         """Wait until it is this request's turn and `has_room`.
 
         `slots` is how many requests the model's servers answer at once. Raises `ApiError` 429 if the line is full, with
-        the time that it will take by the measured rate. Cancelling leaves the line.
+        the time that it will take by the measured rate. One that had its turn, and whose server failed, comes `again`: it
+        waits before its equals and is never refused. Cancelling leaves the line.
         """
         line = self._lines.setdefault(model, _Line())
-        if not (len(line.interactive) if not batch else len(line)) and has_room():
+        ahead = 0 if again else len(line) if batch else len(line.interactive)
+        if not ahead and has_room():
             return
-        if len(line) >= PER_SLOT * max(slots(), 1):
+        if not again and len(line) >= PER_SLOT * max(slots(), 1):
             raise self._full(model, line, slots())
         mine = line.batch if batch else line.interactive
-        with self._place(mine) as place:
-            while not (line.first() is place[0] and has_room()):
-                await asyncio.wait(place, timeout=LOOK)
-                if place[0].done():
-                    index = mine.index(place[0])
-                    place[0] = mine[index] = asyncio.get_running_loop().create_future()
-        self.nudge(model)
+        try:
+            with self._place(mine, again) as place:
+                while not (line.first() is place[0] and has_room()):
+                    await asyncio.wait(place, timeout=LOOK)
+                    if place[0].done():
+                        index = mine.index(place[0])
+                        place[0] = mine[index] = asyncio.get_running_loop().create_future()
+        finally:
+            self.nudge(model)  # also if cancelled: who was told of the room and left passes the word on
 
-    def ended(self, model: str, seconds: float) -> None:
-        """A request for `model` took `seconds` at its server."""
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Requests that wait, by model; models for which none does may be left out."""
+        return {model: len(line) for model, line in self._lines.items()}
+
+    def took(self, model: str, seconds: float) -> None:
+        """A request for `model` was answered in `seconds`: what the refused are told follows from it."""
         line = self._lines.setdefault(model, _Line())
         line.seconds += 0.2 * (seconds - line.seconds)
-        self.nudge(model)
 
     def nudge(self, model: str) -> None:
         """There may be room now."""
@@ -83,9 +97,12 @@ class Queues:
 
     @staticmethod
     @contextmanager
-    def _place(line: deque[asyncio.Future[None]]) -> Iterator[list[asyncio.Future[None]]]:
+    def _place(line: deque[asyncio.Future[None]], again: bool) -> Iterator[list[asyncio.Future[None]]]:
         place = [asyncio.get_running_loop().create_future()]
-        line.append(place[0])
+        if again:
+            line.appendleft(place[0])
+        else:
+            line.append(place[0])
         try:
             yield place
         finally:

@@ -18,7 +18,7 @@ import aiohttp
 from aiohttp import web
 
 from libmesh_node.http.answers import refined_error
-from libmesh_node.http.balance import Balance
+from libmesh_node.http.balance import Balance, Seat
 from libmesh_node.http.continuing import NobodyGoesOn, Succession
 from libmesh_node.http.errors import ApiError, encode_stream_error
 from libmesh_node.http.exchange import Exchange
@@ -32,6 +32,9 @@ log = logging.getLogger("libmesh_node.http")
 MAX_BARREN = 4
 """Servers in a row that took an answer over and broke off before they had added a byte."""
 
+MAX_SUCCESSORS = 16
+"""Servers in all that may go on with one answer, so that one which kills its servers comes to an end."""
+
 
 async def relay(
     exchange: Exchange,
@@ -39,10 +42,12 @@ async def relay(
     start: bytes,
     succession: Succession,
     balance: Balance,
+    seat: Seat,
 ) -> web.StreamResponse:
     """Send the client `upstream`'s answer, of which `start` was read already, and whatever must follow it.
 
-    Closes the answers of further servers, not `upstream`.
+    Closes the answers of further servers, not `upstream`, and moves `seat` to them. Tells `balance` of servers that broke
+    off; `exchange.broken` says whether the client's answer did.
     """
     headers = returned_headers(upstream.headers.items())
     headers.update(exchange.headers)
@@ -64,7 +69,7 @@ async def relay(
     response = web.StreamResponse(status=status, reason=reason, headers=headers)
     await response.prepare(request)
     if transcript is not None:
-        carrier = _Carrier(exchange, transcript, response, succession, balance)
+        carrier = _Carrier(exchange, transcript, response, succession, balance, seat)
         try:
             await carrier.carry(upstream, start)
         except (Broken, BrokenOff, Diverged, EventTooLong) as exc:
@@ -77,6 +82,8 @@ async def relay(
             await response.write(chunk)
             chunk = await read_on(upstream)
     except Broken as exc:
+        if exchange.server is not None:
+            balance.failed(exchange.server, time.monotonic())
         await _break_off(exchange, response, exc)
     return response
 
@@ -91,27 +98,33 @@ class _Carrier:
         response: web.StreamResponse,
         succession: Succession,
         balance: Balance,
+        seat: Seat,
     ) -> None:
         self._exchange, self._transcript, self._response = exchange, transcript, response
-        self._succession, self._balance = succession, balance
+        self._succession, self._balance, self._seat = succession, balance, seat
 
     async def carry(self, upstream: aiohttp.ClientResponse, start: bytes) -> None:
         """Until the client has the whole. Raises what stopped it if nobody can go on."""
         try:
             await self._drain(upstream, start)
             return
-        except (Broken, BrokenOff) as exc:
+        except (Broken, BrokenOff, EventTooLong) as exc:
             broken: Exception = exc
         barren = 0
         while True:
             failed = self._exchange.server
             assert failed is not None
-            if not self._transcript.can_resume or barren >= MAX_BARREN:
+            self._balance.failed(failed, time.monotonic())
+            self._seat.move(None)
+            if (
+                (self._transcript.begun and not self._transcript.can_resume)
+                or barren >= MAX_BARREN
+                or self._exchange.resumed >= MAX_SUCCESSORS
+            ):
                 raise broken
             log.warning(
                 "the answer of %s broke off: %s; looking for a server that goes on", failed.peer, broken
             )
-            self._balance.failed(failed, time.monotonic())
             before = self._exchange.received
             try:
                 server, answer = await self._succession.next(
@@ -121,17 +134,14 @@ class _Carrier:
                 raise broken from None
             self._exchange.server = server
             self._exchange.resumed += 1
-            self._balance.begins(server)
+            self._seat.move(server)
             try:
                 with closing(answer):
                     await self._drain(answer, b"")
-                self._balance.answered(server)
                 return
-            except (Broken, BrokenOff) as exc:
+            except (Broken, BrokenOff, EventTooLong) as exc:
                 broken = exc
                 barren = 0 if self._exchange.received > before else barren + 1
-            finally:
-                self._balance.ends(server)
 
     async def _drain(self, answer: aiohttp.ClientResponse, start: bytes) -> None:
         transcript = self._transcript
@@ -148,6 +158,7 @@ class _Carrier:
             self._exchange.saw(chunk)
             if out := transcript.feed(chunk):
                 await self._response.write(out)
+                transcript.feed(b"")
             chunk = b""
 
     async def _keep_waiting(self) -> None:
@@ -156,6 +167,7 @@ class _Carrier:
 
 async def _break_off(exchange: Exchange, response: web.StreamResponse, broken: Exception) -> None:
     """End the answer so that no client can take it for complete."""
+    exchange.broken = True
     request = exchange.request
     peer = exchange.server.peer if exchange.server else "?"
     log.warning("the answer of %s to %s broke off: %s", peer, request.path, broken or type(broken).__name__)

@@ -11,6 +11,11 @@ MAX_EVENT = 4 << 20
 _END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 
 
+def holds_event(data: bytes) -> bool:
+    """Whether an event ends within `data`."""
+    return _END.search(data) is not None
+
+
 class EventTooLong(ValueError):
     """No event ended within `MAX_EVENT` bytes."""
 
@@ -22,7 +27,10 @@ class EventReader:
         self._held = b""
 
     def feed(self, data: bytes) -> list[bytes]:
-        """The events that `data` completes, each with the blank line that ends it. Raises `EventTooLong`."""
+        """The events that `data` completes, each with the blank line that ends it.
+
+        Raises `EventTooLong` once no whole event is left to return.
+        """
         self._held += data
         events: list[bytes] = []
         start = 0
@@ -30,7 +38,7 @@ class EventReader:
             events.append(self._held[start : end.end()])
             start = end.end()
         self._held = self._held[start:]
-        if len(self._held) > MAX_EVENT:
+        if len(self._held) > MAX_EVENT and not events:
             raise EventTooLong
         return events
 
@@ -43,7 +51,15 @@ def event_data(event: bytes) -> bytes:
 
 def data_event(value: object) -> bytes:
     """The event that carries `value` as JSON."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + encode_json(value) + b"\n\n"
+
+
+def encode_json(value: object) -> bytes:
+    """`value` as JSON, in UTF-8; escaped where a text has half a surrogate pair, which JSON can say and UTF-8 cannot."""
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(value, separators=(",", ":")).encode()
 
 
 def comment(text: str) -> bytes:

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from libmesh_node.http.sse import EventReader, data_event, event_data
+from libmesh_node.http.sse import EventReader, data_event, encode_json, event_data
 
 Json = dict[str, Any]
 
@@ -82,6 +82,7 @@ class Transcript:
         self._strange = False
         self._stopped = False
         self.finished = False
+        self._failure: BrokenOff | Diverged | None = None
         self._resumed: _Resumed | None = None
 
     # ── what goes to servers ─────────────────────────────────────────────────────────────────────────────────────
@@ -89,11 +90,11 @@ class Transcript:
     @property
     def body(self) -> bytes:
         """The request for the first server, which asks for the tokens, too."""
-        return _encode({**self._request, "n_probs": 1, "post_sampling_probs": True})
+        return encode_json({**self._request, "n_probs": 1, "post_sampling_probs": True})
 
     @property
     def begun(self) -> bool:
-        """Whether an event was passed on."""
+        """Whether an event was passed on; comments count for nothing."""
         return bool(self._shell)
 
     @property
@@ -104,12 +105,17 @@ class Transcript:
     @property
     def template_request(self) -> bytes | None:
         """The body for `/apply-template`, whose answer is the prompt; `None` if the request itself has the prompt."""
-        return _encode(self._request) if self._chat else None
+        return encode_json(self._request) if self._chat else None
 
     @property
     def gaps(self) -> tuple[str, ...]:
         """Texts to have tokenised for `resume`."""
         return tuple(part.text for part in self._parts if isinstance(part, Gap))
+
+    def restart(self) -> bytes:
+        """The body for another server's whole answer. Only while nothing has `begun`."""
+        self._reader, self._failure = EventReader(), None
+        return self.body
 
     def resume(self, prompt: str, spelled: Mapping[str, tuple[list[int], str]]) -> bytes:
         """The body for the next server's `/completion`.
@@ -133,7 +139,7 @@ class Transcript:
         self._resumed = _Resumed(base=len(tokens), repeated=self._text[known:])
         self._parts = list(tokens)
         self._ends = [known] * len(tokens)
-        self._reader = EventReader()
+        self._reader, self._failure = EventReader(), None
         head = prompt if self._chat else self._request["prompt"]
         body = {key: value for key, value in self._request.items() if key not in _ONLY_CHAT}
         body["prompt"] = [*([head] if isinstance(head, str) else head), *tokens]
@@ -141,7 +147,7 @@ class Transcript:
         limit = 0 if self._stopped else self._limit
         if limit is not None:
             body["n_predict"] = max(limit - len(tokens), 0)
-        return _encode(body)
+        return encode_json(body)
 
     @property
     def _is_greedy(self) -> bool:
@@ -160,13 +166,23 @@ class Transcript:
     def feed(self, data: bytes) -> bytes:
         """What of `data` the client is to be sent: whole events only.
 
-        Raises `BrokenOff` if the server itself says that it cannot go on, `Diverged`, and `sse.EventTooLong`.
+        Raises `BrokenOff` if the server itself says that it cannot go on, `Diverged`, and `sse.EventTooLong`; but where
+        good events came before, these are returned, and it is the next call that raises. So call it once more with
+        nothing.
         """
+        if self._failure is not None:
+            raise self._failure
         sent: list[bytes] = []
         for event in self._reader.feed(data):
             if self.finished:
                 break
-            sent.append(self._event(event))
+            try:
+                sent.append(self._event(event))
+            except (BrokenOff, Diverged) as exc:
+                self._failure = exc
+                if not sent:
+                    raise
+                break
         return b"".join(sent)
 
     def _event(self, event: bytes) -> bytes:
@@ -178,13 +194,16 @@ class Transcript:
             return event
         try:
             value = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise BrokenOff("it sent an event that is no JSON") from None
         if not isinstance(value, dict):
             raise BrokenOff("it sent an event that is no object")
         if "error" in value and "choices" not in value:
             raise BrokenOff(str(value["error"])[:300])
-        return self._own(value) if self._resumed is None else self._others(value, self._resumed)
+        try:
+            return self._own(value) if self._resumed is None else self._others(value, self._resumed)
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError):
+            raise BrokenOff("it sent an event that is none of its protocol") from None
 
     def _own(self, value: Json) -> bytes:
         """An event of the server that began the answer."""
@@ -208,7 +227,8 @@ class Transcript:
         if told is None:
             self._append(Gap(text), text)
             return
-        token = bytes(told.get("bytes") or ()).decode(errors="replace")
+        spelled = told.get("bytes")
+        token = bytes(spelled if isinstance(spelled, list) else ()).decode(errors="replace")
         if text == token:
             self._append(told["id"], text)
         elif token and text.endswith(token):
@@ -340,7 +360,3 @@ def _is_prompt(prompt: object) -> bool:
     if isinstance(prompt, str):
         return True
     return isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
-
-
-def _encode(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()

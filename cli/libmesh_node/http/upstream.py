@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping
 
 import aiohttp
 from yarl import URL
+
+from libmesh_node.http.sse import MAX_EVENT, holds_event
 
 CONNECT_TIMEOUT = 5.0
 """Seconds to connect to a loopback port. More than one means a stopped process."""
@@ -52,10 +55,17 @@ class Upstream:
         await self._kept.close()
         await self.fresh.close()
 
+    @staticmethod
+    def wants_own(body: bytes) -> bool:
+        """Whether a request has a connection of its own, which nobody can have closed before."""
+        return _STREAM in body
+
     async def open(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes, *, fresh: bool
     ) -> tuple[aiohttp.ClientResponse, bytes]:
         """Send a request and wait for the start of the answer: its whole if it is short, else the first bytes.
+
+        Of an event stream that is at least one whole event, so that a server which dies before has sent nothing.
 
         With `fresh`, on a connection of its own. Raises one of `FAILURES`. The caller closes the answer.
         """
@@ -64,7 +74,7 @@ class Upstream:
         if len(body) > _SLICE:
             headers["Content-Length"] = str(len(body))
             data = _slices(body)
-        session = self.fresh if fresh or _STREAM in body else self._kept
+        session = self.fresh if fresh or self.wants_own(body) else self._kept
         self.waiting += 1
         try:
             answer = await session.request(
@@ -73,12 +83,25 @@ class Upstream:
             try:
                 if answer.content_length is not None and answer.content_length <= WHOLE_ANSWER:
                     return answer, await answer.read()
-                return answer, await answer.content.readany()
+                start = await answer.content.readany()
+                if answer.status == 200 and answer.content_type == "text/event-stream":
+                    start = await _first_event(answer, start)
+                return answer, start
             except BaseException:
                 answer.close()
                 raise
         finally:
             self.waiting -= 1
+
+
+async def _first_event(answer: aiohttp.ClientResponse, start: bytes) -> bytes:
+    while not holds_event(start) and len(start) <= MAX_EVENT:
+        async with asyncio.timeout(STALL):
+            more = await answer.content.readany()
+        if not more:
+            raise aiohttp.ClientPayloadError("it ended before its first event")
+        start += more
+    return start
 
 
 async def read_on(answer: aiohttp.ClientResponse) -> bytes:

@@ -88,7 +88,9 @@ def _prefixes(request: dict[str, Any], messages: list[Any]) -> list[bytes]:
     prompt = request.get("prompt")
     if not messages and isinstance(prompt, str):
         whole = len(prompt) - len(prompt) % BLOCK
-        pieces = [prompt[start : start + BLOCK].encode() for start in range(0, whole, BLOCK)]
+        pieces = [
+            prompt[start : start + BLOCK].encode(errors="surrogatepass") for start in range(0, whole, BLOCK)
+        ]
     else:
         pieces = [_encode(message) for message in messages]
     names: list[bytes] = []
@@ -126,4 +128,5 @@ def _guess(request: dict[str, Any], messages: list[Any]) -> int:
 
 
 def _encode(value: object) -> bytes:
-    return json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
+    return text.encode(errors="surrogatepass")

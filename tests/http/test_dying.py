@@ -1,0 +1,167 @@
+"""Servers that die at chosen points of an answer: what the client sees, and what the node thinks of the server then."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import pytest
+from libmesh_node.http.sse import comment, data_event
+from libmesh_node.snapshot import Model, Server
+
+from tests.http.conftest import call, running_node
+
+STREAM = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+PLAIN = {"messages": [{"role": "user", "content": "Hi"}]}
+PATH = "/v1/chat/completions"
+
+HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def chunk(data: bytes) -> bytes:
+    return b"%x\r\n%s\r\n" % (len(data), data)
+
+
+def event(text: str, reason: str | None = None) -> bytes:
+    choice = {"index": 0, "delta": {"content": text} if text else {}, "finish_reason": reason}
+    return data_event({"id": "chatcmpl-1", "object": "chat.completion.chunk", "choices": [choice]})
+
+
+WHOLE = HEAD + chunk(event("Hello")) + chunk(event("", "stop")) + chunk(b"data: [DONE]\n\n") + chunk(b"")
+
+
+def whole(status: str, body: bytes) -> bytes:
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    return head.encode() + body
+
+
+class Script:
+    """A server that says, for each request, the next of `answers` (the last one for ever) and hangs up."""
+
+    def __init__(self, listener: socket.socket, peer: str, answers: Sequence[bytes]) -> None:
+        self.asked = 0
+        self._listener, self._answers = listener, answers
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        # The local one is the nearest: with nothing known of either it is asked first.
+        self.server = Server(peer=peer, base_url=url, local=peer == "first", rtt=0.5, slots=4, digest="d")
+
+    def run(self) -> None:
+        with suppress(OSError):
+            while True:
+                accepted, _ = self._listener.accept()
+                with accepted, suppress(OSError):
+                    if self._read(accepted):
+                        self.asked += 1
+                        accepted.sendall(self._answers[min(self.asked, len(self._answers)) - 1])
+
+    @staticmethod
+    def _read(accepted: socket.socket) -> bool:
+        received = b""
+        while b"\r\n\r\n" not in received:
+            if not (data := accepted.recv(1 << 16)):
+                return False
+            received += data
+        head, _, body = received.partition(b"\r\n\r\n")
+        (length,) = [
+            int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:")
+        ]
+        while len(body) < length:
+            body += accepted.recv(1 << 16)
+        return True
+
+
+@contextmanager
+def scripts(**answers: Sequence[bytes]) -> Iterator[list[Script]]:
+    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in answers]
+    made = [Script(at, peer, said) for at, (peer, said) in zip(listeners, answers.items(), strict=True)]
+    threads = [threading.Thread(target=one.run) for one in made]
+    for thread in threads:
+        thread.start()
+    try:
+        yield made
+    finally:
+        for listener in listeners:
+            listener.shutdown(socket.SHUT_RDWR)
+            listener.close()
+        for thread in threads:
+            thread.join()
+
+
+def model(*servers: Script) -> Model:
+    return Model(
+        name="m", digest="d", size_bytes=1, context_length=0, servers=tuple(one.server for one in servers)
+    )
+
+
+@pytest.mark.parametrize("tools", [False, True])
+@pytest.mark.parametrize(
+    "last_words",
+    [HEAD, HEAD + chunk(b""), HEAD + chunk(event("He")[:20]), HEAD + chunk(event("He")[:-1])],
+    ids=["head", "end", "part", "all but the end"],
+)
+def test_stream_that_dies_before_its_first_event_is_asked_of_another(last_words: bytes, tools: bool) -> None:
+    more = {"tools": [{"type": "function"}]} if tools else {}
+    with (
+        scripts(first=[last_words], second=[WHOLE]) as (dying, good),
+        running_node(model(dying, good)) as node,
+    ):
+        status, headers, body = call(node.api_port, "POST", PATH, STREAM | more)
+    assert (status, headers["x-libmesh-node"], headers["x-libmesh-attempts"]) == (200, "second", "2")
+    assert b"Hello" in body
+    assert b"error" not in body
+
+
+def test_stream_that_dies_after_comments_only_begins_on_another() -> None:
+    last_words = HEAD + chunk(comment("computing")) + chunk(event("He")[:20])
+    with (
+        scripts(first=[last_words], second=[WHOLE]) as (dying, good),
+        running_node(model(dying, good)) as node,
+    ):
+        status, _, body = call(node.api_port, "POST", PATH, STREAM)
+        metrics = call(node.console_port, "GET", "/metrics")[2]
+    assert status == 200
+    assert (body.count(b"Hello"), body.count(b"data: "), b"error" in body) == (1, 3, False)
+    assert b"libmesh_streams_resumed_total 1\n" in metrics
+
+
+def test_answer_that_broke_off_is_no_success_of_its_server() -> None:
+    cut = HEAD + chunk(event("He"))
+    tools = STREAM | {"tools": [{"type": "function"}]}
+    with scripts(first=[cut], second=[WHOLE]) as (dying, good), running_node(model(dying, good)) as node:
+        for _ in range(10):
+            with suppress(Exception):
+                call(node.api_port, "POST", PATH, tools)
+        assert dying.asked == 3  # then it is left alone
+        assert good.asked == 7
+
+
+def test_broken_body_says_nothing_against_the_server() -> None:
+    refusal = json.dumps(
+        {"error": {"code": 500, "message": "[json.exception.parse_error.101] bad", "type": "x"}}
+    )
+    answers = [whole("500 Internal Server Error", refusal.encode())]
+    with scripts(first=answers, second=[WHOLE]) as (only, other), running_node(model(only, other)) as node:
+        for _ in range(8):
+            assert call(node.api_port, "POST", PATH, PLAIN)[0] == 400
+        assert (only.asked, other.asked) == (8, 0)
+
+
+@pytest.mark.parametrize("request_body", [STREAM, PLAIN], ids=["stream", "plain"])
+def test_request_that_kills_its_servers_does_not_kill_them_all(request_body: dict[str, object]) -> None:
+    names = [f"server{index}" for index in range(8)]
+    with scripts(**{name: [b""] for name in names}) as dying, running_node(model(*dying)) as node:
+        assert call(node.api_port, "POST", PATH, request_body)[0] == 502
+    assert sum(one.asked > 0 for one in dying) == 4
+
+
+def test_what_is_known_of_servers_that_are_gone_is_forgotten() -> None:
+    answer = [whole("200 OK", b'{"choices":[]}')]
+    with scripts(first=answer, second=answer) as (one, two), running_node(model(one)) as node:
+        assert call(node.api_port, "POST", PATH, PLAIN)[0] == 200
+        node.publish(model(two))
+        assert call(node.api_port, "POST", PATH, PLAIN)[0] == 200
+        counted = call(node.console_port, "GET", "/metrics")[2].decode()
+    assert 'libmesh_requests_in_flight{model="m",node="second"} 0' in counted
