@@ -256,7 +256,8 @@ async def test_a_sender_waits_when_as_much_is_kept_as_may_be(monkeypatch: pytest
             assert await exchange(port, data) == data
 
 
-async def test_books_balance() -> None:
+async def test_books_balance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(books, "PIECE_BYTES", 4)
     journal = Journal()
     assert journal.piece_at(0) is None
     for piece in (b"abc", b"def", b"gh"):

@@ -17,6 +17,9 @@ KEPT_BYTES = 4 * 1024 * 1024
 """Most bytes that are kept of one tunnel; then its sender waits. Limits it to some 3 MiB a round trip: 30 MiB/s at
 100 ms, which is more than a path that long is likely to carry."""
 
+PIECE_BYTES = 16 * 1024
+"""Smaller pieces are kept together up to this, so that what is kept is not mostly objects, and is found quickly."""
+
 TELL_EVERY = 1024 * 1024
 """Received bytes after which the other end is told, so that it can forget them."""
 
@@ -39,7 +42,7 @@ class Journal:
         self.sent, self.sent_end = 0, False
         self.has, self.has_end = 0, False
         self.received, self.received_end = 0, False
-        self._pieces: deque[bytes] = deque()
+        self._pieces: deque[bytearray] = deque()
         self._start = 0  # of the first piece
         self._changed = trio.Event()
 
@@ -51,8 +54,12 @@ class Journal:
     def append(self, data: memoryview) -> None:
         """`data` is about to be sent."""
         self.sent += len(data)
-        if self.kept:
-            self._pieces.append(bytes(data))
+        if not self.kept:
+            return
+        if self._pieces and len(self._pieces[-1]) + len(data) <= PIECE_BYTES:
+            self._pieces[-1] += data
+        else:
+            self._pieces.append(bytearray(data))
 
     def acknowledge(self, received: int, ended: bool) -> None:
         """The other end has that much. What it said before and less is nothing new. Raises `ValueError` for a lie."""
@@ -71,7 +78,7 @@ class Journal:
         start = self._start
         for piece in self._pieces:
             if start <= offset < start + len(piece):
-                return piece[offset - start :]
+                return bytes(piece[offset - start :])
             start += len(piece)
         raise LookupError(f"what was sent at {offset} is not kept any more")
 

@@ -162,7 +162,8 @@ class _Pumps:
         offset = journal.has
         while (piece := journal.piece_at(offset)) is not None:
             await self.stream.send_all(piece)
-            offset += len(piece)
+            # A peer that says to have what it was not sent yet is believed: what it has is not kept any more.
+            offset = max(offset + len(piece), journal.has)
         if journal.sent_end:
             await self.stream.send_eof()
         return journal.sent_end
