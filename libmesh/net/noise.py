@@ -63,16 +63,16 @@ class _Symmetric:
         self.mix_hash(b"")  # the prologue is empty
 
     def mix_hash(self, data: bytes) -> None:
-        """See `libp2p.abc.ISecureConn.mix_hash`."""
+        """Noise specification, 5.2: MixHash."""
         self._hash = hashlib.sha256(self._hash + data).digest()
 
     def mix_key(self, shared: bytes) -> None:
-        """See `libp2p.abc.ISecureConn.mix_key`."""
+        """Noise specification, 5.2: MixKey."""
         self._chain, key = _hkdf(self._chain, shared)
         self._cipher, self._count = ChaCha20Poly1305(key), 0
 
     def encrypt(self, plain: bytes) -> bytes:
-        """See `libp2p.abc.ISecureConn.encrypt`."""
+        """Noise specification, 5.2: EncryptAndHash. In clear before the first key."""
         data = plain
         if self._cipher is not None:
             data = self._cipher.encrypt(_NONCE.pack(0, self._count), plain, self._hash)
@@ -81,7 +81,7 @@ class _Symmetric:
         return data
 
     def decrypt(self, data: bytes) -> bytes:
-        """See `libp2p.abc.ISecureConn.decrypt`."""
+        """Noise specification, 5.2: DecryptAndHash. Raises `InvalidTag`."""
         plain = data
         if self._cipher is not None:
             plain = self._cipher.decrypt(_NONCE.pack(0, self._count), data, self._hash)

@@ -224,8 +224,8 @@ class RecordChannel(Channel):
             await pipe.wait_writable()
             self.flush_nowait()  # from where others may have got to in the meantime
             return True
-        # Only this call sends here: `send_nowait` of such a pipe sends nothing. `put` may replace the buffer, but
-        # then what waits is first in the new one, so the count stays right.
+        # Only this call sends meanwhile: whoever has found the pipe full calls `flush_nowait` again after this only.
+        # `put` may replace the buffer, but then what waits is first in the new one, so the count stays right.
         with memoryview(out) as whole, whole[self._out_start : self._out_end] as view:
             sent = await pipe.send_some(view)
         self._out_start += sent
