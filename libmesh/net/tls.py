@@ -129,6 +129,7 @@ class TlsChannel(Channel):
         self._out = bytearray()  # ciphertext; from _sent on it waits to be sent
         self._sent = 0
         self._answers = 0
+        self._flushing = False
         self._ended = False
 
     # ---- the handshake ----------------------------------------------------------------------------------------
@@ -185,8 +186,7 @@ class TlsChannel(Channel):
     async def _feed(self) -> int:
         """Give OpenSSL what comes next; how much that was."""
         pipe, pool = self._pipe, self._pool
-        if isinstance(pipe, SocketPipe):
-            await pipe.wait_readable()  # so that no connection holds a buffer while it waits
+        await pipe.wait_readable()  # so that no connection holds a buffer while it waits
         buffer = pool.take()
         try:
             with memoryview(buffer) as view:
@@ -238,6 +238,8 @@ class TlsChannel(Channel):
 
     def flush_nowait(self) -> bool:
         """See `Channel.flush_nowait`."""
+        if self._flushing:
+            return False  # `receive` has answers while `flush` waits with what is first
         with memoryview(self._out) as view:
             while self._sent < len(view):
                 sent = self._pipe.send_nowait(view[self._sent :])
@@ -260,9 +262,12 @@ class TlsChannel(Channel):
             await pipe.wait_writable()
             self.flush_nowait()
             return True
-        self._sent += await pipe.send_some(
-            memoryview(bytes(self._out[self._sent : self._sent + _READ_BYTES]))
-        )
+        self._flushing = True
+        try:
+            sent = await pipe.send_some(memoryview(bytes(self._out[self._sent : self._sent + _READ_BYTES])))
+        finally:
+            self._flushing = False
+        self._sent += sent
         if self._sent == len(self._out):
             self._emptied()
         return False

@@ -17,7 +17,7 @@ from OpenSSL import SSL
 from libmesh.net.base import StreamReset
 from libmesh.net.certificate import TlsFailure, make_certificate
 from libmesh.net.muxer import YamuxConnection
-from libmesh.net.pipes import BufferPool, pipe_of
+from libmesh.net.pipes import BufferPool, RawPipe, pipe_of
 from libmesh.net.records import BUFFER_BYTES
 from libmesh.net.tls import MAX_HANDSHAKE_BYTES, Tls, TlsChannel, TlsSession
 from tests.net.pairs import KEYS, peer_of, raw_pair, stream_pair
@@ -304,3 +304,36 @@ async def test_a_cancelled_flush_leaves_the_rest_for_the_next() -> None:
     assert got == data
     for session in (near, far):
         await session.close()
+
+
+async def test_an_answer_does_not_overtake_what_waits_for_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    near, far = await tls_pair()
+    pipe = CrowdedPipe(near.raw)
+    monkeypatch.setattr(near.channel, "_pipe", pipe)
+    near.channel.put([b"first"])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(near.channel.flush)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not near.channel.flush_nowait()  # as `receive` does, with the answer to a key update
+        pipe.room.set()
+    near.channel.put([b" then"])
+    assert near.channel.flush_nowait()
+    got = b""
+    while len(got) < 10:
+        got += b"".join(await far.channel.receive())
+    assert got == b"first then"
+    for session in (near, far):
+        await session.close()
+
+
+class CrowdedPipe(RawPipe):
+    """A circuit: one send waits for room, while another one would find some."""
+
+    def __init__(self, raw: Any) -> None:
+        super().__init__(raw)
+        self.room = trio.Event()
+        self.send_nowait = pipe_of(raw).send_nowait  # type: ignore[method-assign]
+
+    async def send_some(self, view: memoryview) -> int:
+        await self.room.wait()
+        return await super().send_some(view)
