@@ -333,7 +333,10 @@ def _dialable(addresses: Sequence[str], own: Sequence[str]) -> tuple[str, ...]:
         if where is None or where in ours or not 0 < where[1] < 65536:
             continue
         ip = ipaddress.ip_address(where[0])
-        if ip.version in versions and (only_loopback or not ip.is_loopback) and not ip.is_multicast:
+        # The unspecified address leads to this machine, and an IPv4 address in IPv6's clothes wherever that one does.
+        if ip.is_multicast or ip.is_unspecified or getattr(ip, "ipv4_mapped", None) is not None:
+            continue
+        if ip.version in versions and (only_loopback or not ip.is_loopback):
             found[tcp.multiaddr_of(*where)] = None
     return tuple(found)
 
