@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable
+from contextlib import suppress
 from urllib.parse import urlsplit
 
 import h11
@@ -50,21 +51,20 @@ async def find_gateways() -> list[Gateway]:
 async def _search(host: str) -> Iterable[str]:
     """URLs of descriptions that routers on `host`'s LAN answered with."""
     found: dict[str, None] = {}
-    with trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock, trio.move_on_after(SEARCH_TIME):
+    with (
+        suppress(OSError),  # an interface that has gone meanwhile
+        trio.move_on_after(SEARCH_TIME),
+        trio.socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock,
+    ):
         sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(host))
         sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_TTL, 2)
-        try:
-            await sock.bind((host, 0))
-            for target in wire.SEARCHES:
-                await sock.sendto(wire.search_request(target), wire.SSDP_ADDRESS)
-            while len(found) < MAX_GATEWAYS:
-                data, sender = await sock.recvfrom(4096)
-                try:
-                    found[wire.decode_search_answer(data, str(sender[0]))] = None
-                except ValueError:
-                    continue
-        except OSError:
-            return found
+        await sock.bind((host, 0))
+        for target in wire.SEARCHES:
+            await sock.sendto(wire.search_request(target), wire.SSDP_ADDRESS)
+        while len(found) < MAX_GATEWAYS:
+            data, sender = await sock.recvfrom(4096)
+            with suppress(ValueError):
+                found[wire.decode_search_answer(data, str(sender[0]))] = None
     return found
 
 
