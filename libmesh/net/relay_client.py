@@ -19,6 +19,7 @@ from libmesh.core.reservations import ReservationConfig, Reservations
 from libmesh.errors import MeshError, NetworkError, ServiceRefused
 from libmesh.framing import receive_frame
 from libmesh.net import relay_wire as wire
+from libmesh.net import tcp
 from libmesh.net.base import Approach, Stream, StreamReset
 from libmesh.net.negotiate import Libp2pStream
 from libmesh.net.relay_wire import Status
@@ -44,6 +45,10 @@ nobody could reach us. With the pause before it that is less than 5 s."""
 MAX_INBOUND = 256
 """Circuits to this node that are being set up or stand. More are refused: each is a connection with its tasks."""
 
+MAX_WAY = 128
+"""Bytes of an address that a relay names of itself; longer ones are left out. With what a circuit adds it must fit into an
+announcement: otherwise a relay could keep us from announcing anything."""
+
 MAX_WAYS = 3
 """Addresses of each relay that others are told: one of each kind of network at most. An announcement has few places."""
 
@@ -63,6 +68,15 @@ def split_relay(address: str) -> tuple[PeerId, str]:
     if not found or not direct or "/" in peer or not peer:
         raise ValueError(f"{address!r} names no relay: it must be like /ip4/192.0.2.1/tcp/4001/p2p/12D3Koo…")
     return PeerId(peer), direct
+
+
+def _is_way(address: str) -> bool:
+    """Whether an address that a relay names may be told to others: one that can be dialled."""
+    try:
+        tcp.host_and_port(address)
+    except ValueError:
+        return False
+    return "/p2p/" not in address and len(address.encode()) <= MAX_WAY
 
 
 class RelayClient:
@@ -125,6 +139,7 @@ class RelayClient:
             if relay != self._underlay.peer:
                 ways.setdefault(relay, []).append(way)
         self._ways = {relay: tuple(dict.fromkeys(found)) for relay, found in ways.items()}
+        self._granted = {relay: said for relay, said in self._granted.items() if relay in self._ways}
         self._handle(core.SetRelays(tuple(self._ways)))
 
     def disconnected(self, peer: PeerId) -> None:
@@ -216,7 +231,7 @@ class RelayClient:
         answer = await self._request(relay, wire.Reserve())
         if isinstance(answer, wire.Answer) and answer.status == Status.OK and answer.reservation is not None:
             addresses = [a.removesuffix(f"/p2p/{relay}") for a in answer.reservation.addresses]
-            reachable = [address for address in addresses if "/p2p/" not in address and "/tcp/" in address]
+            reachable = [address for address in addresses if _is_way(address)]
             self._granted[relay] = (*self._used(relay), *reachable)
             # A relay with a wrong clock grants what looks long past, or for ever; renewing does no harm.
             return min(max(answer.reservation.expires_unix - self._wall_clock(), 60.0), 3600.0)

@@ -114,6 +114,9 @@ class RelayServer:
         if stream.relayed:  # nobody could be led back over a circuit that may end any moment
             await self._answer(stream, Status.PERMISSION_DENIED)
             return
+        if self._underlay.path(stream.peer) is None:  # gone since it asked; `disconnected` comes only once
+            stream.reset()
+            return
         now = trio.current_time()
         ends = self._desk.reserve(stream.peer, now)
         if isinstance(ends, Refusal):

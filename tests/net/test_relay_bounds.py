@@ -25,7 +25,9 @@ from tests.net.relayed import (
     both_ways,
     circuit_of,
     kind,
+    networks_of,
     relayed,
+    take_place,
 )
 
 DATA = hashlib.shake_128(b"data").digest(3 * 1024 * 1024)
@@ -163,6 +165,29 @@ async def test_a_relay_that_makes_no_sense_is_no_relay(said: bytes) -> None:
         with pytest.raises(NetworkError):
             await source.dial(target.peer, f"{address_of(fake)}/p2p-circuit")
         assert target.relaying.client.relays == ()
+
+
+@pytest.mark.parametrize("address", [f"/dns4/{'.'.join(['a' * 49] * 4)}/tcp/1", "/ip4/192.0.2.9/udp/1"])
+async def test_what_a_relay_calls_itself_is_told_on_only_if_it_can_be_dialled(address: str) -> None:
+    async with networks(1) as (target,), networks_of(77) as (relay,):
+        server = relay.relaying.server
+        assert server is not None
+        server._addresses = lambda: (address, "/ip4/192.0.2.1/tcp/4001")
+        await take_place(target, relay)
+        told = [a for a in target.addresses() if "/p2p-circuit" in a]
+        assert f"/ip4/192.0.2.1/tcp/4001/p2p/{relay.peer}/p2p-circuit" in told
+        assert not any(a.startswith(address) for a in told)
+
+
+async def test_nobody_keeps_a_place_who_is_gone_already(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with relayed() as nodes:
+        held = nodes.server.reservations
+        stream = await nodes.source.open_stream(nodes.relay.peer, wire.HOP)
+        monkeypatch.setattr(nodes.relay, "path", lambda peer: None)  # as when it hung up right after asking
+        await stream.send_all(wire.encode_hop_request(Reserve()))
+        with pytest.raises((StreamReset, trio.BrokenResourceError)):
+            await receive_frame(stream, wire.MAX_MESSAGE)
+        assert nodes.server.reservations == held
 
 
 async def test_cancelling_a_dial_leaves_nothing() -> None:
