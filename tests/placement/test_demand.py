@@ -112,6 +112,11 @@ def test_served_model_gets_a_server_more_at_ten_requests_each_and_thrice_the_col
     assert moves(10.0, 3.4) == {}
 
 
+def test_model_that_nobody_asks_for_makes_no_other_hot() -> None:
+    rows = [client(hot=12.0, warm=10.0), server("h", "hot"), server("w", "warm"), server("i", "idle")]
+    assert choose_moves([*rows, standby("s", "hot")], CONFIG) == {}
+
+
 def test_long_line_gets_a_server_more_whatever_the_others_have() -> None:
     waiting = Row(peer="client", asked={"m": 5.0, "n": 5.0}, queued={"m": 4}, standby=False)
     rows = [waiting, server("a", "m"), server("b", "n"), standby("s", "m")]

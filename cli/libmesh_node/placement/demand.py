@@ -24,7 +24,7 @@ class DemandConfig:
     Attributes:
         window: time in which the count of a request falls to 1/e. Longer is calmer, shorter follows faster.
         busy: requests per server, in the window, from which on a model may get one more.
-        contrast: times that this must be what the coldest model has per server, if there is another.
+        contrast: times that this must be what the coldest model has per server, of those that are asked for.
         queue: requests that wait, per server, from which on it may get one more whatever the others have.
         idle: requests in the window below which a model counts as not asked for.
         settle: how long a model must be seen unserved before it is taken, so that no restart or join is mistaken for it.
@@ -33,7 +33,7 @@ class DemandConfig:
             and for as long a model that it could not load is not its concern.
     """
 
-    window: float = 120.0
+    window: float = 60.0
     busy: float = 10.0
     contrast: float = 3.0
     queue: float = 4.0
@@ -160,7 +160,9 @@ class _Mesh:
         if self.queued[model] >= self.config.queue * self.servers[model]:
             return True
         each = self.per_server(model)
-        coldest = min((self.per_server(other) for other in served if other != model), default=0.0)
+        # One that nobody asks for would make all others look hot, until every standby is taken.
+        others = [other for other in served if other != model and self.asked[other] >= self.config.idle]
+        coldest = min(map(self.per_server, others), default=0.0)
         return each >= self.config.busy and each >= self.config.contrast * coldest
 
 
