@@ -188,6 +188,17 @@ def test_sizes_are_answered_for_processors_and_asked_for_elsewhere(weights: Weig
     assert end.from_client(elsewhere) == [ToWorker(elsewhere)]
 
 
+def test_only_small_uploads_may_wait_for_what_follows(path: Path, weights: Weights) -> None:
+    end = allocated(weights)
+    (small,) = end.from_client(messages.set_tensor(bytes(100)))
+    assert isinstance(small, ToWorker)
+    assert small.early
+    large = end.from_client(messages.set_tensor(bytes(WHOLE + 1)))
+    known = end.from_client(upload(LARGE, bytes_of(path, LARGE)))  # the worker reads its file meanwhile
+    asked = end.from_client(messages.get_tensor(8))
+    assert not any(isinstance(effect, ToWorker) and effect.early for effect in (*large, *known, *asked))
+
+
 def test_answers_keep_the_order_of_the_requests(weights: Weights) -> None:
     end = allocated(weights)
     end.from_client(messages.get_tensor(8) + frame(Command.DEVICE_COUNT) + messages.get_tensor(WHOLE + 1))

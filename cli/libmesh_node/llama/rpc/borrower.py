@@ -265,16 +265,21 @@ class _Conversation:
             self._worker.waiting_since = trio.current_time()
 
     def _apply(self, effects: list[Effect]) -> None:
+        early = True
         for effect in effects:
             match effect:
                 case ToWorker(data):
                     self._worker.sent += len(data)
-                    self._to_worker.put(data)
+                    self._to_worker.put(data, more=True)
+                    early = early and effect.early
                 case FromFile(place, size):
                     self._worker.sent += size
                     self._to_worker.put(partial(self._send_file, place, size))
                 case ToClient(data):
-                    self._to_client.put(data)
+                    self._to_client.put(data, more=True)
+        self._to_client.flush()
+        if not early:
+            self._to_worker.flush()
 
     async def _send_file(self, place: Place, size: int) -> None:
         for start in range(0, size, _FILE_STEP):

@@ -238,13 +238,17 @@ class _Session:
             await self._to_server.room()
             received: bytes | bytearray | None = self._stream.receive_nowait(READ_BYTES)
             if received is None:
-                with trio.move_on_after(ASK_LIMIT if self._end.midway else float("inf")) as patience:
-                    received = await self._stream.receive_some(READ_BYTES)
-                if patience.cancelled_caught:
-                    raise ProtocolError(f"a request was not finished within {ASK_LIMIT:g} s")
+                received = await self._receive()
             if not received:
                 return
             data = received
+
+    async def _receive(self) -> bytes | bytearray:
+        if not self._end.midway:
+            return await self._stream.receive_some(READ_BYTES)
+        with trio.move_on_after(ASK_LIMIT):
+            return await self._stream.receive_some(READ_BYTES)
+        raise ProtocolError(f"a request was not finished within {ASK_LIMIT:g} s")
 
     async def _from_server(self) -> None:
         while data := await self._sock.receive_some(READ_BYTES):
@@ -263,11 +267,13 @@ class _Session:
                     if self.passer is not None:
                         self.passer.put(ticket, data)
                 case ToServer(data):
-                    self._to_server.put(data)
+                    self._to_server.put(data, more=True)
                 case FileToServer(place):
                     self._to_server.put(partial(self._send_file, place))
                 case ToHost(data):
-                    self._to_host.put(data)
+                    self._to_host.put(data, more=True)
+        self._to_server.flush()
+        self._to_host.flush()
 
     async def _send_file(self, place: Place) -> None:
         """Send from the file in a thread: the disk may take its time."""

@@ -28,9 +28,13 @@ LEAST_REFERENCE = 256
 
 @dataclass(frozen=True, slots=True)
 class ToWorker:
-    """Send these bytes to the worker's end."""
+    """Send these bytes to the worker's end; if they are `early`, with the next ones that are not.
+
+    Early is a small upload: the worker has nothing to do about it before a command that uses it follows.
+    """
 
     data: bytes
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +86,7 @@ class Uploads:
         for place in self._candidates(header, len(data)):
             if self._weights.read(place, 0, len(data)) == data:
                 return [self._refer(header, place)]
-        return [ToWorker(frame(Command.SET_TENSOR, _uncached(header) + data))]
+        return [ToWorker(frame(Command.SET_TENSOR, _uncached(header) + data), early=True)]
 
     def begin(self, start: FrameStart) -> Effects:
         """The beginning of a large SET_TENSOR."""
