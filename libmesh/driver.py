@@ -291,9 +291,11 @@ class Driver:
 
     async def approach(self, relay: PeerId, addresses: tuple[str, ...]) -> None:
         """Connect to a relay. One that is a member carries only members, so it is told that we are one."""
+        if member := self.membership.believes(relay):
+            self._foreign.discard(relay)  # it may not have known of us then
         if relay in self._foreign:
             return
-        if self.membership.believes(relay):
+        if member:
             known = self.membership.addresses_of(relay)
             addresses = (*addresses, *(address for address in known if not is_circuit(address)))
         try:

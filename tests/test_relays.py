@@ -114,3 +114,13 @@ async def test_a_stranger_that_relays_for_everybody_may_be_named_and_is_not_both
             connection = network_of(mesh)._connections.of(stranger.peer)[0]
             await mesh._driver.approach(stranger.peer, stranger.addresses())
             assert network_of(mesh)._connections.of(stranger.peer) == [connection]
+
+
+async def test_a_relay_that_turns_out_to_be_a_member_is_asked_again() -> None:
+    opened = partial(open_mesh, listen=Libp2pConfig(hosts=HOSTS))
+    async with opened(key(1), mesh_key=key(100)) as founder:
+        token = founder.invite(scope=Scope.CLIENT, not_after_unix=None)
+        async with opened(key(2), invite=token) as one:
+            one._driver._foreign.update((founder.peer, peer(9)))
+            await one._driver.approach(founder.peer, ())
+            assert one._driver._foreign == {peer(9)}
