@@ -33,6 +33,7 @@ class NodeOptions:
         client: only use the mesh; serve nothing.
         api_port: 0 picks a free one, as do all ports here.
         bind_port: port on which peers connect; `None` picks a free one.
+        bind_ws: port on which peers connect by WebSocket; `None` for none.
         listen_all: API and console listen on every interface, not only on loopback.
         bin_dir: where to look first for the llama.cpp programs.
         max_vram_gb: cap, in units of 1e9 bytes, on the memory that models may take; `None` for no cap.
@@ -59,6 +60,7 @@ class NodeOptions:
     api_port: int = DEFAULT_API_PORT
     console_port: int = DEFAULT_CONSOLE_PORT
     bind_port: int | None = None
+    bind_ws: int | None = None
     listen_all: bool = False
     bin_dir: Path | None = None
     max_vram_gb: float | None = None
@@ -91,9 +93,9 @@ def node_options(args: argparse.Namespace) -> NodeOptions:
         raise UsageError(
             "--ephemeral and --data-dir exclude each other: an ephemeral node keeps nothing. Drop one of them."
         )
-    ports = [port for port in (args.port, console_port(args), args.bind_port) if port]
+    ports = [port for port in (args.port, console_port(args), args.bind_port, args.bind_ws) if port]
     if len(set(ports)) < len(ports):
-        raise UsageError("--port, --console and --bind-port must be different ports.")
+        raise UsageError("--port, --console, --bind-port and --bind-ws must be different ports.")
     return NodeOptions(
         models=tuple(dict.fromkeys(args.model)),
         join=tuple(dict.fromkeys(token for token in args.join if token != LAN)),
@@ -102,6 +104,7 @@ def node_options(args: argparse.Namespace) -> NodeOptions:
         api_port=args.port,
         console_port=console_port(args),
         bind_port=args.bind_port or None,
+        bind_ws=args.bind_ws,
         listen_all=args.listen_all,
         bin_dir=args.bin_dir,
         max_vram_gb=args.max_vram,

@@ -43,6 +43,7 @@ class RelayOptions:
         token: an invite to the mesh whose members are served; `None` for the one that was joined before.
         open_to_all: serve everybody, and be a member of nothing.
         port: to listen at; 0 for a free one.
+        websocket_port: likewise, for those who come by WebSocket; `None` for none.
         announce: multiaddrs that others reach it at besides its own.
         max_peers: reservations at a time.
         max_circuits: at a time.
@@ -54,6 +55,7 @@ class RelayOptions:
     token: str | None
     open_to_all: bool
     port: int
+    websocket_port: int | None
     announce: tuple[str, ...]
     max_peers: int
     max_circuits: int
@@ -100,6 +102,7 @@ async def _relay(options: RelayOptions, folder: DataDir) -> None:
     key = secret_key(folder, "identity")
     listen = Libp2pConfig(
         port=options.port,
+        websocket_port=options.websocket_port,
         announce=options.announce,
         relay=RelayLimits(
             reservations=options.max_peers,

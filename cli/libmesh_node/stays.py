@@ -91,7 +91,8 @@ class Stays:
         try:
             current = await self._enter_first_or_own(first)
         except AddressUnavailable as exc:
-            raise NodeError(f"{_sentence(exc)}; choose another with --bind-port PORT.") from exc
+            flag = "--bind-ws" if "WebSocket" in str(exc) else "--bind-port"
+            raise NodeError(f"{_sentence(exc)}; choose another with {flag} PORT.") from exc
         while True:
             if (switch := self._switch) is None:
                 await self._stay(current, must_enter=False)
@@ -225,6 +226,7 @@ class Stays:
     def _listen(self) -> Libp2pConfig:
         return Libp2pConfig(
             port=self._port(),
+            websocket_port=self._options.bind_ws,
             announce=self._options.announce_addresses,
             relay=RelayLimits(),
             map_port=self._options.map_port and not self._options.offline,

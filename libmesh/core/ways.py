@@ -35,6 +35,12 @@ def is_circuit(address: str) -> bool:
     return CIRCUIT in address
 
 
+def is_websocket(address: str) -> bool:
+    """Whether an address leads through a WebSocket: directly, not as that of a relay."""
+    parts = address.split("/")
+    return not is_circuit(address) and ("ws" in parts[5:] or "wss" in parts[5:])
+
+
 def relay_of(address: str) -> tuple[PeerId, str] | None:
     """The relay of a circuit and its own address, which ends in `/p2p/…`; `None` if the circuit names none."""
     before, _, _ = address.partition(CIRCUIT)
@@ -46,8 +52,9 @@ def ways_to(peer: PeerId, addresses: Iterable[str], *, me: PeerId, mine: Sequenc
     """Sort the addresses of `peer`, as seen from a node `me` whose own addresses are `mine`.
 
     Addresses on a network that we seem to share come first, then public ones and names, then private ones of other
-    networks, then loopback ones. IPv6 and IPv4 alternate within each (RFC 8305, section 4). Circuits through us, or
-    through the peer itself, are none; nor is what does not look like a multiaddr.
+    networks, then loopback ones. IPv6 and IPv4 alternate within each (RFC 8305, section 4), and WebSockets come after
+    those, as they cost more. Circuits through us, or through the peer itself, are none; nor is what does not look like
+    a multiaddr.
     """
     unique = list(dict.fromkeys(address for address in addresses if address.startswith("/")))[:MAX_WAYS]
     circuits = [address for address in unique if is_circuit(address)]
@@ -71,7 +78,7 @@ def ways_to(peer: PeerId, addresses: Iterable[str], *, me: PeerId, mine: Sequenc
         for address in circuits
         if (relay := relay_of(address)) is not None and relay[0] not in (me, peer)
     ]
-    return Ways(tuple(chain.from_iterable(map(_interleaved, classes))), tuple(through))
+    return Ways(tuple(chain.from_iterable(map(_in_order, classes))), tuple(through))
 
 
 def to_announce(addresses: Sequence[str], limit: int) -> tuple[str, ...]:
@@ -105,6 +112,11 @@ def _neighbours(one: _Ip, other: _Ip | None) -> bool:
         return False
     prefix = 24 if one.version == 4 else 64
     return other in ipaddress.ip_network((one, prefix), strict=False)
+
+
+def _in_order(addresses: list[str]) -> list[str]:
+    websockets = [address for address in addresses if is_websocket(address)]
+    return _interleaved([a for a in addresses if a not in websockets]) + _interleaved(websockets)
 
 
 def _interleaved(addresses: list[str]) -> list[str]:

@@ -17,7 +17,7 @@ import trio
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.connection.raw_connection import RawConnection
 
-from libmesh.core.ways import ip_of
+from libmesh.core.ways import ip_of, is_websocket
 from libmesh.errors import MeshError
 from libmesh.framing import receive_frame
 from libmesh.net import reach_wire as wire
@@ -104,7 +104,9 @@ class DialBack:
 
     def _seen_ip(self, peer: PeerId) -> object:
         path: Path | None = self._underlay.path(peer)
-        return None if path is None or path.kind is PathKind.RELAYED else ip_of(path.address)
+        if path is None or path.kind is PathKind.RELAYED or is_websocket(path.address):  # a proxy's, perhaps
+            return None
+        return ip_of(path.address)
 
     def _choose(self, peer: PeerId, addresses: tuple[str, ...]) -> int | None:
         """The first address that may be dialled: a public one, or, for a peer that is here, the one it comes from."""

@@ -14,6 +14,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import trio
 from libp2p.custom_types import TProtocol
@@ -24,7 +25,7 @@ from multiaddr import Multiaddr
 from libmesh.core.relay_desk import RelayLimits
 from libmesh.core.ways import relay_of
 from libmesh.errors import NetworkError, PeerUnreachable
-from libmesh.net import tcp
+from libmesh.net import tcp, websocket
 from libmesh.net.base import (
     AddressesChanged,
     Approach,
@@ -59,6 +60,7 @@ class Libp2pConfig:
     Attributes:
         hosts: IP addresses to listen on.
         port: TCP port, the same on all hosts; 0 takes a free one.
+        websocket_port: likewise, for peers that come by WebSocket, without TLS; `None` for none.
         map_port: ask the router to forward the port (PCP, NAT-PMP, UPnP).
         announce: multiaddrs at which others reach us besides, or despite, our interfaces' own. Told first.
         max_connections: more are refused at once, so that those there are keep working.
@@ -74,6 +76,7 @@ class Libp2pConfig:
 
     hosts: tuple[str, ...] = ("0.0.0.0", "::")
     port: int = 0
+    websocket_port: int | None = None
     map_port: bool = False
     announce: tuple[str, ...] = ()
     max_connections: int = 2048
@@ -110,7 +113,7 @@ class Libp2pNetwork(Network):
         )
         self.watchers: list[Callable[[], None]] = []  # told when the network may be another one
         self.puncher = Puncher(self, guesses=self.reach.guesses)
-        self._port = 0  # known once we listen
+        self._port, self._websocket_port = 0, config.websocket_port  # known once we listen
         self._interfaces: list[str] = []
         self._interfaces_stale = float("-inf")
         self._swarm = new_mesh_swarm(
@@ -124,9 +127,7 @@ class Libp2pNetwork(Network):
             addrs_factory=lambda _: [Multiaddr(address) for address in self.addresses()],
             disable_identify_address_discovery=True,
         )
-        for (
-            protocol
-        ) in self._server.handlers:  # libp2p's own, so far: identify tells of them, and others ask first
+        for protocol in self._server.handlers:  # libp2p's own, so far: identify tells of them
             self._host.multiselect.add_handler(TProtocol(protocol), None)
         self._swarm.set_stream_handler(self._server.serve_handed_over)
         self._gossip = Gossip(self._host, self._deliver)
@@ -157,6 +158,7 @@ class Libp2pNetwork(Network):
     def addresses(self) -> tuple[str, ...]:
         """See `Network.addresses`: announced ones first, then global, private and loopback ones."""
         own, circuits = self.own_addresses(), self.relaying.circuits()
+        own += websocket.beside(own, self._websocket_port)
         return tuple(dict.fromkeys((*self._config.announce, *self.reach.addresses(), *own, *circuits)))
 
     def own_addresses(self) -> tuple[str, ...]:
@@ -211,15 +213,12 @@ class Libp2pNetwork(Network):
         if libp2p_id(peer) is None:
             raise PeerUnreachable(f"{peer!r} is no peer id")
 
-        async def attempt(address: str) -> None:
-            await self.dial(peer, address)
-
         lock = self._dialling.setdefault(peer, trio.Lock())
         try:
             async with lock:
                 if (path := self.path(peer)) is not None:
                     return path
-                _, failures = await tcp.first_success(addresses, attempt)
+                _, failures = await tcp.first_success(addresses, partial(self.dial, peer))
                 if (path := self.path(peer)) is not None:
                     return path
         finally:
@@ -235,7 +234,7 @@ class Libp2pNetwork(Network):
             return await self.relaying.dial(peer, address)
         try:
             with trio.fail_after(tcp.DIAL_LIMIT):
-                stream = await tcp.dial(address)
+                stream = await websocket.dial(address)
                 return await self.adopt(
                     stream, peer=peer, initiator=True, address=address, kind=PathKind.DIRECT
                 )
@@ -308,17 +307,18 @@ class Libp2pNetwork(Network):
             for connection in self._connections.of(peer):
                 await connection.close()
 
-    def _take(self, stream: trio.SocketStream) -> None:
+    def _take(self, stream: trio.SocketStream, ws: bool = False) -> None:
         if self._tasks is None:
             stream.socket.close()
-        elif not self.puncher.take(stream):
-            self._tasks.start_soon(self._accept, stream)
+        elif ws or not self.puncher.take(stream):
+            self._tasks.start_soon(self._accept, stream, ws)
 
-    async def _accept(self, stream: trio.SocketStream) -> None:
+    async def _accept(self, stream: trio.SocketStream, ws: bool) -> None:
         try:
             tcp.set_options(stream)
-            address = tcp.remote_address(stream)
-            await self.adopt(stream, peer=None, initiator=False, address=address, kind=PathKind.DIRECT)
+            address = tcp.remote_address(stream) + "/ws" * ws
+            inner = websocket.WebSocket(stream) if ws else stream
+            await self.adopt(inner, peer=None, initiator=False, address=address, kind=PathKind.DIRECT)
         except (NetworkError, OSError) as exc:  # whatever a stranger sends must not end the listener
             log.debug("inbound connection failed: %r", exc)
             stream.socket.close()
@@ -362,13 +362,18 @@ class Libp2pNetwork(Network):
         listeners = tcp.open_listeners(self._config.hosts, self._config.port)
         self._port = listeners[0].socket.getsockname()[1]
         try:
+            websockets = websocket.open_listeners(self._config.hosts, self._config.websocket_port)
+            listeners += websockets
+            self._websocket_port = websocket.port_of(websockets)
             async with self._host.run([]), self._gossip.running(), trio.open_nursery() as nursery:
                 self._tasks = self._connections.tasks = self._server.tasks = nursery
                 nursery.start_soon(self.relaying.run)
                 nursery.start_soon(self.reach.run)
                 nursery.start_soon(watch_network, self._moved)
                 for listener in listeners:
-                    nursery.start_soon(tcp.accept_all, listener, self._take)
+                    nursery.start_soon(
+                        tcp.accept_all, listener, partial(self._take, ws=listener in websockets)
+                    )
                 try:
                     yield
                 finally:

@@ -16,7 +16,7 @@ import trio
 
 from libmesh.core import reachability as core
 from libmesh.core.reachability import Reachability, ReachConfig, Standing
-from libmesh.core.ways import ip_of
+from libmesh.core.ways import ip_of, is_websocket
 from libmesh.errors import MeshError
 from libmesh.framing import receive_frame
 from libmesh.net import reach_wire as wire
@@ -133,7 +133,7 @@ class Reach:
         """The adapter tells of a connection."""
         match event:
             case PeerConnected(peer, path) | PathChanged(peer, path):
-                if path.kind is PathKind.RELAYED or ip_of(path.address) is None:
+                if path.kind is PathKind.RELAYED or is_websocket(path.address) or ip_of(path.address) is None:
                     self._leave(peer)
                 else:
                     self._others.pop(peer, None)

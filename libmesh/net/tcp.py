@@ -12,6 +12,7 @@ import ipaddress
 import logging
 import os
 import socket
+import ssl
 from collections.abc import Awaitable, Callable, Sequence
 
 import psutil
@@ -78,11 +79,11 @@ def interface_hosts() -> list[str]:
     return sorted((host for host in found if not ipaddress.ip_address(host).is_link_local), key=rank)
 
 
-def open_listeners(hosts: Sequence[str], port: int) -> list[trio.SocketListener]:
+def open_listeners(hosts: Sequence[str], port: int, kind: str = "peer-to-peer") -> list[trio.SocketListener]:
     """Listen on `port` of each of `hosts` (IP addresses; `0.0.0.0` and `::` for all), 0 for one free port on all.
 
     A host of a family that this machine has not is passed over, unless it is the only one. Raises
-    `AddressUnavailable` if the port is taken, naming it. The caller closes the listeners.
+    `AddressUnavailable` if the port is taken, naming it and its `kind`. The caller closes the listeners.
     """
     listeners: list[trio.SocketListener] = []
     try:
@@ -104,7 +105,7 @@ def open_listeners(hosts: Sequence[str], port: int) -> list[trio.SocketListener]
         for listener in listeners:
             listener.socket.close()
         what = "is already in use" if exc.errno == errno.EADDRINUSE else f"cannot be used: {exc.strerror}"
-        raise AddressUnavailable(f"the peer-to-peer port {port} {what}") from exc
+        raise AddressUnavailable(f"the {kind} port {port} {what}") from exc
     if not listeners:
         raise AddressUnavailable(f"none of {', '.join(hosts)} is an address of this machine")
     return listeners
@@ -220,7 +221,7 @@ def set_options(stream: trio.SocketStream) -> None:
         stream.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _KEEPALIVE_IDLE)
 
 
-Attempt = Callable[[str], Awaitable[None]]
+Attempt = Callable[[str], Awaitable[object]]
 
 
 async def first_success(addresses: Sequence[str], attempt: Attempt) -> tuple[str | None, dict[str, str]]:
@@ -264,6 +265,6 @@ def reason(exc: BaseException) -> str:
             exc = exc.__cause__
         else:
             break
-    if isinstance(exc, OSError) and exc.errno is not None:
+    if isinstance(exc, OSError) and exc.errno is not None and not isinstance(exc, ssl.SSLError):
         return os.strerror(exc.errno).lower()
     return str(exc) or type(exc).__name__

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libmesh.core.ways import MAX_WAYS, PUNCH, Ways, is_circuit, relay_of, to_announce, ways_to
+from libmesh.core.ways import MAX_WAYS, PUNCH, Ways, is_circuit, is_websocket, relay_of, to_announce, ways_to
 from libmesh.peers import PeerId
 
 ME, THEM, RELAY = PeerId("me"), PeerId("them"), PeerId("relay")
@@ -59,6 +59,32 @@ def test_ipv6_and_ipv4_alternate() -> None:
     fours = [f"/ip4/8.8.8.{n}/tcp/1" for n in range(3)]
     sixes = [f"/ip6/2001:4860::{n}/tcp/1" for n in range(1, 3)]
     assert order([*fours, *sixes], []) == (sixes[0], fours[0], sixes[1], fours[1], fours[2])
+
+
+def test_websockets_come_after_what_costs_less_and_as_near() -> None:
+    web_4, web_6, web_home, web_name = (
+        f"{PUBLIC_4}/ws",
+        f"{PUBLIC_6}/ws",
+        f"{HOME_4}/ws",
+        "/dns4/a/tcp/443/tls/ws",
+    )
+    got = order([web_4, web_6, PUBLIC_4, web_home, web_name, PUBLIC_6, HOME_4, NAME], [])
+    assert got == (PUBLIC_6, PUBLIC_4, NAME, web_6, web_4, web_name, HOME_4, web_home)
+
+
+@pytest.mark.parametrize(
+    ("address", "is_one"),
+    [
+        (f"{PUBLIC_4}/ws", True),
+        ("/dns4/a/tcp/443/wss/p2p/x", True),
+        ("/dns4/a/tcp/443/tls/sni/b/ws", True),
+        (PUBLIC_4, False),
+        ("/dns/ws/tcp/1", False),
+        ("/dns4/a/tcp/443/wss/p2p/x/p2p-circuit", False),
+    ],
+)
+def test_websockets_are_known_by_their_address(address: str, is_one: bool) -> None:
+    assert is_websocket(address) is is_one
 
 
 def test_what_cannot_be_understood_is_tried_too() -> None:

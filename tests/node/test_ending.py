@@ -114,7 +114,7 @@ def test_second_node_on_the_same_folder_names_the_first(pair: Pair, machine: Mac
     assert "--data-dir" in done.stderr
 
 
-@pytest.mark.parametrize("flag", ["--port", "--console", "--bind-port"])
+@pytest.mark.parametrize("flag", ["--port", "--console", "--bind-port", "--bind-ws"])
 def test_port_that_is_taken_names_the_flag(machine: Machine, flag: str) -> None:
     with socket.create_server(("0.0.0.0", 0)) as taken:
         node: Node = machine.node(flag, str(taken.getsockname()[1]))

@@ -41,6 +41,10 @@ def add_parser(subparsers: Any) -> None:
         help="accept peers at this port (default: %(default)s; 0 for any free one)",
     )  # fmt: skip
     where.add_argument(
+        "--bind-ws", type=options.port, metavar="PORT",
+        help="accept peers by WebSocket, too, at this port, for those whom nothing but the web is open to",
+    )  # fmt: skip
+    where.add_argument(
         "--announce-addr", action="append", default=[], type=options.multiaddr, metavar="MULTIADDR",
         help="where others reach it, if that is not an address of this machine (repeatable)",
     )  # fmt: skip
@@ -82,6 +86,7 @@ def run(args: argparse.Namespace) -> int:
         token=args.join,
         open_to_all=args.open,
         port=args.bind_port,
+        websocket_port=args.bind_ws,
         announce=tuple(dict.fromkeys(args.announce_addr)),
         max_peers=args.max_peers,
         max_circuits=args.max_circuits,

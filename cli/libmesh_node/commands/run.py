@@ -96,6 +96,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         help="accept peers at this port (default: a free one)",
     )
     mesh.add_argument(
+        "--bind-ws",
+        type=options.port,
+        metavar="PORT",
+        help="accept peers by WebSocket, too, at this port; 0 for any free one. A proxy that ends TLS may stand before "
+        "it: --announce-addr /dns4/HOST/tcp/443/wss",
+    )
+    mesh.add_argument(
         "--announce-addr",
         action="append",
         default=[],
