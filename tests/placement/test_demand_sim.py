@@ -52,14 +52,14 @@ class Node:
 class Town:
     """All of it, a second at a time."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, size: int = NODES, rooms: tuple[int, ...] = (1, 1, 2)) -> None:
         self.rng = random.Random(seed)
         self.nodes = {}
-        for index in range(NODES):
+        for index in range(size):
             disk = dict.fromkeys(self.rng.sample(NAMES, self.rng.randint(2, 5)), 1)
             name = f"node{index:02}"
             self.nodes[name] = Node(
-                name, disk, self.rng.choice([1, 1, 2]), self.rng.randint(1, LAG), Demand(name)
+                name, disk, self.rng.choice(rooms), self.rng.randint(1, LAG), Demand(name)
             )
         self.now = 0
         self.views: list[tuple[Row, ...]] = []
@@ -126,7 +126,7 @@ class Town:
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2])
 def test_models_follow_demand_and_do_not_run_about(seed: int) -> None:
-    town, rest = Town(seed), DemandConfig().rest
+    town = Town(seed)
     moves_per_change = []
     for change in range(CHANGES):
         if change:
@@ -151,11 +151,30 @@ def test_models_follow_demand_and_do_not_run_about(seed: int) -> None:
         assert late <= 3
     print(f"seed {seed}: moves per change {moves_per_change}")  # noqa: T201
     assert max(moves_per_change[1:]) <= NODES // 2
+    check_rest(town)
+
+
+@pytest.mark.slow
+def test_where_memory_is_scarce_models_make_room_for_what_is_asked_for() -> None:
+    town = Town(1, 14, (1,))
+    for change in range(CHANGES):
+        if change:
+            town.change()
+            town.crash(2)
+        before = len(town.moves)
+        for _ in range(PERIOD):
+            town.second()
+        assert not town.unserved()
+        assert len(town.moves) - before <= 14
+    assert any(take.drops for *_, take in town.moves)
+    check_rest(town)
+
+
+def check_rest(town: Town) -> None:
+    """Nobody takes back what it has just dropped."""
     last: dict[tuple[str, str], int] = {}
     for when, peer, take in town.moves:
-        assert (
-            when - last.get((peer, take.model), -PERIOD) >= rest
-        )  # nobody takes back what it has just dropped
+        assert when - last.get((peer, take.model), -PERIOD) >= DemandConfig().rest
         last.update(dict.fromkeys(((peer, dropped) for dropped in take.drops), when))
 
 
