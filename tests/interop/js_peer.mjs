@@ -1,5 +1,5 @@
 // A js-libp2p peer for test_js.py. Talks in lines of JSON: on stdout what happened, on stdin what to do.
-// Run from a folder whose node_modules has what package.json names. Argument: noise or tls.
+// Run from a folder whose node_modules has what package.json names. Arguments: noise or tls, tcp or ws.
 import { createInterface } from 'node:readline'
 import { pathToFileURL } from 'node:url'
 
@@ -11,13 +11,14 @@ const { noise } = await load('@libp2p/noise')
 const { ping } = await load('@libp2p/ping')
 const { tcp } = await load('@libp2p/tcp')
 const { tls } = await load('@libp2p/tls')
+const { webSockets } = await load('@libp2p/websockets')
 const { yamux } = await load('@libp2p/yamux')
 const { multiaddr } = await load('@multiformats/multiaddr')
 
 const say = (value) => console.log(JSON.stringify(value))
 const node = await createLibp2p({
-  addresses: { listen: ['/ip4/127.0.0.1/tcp/0'] },
-  transports: [tcp()],
+  addresses: { listen: [process.argv[3] === 'ws' ? '/ip4/127.0.0.1/tcp/0/ws' : '/ip4/127.0.0.1/tcp/0'] },
+  transports: [tcp(), webSockets()],
   connectionEncrypters: [process.argv[2] === 'tls' ? tls() : noise()],
   streamMuxers: [yamux()],
   services: {

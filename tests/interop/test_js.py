@@ -1,4 +1,4 @@
-"""js-libp2p as a foreign peer, both ways: Noise and TLS, yamux, identify, ping, gossipsub, a 4 MiB echo with half-close.
+"""js-libp2p as a foreign peer, both ways: Noise and TLS, TCP and WebSockets, yamux, identify, ping, gossipsub, a 4 MiB echo with half-close.
 
 The packages are installed by npm into the user's cache, once for each version of `package.json`. Without npm, or
 without a registry, these tests are skipped.
@@ -78,11 +78,11 @@ class JsPeer:
 
 
 @asynccontextmanager
-async def js_peer(packages: Path, security: str = "noise") -> AsyncIterator[JsPeer]:
+async def js_peer(packages: Path, security: str = "noise", transport: str = "tcp") -> AsyncIterator[JsPeer]:
     node = packages / "node_modules" / ".bin" / "node"
     shutil.copy(HERE / "js_peer.mjs", packages / "js_peer.mjs")
     async with trio.open_nursery() as nursery:
-        command = [str(node), "js_peer.mjs", security]
+        command = [str(node), "js_peer.mjs", security, transport]
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
         start = partial(trio.run_process, command, cwd=packages, capture_stderr=False, check=False, **pipes)
         process: trio.Process = await nursery.start(start)
@@ -128,7 +128,7 @@ async def round_trip(stream: Stream) -> None:
 
 @asynccontextmanager
 async def network() -> AsyncIterator[Libp2pNetwork]:
-    async with open_libp2p_network(b"j" * 32, Libp2pConfig(hosts=("127.0.0.1",))) as ours:
+    async with open_libp2p_network(b"j" * 32, Libp2pConfig(hosts=("127.0.0.1",), websocket_port=0)) as ours:
         ours.set_handler(ECHO, echo, admitted_only=False)
         yield ours
 
@@ -160,6 +160,20 @@ async def test_js_dials_us(packages: Path, security: str) -> None:
             assert (await js.do("unknown", address=address))["error"] is not None
             assert "/ipfs/ping/1.0.0" in (await js.do("protocols", peer=ours.peer))["protocols"]
             await round_trip(await ours.open_stream(js.id, ECHO))
+
+
+async def test_websockets_work_both_ways(packages: Path) -> None:
+    with trio.fail_after(60):
+        async with js_peer(packages, transport="ws") as js, network() as ours:
+            assert js.address.endswith("/ws")
+            assert (await ours.connect(js.id, [js.address])).address == js.address
+            await round_trip(await ours.open_stream(js.id, ECHO))
+            await ours.disconnect(js.id)
+            (web,) = (address for address in ours.addresses() if address.endswith("/ws"))
+            assert (await js.do("echo", address=f"{web}/p2p/{ours.peer}", size=SIZE))["same"]
+            path = ours.path(js.id)
+            assert path is not None
+            assert path.address.endswith("/ws")
 
 
 async def test_we_ping_js_and_are_told_of_what_it_serves_later(packages: Path) -> None:
