@@ -11,6 +11,7 @@ from functools import partial
 import pytest
 import trio
 
+from libmesh.core.relay_desk import RelayLimits
 from libmesh.errors import AddressUnavailable, NetworkError
 from libmesh.net import websocket
 from libmesh.net.base import Network, StreamReset
@@ -95,7 +96,10 @@ async def networks() -> AsyncIterator[tuple[Network, Network]]:
         yield both
 
 
-@pytest.mark.parametrize("rule", RULES)
+SLOW = "streams_are_trio_streams"
+
+
+@pytest.mark.parametrize("rule", [pytest.param(r, marks=pytest.mark.slow) if r == SLOW else r for r in RULES])
 async def test_websockets_keep_the_contract(rule: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
     await check_network(networks, rules=[rule])
@@ -106,6 +110,26 @@ async def test_one_who_came_by_websocket_is_seen_as_such() -> None:
         path = b.path(a.peer)
         assert path is not None
         assert path.address.endswith("/ws")
+
+
+async def test_relay_is_reached_by_websocket_and_carries_circuits() -> None:
+    config = Libp2pConfig(hosts=HOSTS, websocket_port=0, relay=RelayLimits(), relay_open=True)
+    plain = Libp2pConfig(hosts=HOSTS)
+    async with (
+        open_libp2p_network(seed(1), config) as relay,
+        open_libp2p_network(seed(2), plain) as a,
+        open_libp2p_network(seed(3), plain) as b,
+    ):
+        b.set_handler(PROTOCOL, echo, admitted_only=False)
+        b.set_relays([f"{web(relay)}/p2p/{relay.peer}"])
+        circuit = f"{web(relay)}/p2p/{relay.peer}/p2p-circuit"
+        await until(lambda: circuit in b.addresses())
+        path = await a.connect(b.peer, [circuit])
+        assert path.kind is PathKind.RELAYED
+        await answers(a, b)
+        through = a.path(relay.peer)
+        assert through is not None
+        assert through.address == web(relay)
 
 
 async def test_port_that_is_taken_is_told() -> None:
