@@ -12,7 +12,7 @@ from libmesh_node.llama.rpc.borrower import borrow
 from libmesh_node.llama.rpc.facts import Device, WorkerFacts
 from libmesh_node.llama.rpc.frames import Command, Reply, answer, frame
 from libmesh_node.llama.rpc.opening import SessionRequest, encode_answer
-from libmesh_node.llama.rpc.outbox import HELD, Outbox
+from libmesh_node.llama.rpc.outbox import HELD, Outbox, receive
 from libmesh_node.llama.rpc.weights import LearnedHashes, open_weights
 from libmesh_node.models.demo import ModelShape, write_model
 
@@ -81,6 +81,19 @@ async def test_the_order_is_kept_whoever_sends_and_whatever_is_held() -> None:
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     assert (sink.at_once, sink.waited) == ([b"a"], [b"b", b"file", b"cdef"])
+
+
+async def test_receiving_ends_as_the_connection_does() -> None:
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    ours = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
+    async with listener, ours, await listener.accept() as theirs:
+        with trio.move_on_after(0):
+            await receive(ours, 100)  # cancelled: takes nothing
+        await theirs.send_all(b"abc")
+        assert await receive(ours, 2) == b"ab"
+        assert await receive(ours, 2) == b"c"
+        await theirs.send_eof()
+        assert await receive(ours, 2) == b""
 
 
 class Worker(Stream):

@@ -28,7 +28,7 @@ from libmesh_node.llama.rpc.opening import (
     decode_answer,
     encode_request,
 )
-from libmesh_node.llama.rpc.outbox import Outbox, SocketSink
+from libmesh_node.llama.rpc.outbox import Outbox, SocketSink, receive
 from libmesh_node.llama.rpc.uploads import FromFile, ToWorker
 from libmesh_node.llama.rpc.weights import LearnedHashes, Place, Weights
 
@@ -240,7 +240,7 @@ class _Conversation:
         scope.cancel()
 
     async def _from_client(self) -> None:
-        while data := await self._sock.receive_some(READ_BYTES):
+        while data := await receive(self._sock, READ_BYTES):
             self._apply(self._end.from_client(data))
             self._watch()
             await self._to_worker.room()

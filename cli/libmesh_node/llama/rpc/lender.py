@@ -37,7 +37,7 @@ from libmesh_node.llama.rpc.opening import (
     encode_answer,
     protocol_mismatch,
 )
-from libmesh_node.llama.rpc.outbox import Outbox, SocketSink
+from libmesh_node.llama.rpc.outbox import Outbox, SocketSink, receive
 from libmesh_node.llama.rpc.passing import Passer, receive_results
 from libmesh_node.llama.rpc.weights import Place, Weights, open_weights
 from libmesh_node.llama.rpc.worker import Effect, FileToServer, Push, ToHost, ToServer, WorkerEnd
@@ -251,7 +251,7 @@ class _Session:
         raise ProtocolError(f"a request was not finished within {ASK_LIMIT:g} s")
 
     async def _from_server(self) -> None:
-        while data := await self._sock.receive_some(READ_BYTES):
+        while data := await receive(self._sock, READ_BYTES):
             self._apply(self._end.from_server(data))
             await self._to_host.room()
         raise ProtocolError("the worker's rpc-server has ended")
