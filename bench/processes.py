@@ -107,7 +107,9 @@ class Member:
     def __init__(self, *arguments: object) -> None:
         command = [sys.executable, __file__, "--member", *map(str, arguments)]
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True)
+        # py-libp2p logs hundreds of lines of a mesh that settles.
+        said = subprocess.DEVNULL if "stock" in command else None
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=said, text=True)
 
     def line(self) -> str:
         """The next line that it prints."""
