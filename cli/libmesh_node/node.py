@@ -198,7 +198,7 @@ class Node:
         self._introduced.add(mesh.mesh_id)
         how = "its own" if membership.token is None else f"joined as {mesh.scope.name.lower()}"
         log.info("mesh       %s (%s)", mesh.mesh_id, how)
-        log.info("addresses  %s", "  ".join(mesh.addresses[:4]))
+        log.info("addresses  %s", "  ".join(mesh.addresses[:8]))
         if self._inviting is not None and self._inviting.token:
             token = self._inviting.token
             log.info("the next machine joins with:  libmesh-node --join %s", token, extra={"private": True})
