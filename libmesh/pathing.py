@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
-from libmesh.alarm import Alarm
 from libmesh.core import paths as core
 from libmesh.core import paths_io as io
 from libmesh.core.ways import PUNCH, relay_of
@@ -69,7 +68,7 @@ class Pathing:
         self._since: dict[PeerId, tuple[PathKind, str, float]] = {}
         self._mine: tuple[str, ...] = ()
         self._places = trio.CapacityLimiter(MAX_ATTEMPTS)
-        self._alarm = Alarm()
+        self._rearm = trio.Event()
         self._tasks: trio.Nursery | None = None
 
     # ── what is asked ────────────────────────────────────────────────────────────────────────────────────────────
@@ -158,7 +157,12 @@ class Pathing:
             task_status.started()
             try:
                 while True:
-                    await self._alarm.due(self._machine.deadline)
+                    self._rearm = trio.Event()
+                    deadline = self._machine.deadline()
+                    wait = float("inf") if deadline is None else max(0.0, deadline - trio.current_time())
+                    with trio.move_on_after(wait):
+                        await self._rearm.wait()
+                        continue
                     self._handle(io.Wake())
             finally:
                 self._tasks = None
@@ -177,7 +181,7 @@ class Pathing:
                     self._settle(peer, None)
                 case io.Unreachable(peer, attempts):
                     self._settle(peer, attempts)
-        self._alarm.moved()
+        self._rearm.set()
 
     def _settle(self, peer: PeerId, failed: tuple[Attempt, ...] | None) -> None:
         if (outcome := self._outcomes.pop(peer, None)) is not None:
