@@ -17,6 +17,7 @@ import trio
 
 from libmesh import following, hello, probing, syncing, wire
 from libmesh.admission import Admission, AdmissionConfig
+from libmesh.alarm import Alarm
 from libmesh.core import membership as core
 from libmesh.core import membership_io as io
 from libmesh.core.announcement import Announcement, Record
@@ -146,7 +147,7 @@ class Driver:
         self._said: tuple[tuple[Service, ...], bytes] = ((), b"")
         self._watchers: dict[trio.MemorySendChannel[View], trio.MemoryReceiveChannel[View]] = {}
         self._foreign: set[PeerId] = set()
-        self._rearm = trio.Event()
+        self._alarm = Alarm()
         self._tasks: trio.Nursery
         self._outbox, self._outgoing = trio.open_memory_channel[bytes](256)
 
@@ -222,7 +223,7 @@ class Driver:
             self._prober.update()
             self._following.update()
             self._tell_watchers()
-        self._rearm.set()
+        self._alarm.moved()
 
     def _drop_revoked(self) -> None:
         """Cut off whoever was admitted with a link that is revoked now, also those who never announced themselves."""
@@ -259,11 +260,7 @@ class Driver:
 
     async def _timer_loop(self) -> None:
         while True:
-            self._rearm = trio.Event()
-            deadline = self.membership.deadline()
-            with trio.move_on_after(float("inf") if deadline is None else max(0.0, deadline - self.now())):
-                await self._rearm.wait()
-                continue
+            await self._alarm.due(self.membership.deadline, self.now)
             self.handle(io.Wake())
 
     async def _event_loop(self, events: trio.MemoryReceiveChannel[net.NetworkEvent]) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
+from libmesh.alarm import Alarm
 from libmesh.core import paths as core
 from libmesh.core import paths_io as io
 from libmesh.core.ways import PUNCH, relay_of
@@ -68,7 +69,7 @@ class Pathing:
         self._since: dict[PeerId, tuple[PathKind, str, float]] = {}
         self._mine: tuple[str, ...] = ()
         self._places = trio.CapacityLimiter(MAX_ATTEMPTS)
-        self._rearm = trio.Event()
+        self._alarm = Alarm()
         self._tasks: trio.Nursery | None = None
 
     # ── what is asked ────────────────────────────────────────────────────────────────────────────────────────────
@@ -157,12 +158,7 @@ class Pathing:
             task_status.started()
             try:
                 while True:
-                    self._rearm = trio.Event()
-                    deadline = self._machine.deadline()
-                    wait = float("inf") if deadline is None else max(0.0, deadline - trio.current_time())
-                    with trio.move_on_after(wait):
-                        await self._rearm.wait()
-                        continue
+                    await self._alarm.due(self._machine.deadline)
                     self._handle(io.Wake())
             finally:
                 self._tasks = None
@@ -181,7 +177,7 @@ class Pathing:
                     self._settle(peer, None)
                 case io.Unreachable(peer, attempts):
                     self._settle(peer, attempts)
-        self._rearm.set()
+        self._alarm.moved()
 
     def _settle(self, peer: PeerId, failed: tuple[Attempt, ...] | None) -> None:
         if (outcome := self._outcomes.pop(peer, None)) is not None:

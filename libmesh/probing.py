@@ -8,6 +8,7 @@ from collections.abc import Callable
 import trio
 
 from libmesh import wire
+from libmesh.alarm import Alarm
 from libmesh.core import liveness
 from libmesh.core import membership_io as io
 from libmesh.core.liveness import Liveness, LivenessConfig
@@ -46,7 +47,7 @@ class Prober:
         self._network, self._membership, self._tell = network, membership, tell
         self._machine = Liveness(config, rng=rng)
         self._watched = membership.watched
-        self._rearm = trio.Event()
+        self._alarm = Alarm()
         self._tasks: trio.Nursery | None = None
 
     def update(self) -> None:
@@ -69,12 +70,7 @@ class Prober:
         async with trio.open_nursery() as nursery:
             self._tasks = nursery
             while True:
-                self._rearm = trio.Event()
-                deadline = self._machine.deadline()
-                wait = float("inf") if deadline is None else max(0.0, deadline - trio.current_time())
-                with trio.move_on_after(wait):
-                    await self._rearm.wait()
-                    continue
+                await self._alarm.due(self._machine.deadline)
                 self._handle(liveness.Wake())
 
     def _handle(self, event: liveness.Event) -> None:
@@ -91,7 +87,7 @@ class Prober:
                     self._tell(io.PeerSilent(peer))
                 case liveness.Heard(peer):
                     self._tell(io.PeerHeard(peer))
-        self._rearm.set()
+        self._alarm.moved()
 
     async def _ping(self, peer: PeerId, target: PeerId | None = None) -> None:
         if await self._ask(peer, target, PATIENCE):

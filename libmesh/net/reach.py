@@ -14,6 +14,7 @@ from typing import Protocol
 
 import trio
 
+from libmesh.alarm import Alarm
 from libmesh.core import reachability as core
 from libmesh.core.reachability import Reachability, ReachConfig, Standing
 from libmesh.core.ways import ip_of, is_websocket
@@ -97,7 +98,7 @@ class Reach:
         self._watched: dict[PeerId, _Watched] = {}
         self._others: dict[PeerId, None] = {}  # direct peers that are not watched, oldest first
         self._nonces: dict[int, _Pending] = {}
-        self._rearm = trio.Event()
+        self._alarm = Alarm()
         self._tasks: trio.Nursery | None = None
         ground.set_handler(wire.DIAL_BACK, self._take_dial_back, admitted_only=False)
 
@@ -275,12 +276,7 @@ class Reach:
 
     async def _keep_time(self) -> None:
         while True:
-            self._rearm = trio.Event()
-            deadline = self._machine.deadline()
-            wait = float("inf") if deadline is None else max(0.0, deadline - trio.current_time())
-            with trio.move_on_after(wait):
-                await self._rearm.wait()
-                continue
+            await self._alarm.due(self._machine.deadline)
             self._handle(core.Wake())
 
     def _handle(self, event: core.Event) -> None:
@@ -292,7 +288,7 @@ class Reach:
                     self._tasks.start_soon(self._ask, peer, address)
                 case core.Changed():
                     self._tell()
-        self._rearm.set()
+        self._alarm.moved()
 
     def _tell(self) -> None:
         log.info("reachable from afar: %s %s", self._machine.standing.value, " ".join(self.addresses()))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 
 import trio
 
+from libmesh.alarm import Alarm
 from libmesh.core import reservations as core
 from libmesh.core.reservations import ReservationConfig, Reservations
 from libmesh.errors import MeshError, NetworkError, ServiceRefused
@@ -106,7 +107,7 @@ class RelayClient:
         self._approach: Approach | None = None
         self._watches: dict[PeerId, trio.CancelScope] = {}
         self._inbound = 0
-        self._rearm = trio.Event()
+        self._alarm = Alarm()
         self._tasks: trio.Nursery | None = None
         underlay.set_handler(wire.STOP, self._serve_stop, admitted_only=False)
 
@@ -157,7 +158,7 @@ class RelayClient:
                     log.info("reachable through %d relays: %s", len(relays), ", ".join(relays) or "none")
                     self._watch(relays)
                     self._changed()
-        self._rearm.set()
+        self._alarm.moved()
 
     async def run(self) -> None:
         """Keep places until cancelled."""
@@ -166,11 +167,7 @@ class RelayClient:
             self._handle(core.SetRelays(tuple(self._ways)))
             try:
                 while True:
-                    self._rearm = trio.Event()
-                    deadline = self._machine.deadline()
-                    with trio.move_on_at(float("inf") if deadline is None else deadline):
-                        await self._rearm.wait()
-                        continue
+                    await self._alarm.due(self._machine.deadline)
                     self._handle(core.Wake())
             finally:
                 self._tasks = None
