@@ -45,4 +45,6 @@ async def main(token: str | None) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, sys.argv[1] if len(sys.argv) > 1 else None)
+    trio.run(
+        main, sys.argv[1] if len(sys.argv) > 1 else None, restrict_keyboard_interrupt_to_checkpoints=True
+    )

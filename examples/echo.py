@@ -37,7 +37,11 @@ async def call(token: str, text: str) -> None:
 
 if __name__ == "__main__":
     try:
-        trio.run({"serve": serve, "call": call}[sys.argv[1]], *sys.argv[2:])
+        trio.run(
+            {"serve": serve, "call": call}[sys.argv[1]],
+            *sys.argv[2:],
+            restrict_keyboard_interrupt_to_checkpoints=True,
+        )
     except* KeyboardInterrupt:
         pass
     except* libmesh.MeshError as group:

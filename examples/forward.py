@@ -31,7 +31,11 @@ async def connect(token: str) -> None:
 
 if __name__ == "__main__":
     try:
-        trio.run({"expose": expose, "connect": connect}[sys.argv[1]], *sys.argv[2:])
+        trio.run(
+            {"expose": expose, "connect": connect}[sys.argv[1]],
+            *sys.argv[2:],
+            restrict_keyboard_interrupt_to_checkpoints=True,
+        )
     except* KeyboardInterrupt:
         pass
     except* libmesh.MeshError as group:

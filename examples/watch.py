@@ -39,7 +39,11 @@ async def join(token: str, name: str) -> None:
 
 if __name__ == "__main__":
     try:
-        trio.run({"found": found, "join": join}[sys.argv[1]], *sys.argv[2:])
+        trio.run(
+            {"found": found, "join": join}[sys.argv[1]],
+            *sys.argv[2:],
+            restrict_keyboard_interrupt_to_checkpoints=True,
+        )
     except* KeyboardInterrupt:
         pass
     except* libmesh.MeshError as group:

@@ -7,7 +7,10 @@
             print(mesh.invite(scope=libmesh.Scope.CLIENT, not_after_unix=None))
             await libmesh.expose(mesh, "web", "127.0.0.1", 8000)
 
-    trio.run(main)
+    trio.run(main, restrict_keyboard_interrupt_to_checkpoints=True)
+
+With that argument Ctrl-C is a cancellation of `main`, and the mesh hears a goodbye. Without it, it may strike in any task
+that runs at the moment, those of the mesh too, and the others take this node for dead.
 
 What is exported here is the public API; everything else may change without notice.
 """

@@ -16,7 +16,7 @@ import trio
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 
-LIMIT = 30
+LIMIT = 60
 """Seconds; starting Python with py-libp2p takes two of them, or five on a busy machine."""
 
 
@@ -103,7 +103,6 @@ async def send(stream: trio.SocketStream, data: bytes) -> None:
     await stream.send_eof()
 
 
-@pytest.mark.xfail(strict=False, reason="a goodbye is now and then overtaken by the end of the connection")
 async def test_watch_tells_who_comes_and_who_goes() -> None:
     async with running("watch", "found") as founder:
         token = await founder.line()

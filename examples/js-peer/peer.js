@@ -90,10 +90,20 @@ class Peer {
   /** Say goodbye and stop. */
   async stop () {
     clearInterval(this.#looking)
+    await this.#listeners()
     this.members.announce({ leaving: true, services: [] })
     await new Promise((resolve) => setTimeout(resolve, 200)) // for the goodbye to get out
     this.members.stop()
     await this.node.stop()
+  }
+
+  /** Until somebody hears what is published, a second at most: gossip begins a moment after the connection. */
+  async #listeners () {
+    const { pubsub } = this.node.services
+    const until = Date.now() + 1000
+    while (pubsub.getSubscribers(this.#topic('peers')).length === 0 && Date.now() < until) {
+      await new Promise((resolve) => setTimeout(resolve, 20))
+    }
   }
 
   #offered () {

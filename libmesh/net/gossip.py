@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from typing import Any, cast
 
@@ -74,11 +74,31 @@ class _SturdyPubsub(Pubsub):
             self._handle_dead_peer(peer_id)
 
 
+class _Router(GossipSub):
+    """Nothing is published to nobody while somebody listens.
+
+    py-libp2p links peers in its heartbeat, and sends to the linked ones only: what is said in the first second, such as
+    the goodbye of somebody who came for a moment, reaches none. Until a topic has its links, any peers subscribed to it
+    take their place; the specification (gossipsub v1.1, flood publishing) has one's own messages go to all of them.
+    """
+
+    def _get_peers_to_send(
+        self, topic_ids: Iterable[str], msg_forwarder: ID, origin: ID, msg_id: bytes | None = None
+    ) -> Iterable[ID]:
+        chosen = set(super()._get_peers_to_send(topic_ids, msg_forwarder, origin, msg_id))
+        for topic in topic_ids:
+            linked = self.mesh.get(topic, set())
+            if len(linked) < DEGREE_LOW and self.pubsub is not None and topic in self.pubsub.peer_topics:
+                missing = DEGREE - len(linked)
+                chosen.update(self._get_in_topic_gossipsub_peers_from_minus(topic, missing, linked))
+        return chosen - {msg_forwarder, origin}
+
+
 class Gossip:
     """Publish and subscribe among admitted peers. Made by `open_gossip`."""
 
     def __init__(self, host: BasicHost, deliver: Deliver) -> None:
-        router = GossipSub(
+        router = _Router(
             protocols=[TProtocol(protocol) for protocol in PROTOCOLS],
             degree=DEGREE,
             degree_low=DEGREE_LOW,

@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stdout.write(report.heading() + "\n")
         return await run_conformance(target, rules=rules, tell=tell)
 
-    result = trio.run(run)
+    result = trio.run(run, restrict_keyboard_interrupt_to_checkpoints=True)
     if isinstance(result, str):
         return _unusable(result)
     text = json.dumps(report.as_json(result), indent=1) if options.json else "\n" + report.summary(result)

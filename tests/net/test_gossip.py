@@ -6,8 +6,10 @@ import itertools
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+import pytest
 import trio
 import trio.testing
+from libp2p.pubsub.gossipsub import GossipSub
 
 from libmesh.net.base import Message, NetworkEvent
 from libmesh.net.libp2p import Libp2pNetwork, open_libp2p_network
@@ -51,6 +53,15 @@ async def test_gossip_reaches_all_with_its_origin_and_not_its_sender() -> None:
         assert origins == {opened[0].peer}
         for seen in events[1:]:
             assert len(set(heard(seen))) == len(heard(seen))
+
+
+async def test_what_is_said_before_the_first_heartbeat_is_heard(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(self: GossipSub) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(GossipSub, "heartbeat", never)
+    async with gossiping(3) as (opened, events):
+        await publish_until(opened[0], b"news", lambda: all(map(heard, events[1:])))
 
 
 async def test_a_stranger_hears_no_gossip_and_is_not_heard() -> None:
