@@ -77,9 +77,10 @@ class _SturdyPubsub(Pubsub):
 class _Router(GossipSub):
     """Nothing is published to nobody while somebody listens.
 
-    py-libp2p links peers in its heartbeat, and sends to the linked ones only: what is said in the first second, such as
-    the goodbye of somebody who came for a moment, reaches none. Until a topic has its links, any peers subscribed to it
-    take their place; the specification (gossipsub v1.1, flood publishing) has one's own messages go to all of them.
+    py-libp2p sends to linked peers only, and a peer whose subscription comes in before our own stream to it is open is
+    linked by the next heartbeat: what is said in that second, such as the goodbye of somebody who came for a moment,
+    reaches none. Until a topic has its links, any peers subscribed to it take their place; the specification (gossipsub
+    v1.1, flood publishing) has one's own messages go to all of them.
     """
 
     def _get_peers_to_send(
