@@ -41,3 +41,8 @@ class NodeRefused(NodeError):
         super().__init__(message)
         self.code = code
         self.status = status
+
+
+def sentence(text: str) -> str:
+    """`text`, as an exception has it, as a sentence for a person."""
+    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")

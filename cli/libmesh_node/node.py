@@ -1,6 +1,6 @@
 """The wiring diagram: opens, connects, supervises. What the parts do is in the parts.
 
-    run_node ── data folder, log, signals
+    run_node ── data folder, log, signals (starting.py)
        └── Node.run
              ├── serve_http        API and console, in their own thread, behind the bridge
              ├── LocalModels.run   a llama-server for each --model
@@ -15,11 +15,8 @@ from __future__ import annotations
 import logging
 import math
 import os
-import signal
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import trio
@@ -39,12 +36,11 @@ from libmesh import (
 from libmesh_node import picture
 from libmesh_node.announced import AnnouncedModel, Distance, NodeStatus
 from libmesh_node.bridge import Bridge, CommandFailed
-from libmesh_node.datadir import DataDir, NodeInfo, ephemeral_data_dir, held_data_dir
-from libmesh_node.ending import end_for_sure, end_on_signal
-from libmesh_node.errors import NodeError
+from libmesh_node.datadir import DataDir, NodeInfo
+from libmesh_node.ending import end_for_sure
+from libmesh_node.errors import NodeError, sentence
 from libmesh_node.http.server import Listening, serve_http
 from libmesh_node.inviting import Inviting
-from libmesh_node.logs import logging_to
 from libmesh_node.membership import Membership, secret_key
 from libmesh_node.options import NodeOptions
 from libmesh_node.placement.seen import distances
@@ -59,61 +55,6 @@ TICK = 2.0
 """Seconds between looks at what changes without an event. The console and `status --watch` are no faster."""
 
 _REPLY_TIME = 0.1  # seconds for the answer to `stop` to get out
-
-
-async def run_node(options: NodeOptions) -> int:
-    """Run a node until SIGINT, SIGTERM or a `stop` command; the exit code.
-
-    Raises `NodeError` for whatever keeps it from starting, with what to do about it. A second signal ends the process
-    at once.
-    """
-    # Signals first: one that comes while the keys are being made must not be a KeyboardInterrupt somewhere in there.
-    receiver = trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM)
-    with receiver as signals, _folder(options) as folder, _log(options, folder):
-        async with trio.open_nursery() as nursery:
-            outcome: list[NodeError] = []
-            ending = trio.CancelScope(shield=True)
-            nursery.start_soon(end_on_signal, signals, nursery.cancel_scope, ending)
-            nursery.start_soon(_run_and_end, Node(options, folder, nursery.cancel_scope), ending, outcome)
-        signal.setitimer(signal.ITIMER_REAL, 0)  # `end_for_sure` has done its duty
-        if outcome:
-            raise outcome[0]
-    return 0
-
-
-async def _run_and_end(node: Node, ending: trio.CancelScope, outcome: list[NodeError]) -> None:
-    try:
-        await node.run()
-    except* (NodeError, MeshError, OSError) as group:
-        first = _first(group)
-        outcome.append(first if isinstance(first, NodeError) else NodeError(_sentence(str(first))))
-    finally:
-        node.ended.cancel()
-        ending.cancel()
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> Exception:
-    inner: BaseException = group
-    while isinstance(inner, BaseExceptionGroup):
-        inner = inner.exceptions[0]
-    assert isinstance(inner, Exception)
-    return inner
-
-
-def _sentence(text: str) -> str:
-    return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
-
-
-@contextmanager
-def _folder(options: NodeOptions) -> Iterator[DataDir]:
-    with ephemeral_data_dir() if options.ephemeral else held_data_dir(options.data_dir) as folder:
-        yield folder
-
-
-@contextmanager
-def _log(options: NodeOptions, folder: DataDir) -> Iterator[None]:
-    with logging_to(file=folder.node_log, json_logs=options.json_logs, verbose=options.verbose):
-        yield
 
 
 class Node:
@@ -333,9 +274,9 @@ class Node:
             else:
                 await self._stays.switch(to)
         except (InviteError, AdmissionRefused) as exc:
-            raise CommandFailed("denied", _sentence(str(exc))) from exc
+            raise CommandFailed("denied", sentence(str(exc))) from exc
         except MeshError as exc:
-            raise CommandFailed("unreachable", _sentence(str(exc))) from exc
+            raise CommandFailed("unreachable", sentence(str(exc))) from exc
         return to.mesh_id
 
     def _gains(self, here: Mesh, token: str) -> bool:
@@ -355,7 +296,7 @@ class Node:
         try:
             token = self._inviting.make(Scope[scope.upper()], ttl)
         except InviteDenied as exc:
-            raise CommandFailed("denied", _sentence(str(exc))) from exc
+            raise CommandFailed("denied", sentence(str(exc))) from exc
         except NodeError as exc:
             raise CommandFailed("internal", str(exc)) from exc
         return token, float(read_invite(token).expires_unix or 0)
@@ -390,7 +331,7 @@ class Node:
         try:
             name, shape = await self._models.shape_of(model)
         except (NodeError, OSError) as exc:
-            raise CommandFailed("invalid", _sentence(str(exc))) from exc
+            raise CommandFailed("invalid", sentence(str(exc))) from exc
         return session.splits.plan(name, shape)
 
     def _present_session(self) -> Session:

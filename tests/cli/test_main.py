@@ -100,9 +100,9 @@ def test_a_node_flag_reaches_run_node(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(options)
         return 7
 
-    fake = types.ModuleType("libmesh_node.node")
+    fake = types.ModuleType("libmesh_node.starting")
     fake.run_node = run_node  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "libmesh_node.node", fake)
+    monkeypatch.setitem(sys.modules, "libmesh_node.starting", fake)
     assert main(["--client", "--port", "0", "--ephemeral"]) == 7
     assert seen[0].client  # type: ignore[attr-defined]
 

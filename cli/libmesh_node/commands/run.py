@@ -177,6 +177,6 @@ def run(args: argparse.Namespace) -> int:
     # Late, so that --help and the other commands need not wait for libp2p and aiohttp to load.
     import trio
 
-    from libmesh_node.node import run_node
+    from libmesh_node.starting import run_node
 
     return trio.run(partial(run_node, chosen))
