@@ -65,7 +65,7 @@ async def stock_host(seed: bytes, security: str = "noise", ours: bool = False) -
         try:
             yield host
         finally:
-            with trio.CancelScope(shield=True):
+            with trio.move_on_after(5, shield=True):
                 await host.close()
 
 
@@ -218,11 +218,13 @@ KEPT = {"end_of_file_leaves_the_other_direction_open", "unknown_protocols_are_re
 """What stock streams do keep under our adapter. The rest is why there is a muxer of ours."""
 
 SOMETIMES = {
+    "cancelling_harms_no_other_stream",
     "full_duplex_bulk_does_not_deadlock",
     "streams_do_not_mix",
     "closing_tells_a_blocked_writer",
 }
-"""What they keep in some runs and not in others: they deadlock, or a write gives up after five seconds."""
+"""What they keep in some runs and not in others: they deadlock, for ever if shielded, or
+a write gives up after five seconds."""
 
 
 @pytest.mark.slow
