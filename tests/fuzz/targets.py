@@ -11,11 +11,12 @@ from tests.fuzz.connections import CONNECTIONS
 from tests.fuzz.machines import MACHINES
 from tests.fuzz.messages import DECODERS
 from tests.fuzz.program import PROGRAM
+from tests.fuzz.rpc import RPC
 from tests.fuzz.target import Target
 from tests.fuzz.tls import TLS
 
 TARGETS: dict[str, Target] = {
-    target.name: target for target in (*MACHINES, *DECODERS, *CHANNELS, *TLS, *CONNECTIONS, *PROGRAM)
+    target.name: target for target in (*MACHINES, *DECODERS, *CHANNELS, *TLS, *CONNECTIONS, *PROGRAM, *RPC)
 }
 
 CORPUS = Path(__file__).resolve().parent / "corpus"

@@ -24,6 +24,7 @@ from libmesh_node.llama.rpc.frames import (
     frame_head,
 )
 from libmesh_node.llama.rpc.host import Effect, HostEnd, ToClient
+from libmesh_node.llama.rpc.opening import UNSAID
 from libmesh_node.llama.rpc.uploads import FromFile, ToWorker
 from libmesh_node.llama.rpc.weights import LearnedHashes, Weights, open_weights
 from libmesh_node.models.demo import ModelShape, write_model
@@ -225,6 +226,16 @@ def test_answers_keep_the_order_of_the_requests(weights: Weights) -> None:
 def test_a_worker_that_makes_no_sense_is_not_believed(weights: Weights, reply: bytes) -> None:
     with pytest.raises(ProtocolError):
         allocated(weights).from_worker(reply)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [(b"it fell over", "it fell over"), (b"", UNSAID), (b"\x1b[2J\nit is \xff", "[2Jit is \ufffd")],
+)
+def test_why_a_session_is_over_is_told_and_fit_to_print(weights: Weights, said: bytes, told: str) -> None:
+    with pytest.raises(ProtocolError) as failure:
+        allocated(weights).from_worker(frame(Reply.LOST, said))
+    assert str(failure.value) == told
 
 
 def test_an_allocation_that_is_denied_is_noticed(weights: Weights) -> None:

@@ -41,6 +41,7 @@ from libmesh_node.llama.rpc.frames import (
     check_request,
     frame,
 )
+from libmesh_node.llama.rpc.opening import UNSAID, printable
 from libmesh_node.llama.rpc.uploads import FromFile, ToWorker, Uploads
 from libmesh_node.llama.rpc.weights import LearnedHashes, Weights
 
@@ -271,7 +272,7 @@ class HostEnd:
     def _reply(self, event: Event, effects: list[Effect]) -> None:
         match event:
             case Frame(kind=Reply.LOST):
-                raise ProtocolError(event.payload.decode("utf-8", "replace")[:500])
+                raise ProtocolError(printable(event.payload.decode("utf-8", "replace")) or UNSAID)
             case Frame(kind=Reply.ANSWER):
                 command, size = self._expect()
                 self._got(command, self._take(event.payload, (command, size)), effects)

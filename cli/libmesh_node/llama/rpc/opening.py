@@ -18,6 +18,7 @@ MAX_MESSAGE = 4096
 """Bytes of either message."""
 
 MAX_DEVICES = 16
+UNSAID = "it gave no reason"
 _MAX_TEXT = 500
 _PROTOCOL = re.compile(r"(\d{1,3})\.(\d{1,3})\.(\d{1,3})", re.ASCII)
 
@@ -73,10 +74,10 @@ def decode_request(data: bytes) -> SessionRequest:
         digest=message.digest,
         memory_bytes=message.memory_bytes,
         protocol=read_protocol(message.rpc_protocol),
-        model=_clean(message.model),
+        model=printable(message.model),
         token=message.token,
-        previous=_clean(message.previous),
-        next=_clean(message.next),
+        previous=printable(message.previous),
+        next=printable(message.next),
         next_token=message.next_token,
     )
 
@@ -106,7 +107,7 @@ def decode_answer(data: bytes) -> WorkerFacts | Refusal:
     message = pb.SessionAnswer()
     _parse(message, data)
     if message.refusal:
-        return Refusal(_clean(message.refusal), message.later)
+        return Refusal(printable(message.refusal) or UNSAID, message.later)
     if not 1 <= len(message.devices) <= MAX_DEVICES:
         raise ProtocolError(f"{len(message.devices)} devices")
     devices = tuple(
@@ -122,7 +123,7 @@ def read_protocol(text: str) -> Protocol:
     """`major.minor.patch` as numbers. Raises `ProtocolError`."""
     match = _PROTOCOL.fullmatch(text)
     if match is None or any(int(number) > 255 for number in match.groups()):
-        raise ProtocolError(f"{_clean(text)!r} is no version of the RPC protocol")
+        raise ProtocolError(f"{printable(text)!r} is no version of the RPC protocol")
     return int(match[1]), int(match[2]), int(match[3])
 
 
@@ -143,7 +144,8 @@ def _text(protocol: Protocol) -> str:
     return ".".join(map(str, protocol))
 
 
-def _clean(text: str) -> str:
+def printable(text: str) -> str:
+    """`text` from another node, fit for people: without control characters, at most 500 characters."""
     return "".join(c for c in text[:_MAX_TEXT] if c.isprintable())
 
 
