@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import trio
 
 from libmesh import hello, syncing
+from libmesh.alarm import Alarm
 from libmesh.core import membership_io as io
 from libmesh.core.credentials import Credential
 from libmesh.core.membership import Membership
@@ -76,6 +77,7 @@ class Admission:
         self._contacts: dict[PeerId, tuple[str, ...]] = {}
         self._admitted: dict[PeerId, Credential] = {}
         self._followers: dict[PeerId, tuple[hello.Greeted, float]] = {}
+        self._ending = Alarm()
         self.attributes = b""
         self._lonely = trio.Event()
         self._answering: set[PeerId] = set()
@@ -126,6 +128,16 @@ class Admission:
     def admitted_with(self, kind: Callable[[Credential], bool]) -> list[PeerId]:
         """The admitted peers whose credential is of this kind."""
         return [peer for peer, credential in self._admitted.items() if kind(credential)]
+
+    def renew(self, credential: Credential) -> None:
+        """Show this one from now on."""
+        self._credential = credential
+
+    def learned(self, peer: PeerId, credential: Credential) -> None:
+        """`peer` announces itself with `credential` now, which is good: it may be another one than it came in with."""
+        if peer in self._admitted:
+            self._admitted[peer] = credential
+            self._ending.moved()
 
     def revoke(self, peer: PeerId) -> None:
         """Treat `peer` as a stranger from now on."""
@@ -225,6 +237,7 @@ class Admission:
         self._admitted[peer] = said.credential
         if said.following:
             self._followers[peer] = (said, self._now())
+        self._ending.moved()
         self._network.admit(peer)
         events = await syncing.exchange(stream, self._membership, self._tell, opener=dialled)
         self._tell(io.Connected(peer))
@@ -251,6 +264,25 @@ class Admission:
         except MeshError as exc:
             log.debug("%s", exc)
             self._tell(io.DialFailed(peer))
+
+    async def greet_again(self) -> None:
+        """Show our credential to all who are connected. Those that do not take it are connected no more."""
+        for peer in list(self._admitted):
+            try:
+                await self._say_hello(peer)
+            except MeshError as exc:
+                log.info("%s", exc)
+
+    async def expire_loop(self) -> None:
+        """Cut off whoever's membership ends. No table has those who only follow, so nothing else would."""
+        while True:
+            await self._ending.due(
+                lambda: min((c.taken_until_unix for c in self._admitted.values()), default=None), self._now
+            )
+            for peer in self.admitted_with(lambda credential: credential.taken_until_unix <= self._now()):
+                log.info("dropping the peer %s: its membership has ended", peer)
+                self.revoke(peer)
+                await self._network.disconnect(peer)
 
     async def seek(self) -> None:
         """Try each contact once, until one admits us. Raises what `join` raises if none does."""

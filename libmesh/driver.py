@@ -37,6 +37,7 @@ from libmesh.probing import Prober
 from libmesh.relays import RelayUse
 from libmesh.resuming import Resumption
 from libmesh.syncing import Syncing
+from libmesh.watching import Watchers
 from libmesh.wire_pieces import WireError
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ class Driver:
         rng: random.Random,
     ) -> None:
         self.network = network
-        self._config, self._rng = config, rng
+        self._config, self._rng, self._key = config, rng, key
         self._wall_base = wall_clock() - trio.current_time()
         self.credential = authority.admit(key.public)
         self.membership = core.Membership(
@@ -121,7 +122,7 @@ class Driver:
             network,
             addresses_of=lambda peer: self.admission.allowed(peer, self.membership.addresses_of(peer)),
             approach=self.approach,
-            changed=lambda _: self._tell_watchers(),
+            changed=lambda _: self.watchers.tell(),
             wall_clock=self.now,
             config=config.paths,
             rng=rng,
@@ -145,7 +146,7 @@ class Driver:
         self.posts = Posts(network, authority.mesh_id, self._is_live_member)
         self._topic = f"libmesh/1/{authority.mesh_id}/peers"
         self._said: tuple[tuple[Service, ...], bytes] = ((), b"")
-        self._watchers: dict[trio.MemorySendChannel[View], trio.MemoryReceiveChannel[View]] = {}
+        self.watchers = Watchers(lambda: self.view)
         self._foreign: set[PeerId] = set()
         self._alarm = Alarm()
         self._tasks: trio.Nursery
@@ -158,25 +159,21 @@ class Driver:
             self.membership.view(self.pathing.path), followers=self.admission.followers(self.pathing.path)
         )
 
-    @asynccontextmanager
-    async def watch(self) -> AsyncIterator[trio.MemoryReceiveChannel[View]]:
-        """See `Mesh.watch`."""
-        send, receive = trio.open_memory_channel[View](1)
-        send.send_nowait(self.view)
-        self._watchers[send] = receive
-        try:
-            async with receive:
-                yield receive
-        finally:
-            del self._watchers[send]
-            send.close()
-
     def say(self, services: tuple[Service, ...], attributes: bytes) -> None:
         """What this peer says of itself from now on, with the addresses that it has then."""
         self._said = (services, attributes)
         self.admission.attributes = attributes
         addresses = to_announce(self.network.addresses(), wire.MAX_ADDRESSES)
         self.handle(io.SelfChanged(services, addresses, attributes))
+
+    def renew(self, authority: Authority) -> None:
+        """Be a member by this authority from now on. Gossip tells the others, or, if we follow, another hello."""
+        self.credential = authority.admit(self._key.public)
+        self.admission.renew(self.credential)
+        self.handle(io.Renewed(self.credential))
+        if self.membership.following:
+            self._tasks.start_soon(self.admission.greet_again)
+        self.watchers.tell()
 
     def recall(self, revocations: Iterable[bytes]) -> None:
         """Take in revocations that were kept."""
@@ -219,10 +216,14 @@ class Driver:
                     self.pathing.peer_moved(peer)
                     if before is not state:
                         _log_change(peer, state, reason)
+        if isinstance(event, io.RecordHeard):
+            heard = event.record.announcement
+            if self.membership.record_of(heard.peer) is event.record:
+                self.admission.learned(heard.peer, heard.credential)
         if changed:
             self._prober.update()
             self._following.update()
-            self._tell_watchers()
+            self.watchers.tell()
         self._alarm.moved()
 
     def _drop_revoked(self) -> None:
@@ -230,17 +231,6 @@ class Driver:
         for peer in self.admission.admitted_with(self.membership.revoked.covers):
             self.admission.revoke(peer)
             self._tasks.start_soon(self.network.disconnect, peer)
-
-    def _tell_watchers(self) -> None:
-        view = self.view
-        for send, receive in self._watchers.items():
-            try:
-                send.send_nowait(view)
-            except trio.WouldBlock:
-                receive.receive_nowait()
-                send.send_nowait(view)
-            except trio.BrokenResourceError:
-                continue
 
     def _publish(self, said: Record | Revocation | io.Suspicion) -> None:
         if isinstance(said, Record) and said.announcement.peer == self.network.peer:
@@ -382,6 +372,7 @@ class Driver:
                 self._prober.run,
                 self._following.run,
                 self.admission.seek_loop,
+                self.admission.expire_loop,
             ):
                 nursery.start_soon(task)
             try:

@@ -26,6 +26,8 @@ Protocols.
 
 The first stream on a connection is a hello, opened by whoever dialled. Until it has succeeded, a peer's other
 streams (gossipsub's included, identify and ping excepted) wait for it, for at most 5 s, and are reset then.
+A peer that follows and was given another credential says hello again, on the same connections; others announce it.
+Whoever's credential ends is disconnected then, by each of the others.
 
 Words. Mesh key: the mesh's Ed25519 public key, 32 bytes. Mesh id: the first 16 bytes of SHA-256 over the mesh
 key, written as 32 lower-case hex digits. Times are seconds since 1970-01-01T00:00Z.
@@ -676,7 +678,7 @@ class Announcement(_message.Message):
     """the application's own; at most 48 KiB"""
     @_builtins.property
     def credential(self) -> Global___Credential:
-        """proof that it is a member"""
+        """proof that it is a member; in place of the one that it was let in with, should they differ"""
 
     @_builtins.property
     def services(self) -> _containers.RepeatedCompositeFieldContainer[Global___Service]:

@@ -117,6 +117,12 @@ class Credential:
         """When it ends; `None` never."""
         return self.links[-1].not_after_unix
 
+    @property
+    def taken_until_unix(self) -> float:
+        """Until when others take it: its end and `CLOCK_TOLERANCE`; infinite if it never ends."""
+        end = self.not_after_unix
+        return float("inf") if end is None else end + CLOCK_TOLERANCE
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Authority:

@@ -119,6 +119,11 @@ class Membership(Table):
             case io.SelfChanged(services, addresses, attributes):
                 self._voice.change(services, addresses, attributes)
                 return self._speak(now)
+            case io.Renewed(credential):
+                self._voice.renew(credential)
+                renewed = self._voice.speak(now)  # also while following: `me` tells what we may do
+                self._roster.my_record_changed()
+                return [] if renewed is None else [Publish(renewed)]
             case io.ContactNamed(peer, addresses):
                 if peer not in self._peers:
                     self._lost.add(peer, addresses, None, now)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from libmesh.core.announcement import Record
-from libmesh.core.credentials import Revocation
+from libmesh.core.credentials import Credential, Revocation
 from libmesh.core.summary import Digest
 from libmesh.peers import PeerId, PeerState, Service
 
@@ -188,6 +188,13 @@ class SelfChanged:
 
 
 @dataclass(frozen=True, slots=True)
+class Renewed:
+    """This node is a member by `credential` from now on, which is good and its own."""
+
+    credential: Credential
+
+
+@dataclass(frozen=True, slots=True)
 class ContactNamed:
     """Somebody said that `peer` is of this mesh and can be reached at `addresses`: an invite, or what we kept."""
 
@@ -221,6 +228,7 @@ Event = (
     | Disconnected
     | DialFailed
     | SelfChanged
+    | Renewed
     | ContactNamed
     | TakePart
     | Leave

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from libmesh.core.announcement import Announcement, Record
-from libmesh.core.credentials import CLOCK_TOLERANCE, Revocation
+from libmesh.core.credentials import Revocation
 from libmesh.core.plan import Plan
 from libmesh.core.summary import Digest, Prints, Row, Summary, bucket_of, fingerprint_of_revocations
 from libmesh.core.timers import INFINITY, Timers
@@ -53,8 +53,7 @@ class Entry:
     @property
     def ends(self) -> float:
         """When its membership ends, in seconds since the epoch; infinite if never."""
-        end = self.record.announcement.credential.not_after_unix
-        return INFINITY if end is None else end + CLOCK_TOLERANCE
+        return self.record.announcement.credential.taken_until_unix
 
     @property
     def announcement(self) -> Announcement:

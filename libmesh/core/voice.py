@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from libmesh.core.announcement import Announcement, Record, Seal
+from libmesh.core.credentials import Credential
 from libmesh.core.membership_io import MembershipConfig
 from libmesh.core.timers import INFINITY
 from libmesh.peers import Service
@@ -61,6 +62,11 @@ class Voice:
         )
         if wanted != now_said:
             self._pending = wanted
+
+    def renew(self, credential: Credential) -> None:
+        """Be a member by this one from now on. Due at once, unlike other changes, and with those that wait."""
+        self._pending = replace(self._pending or self.record.announcement, credential=credential)
+        self._spoke_at = -INFINITY
 
     def outbid(self, incarnation: int, now: float) -> None:
         """Speak with a higher incarnation than `incarnation`: others believe it of us, and it is wrong."""
