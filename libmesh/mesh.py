@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import trio
 
-from libmesh import tokens, tunnel, wire
+from libmesh import keys, tokens, tunnel, wire
 from libmesh.core import membership_io as io
 from libmesh.core.credentials import Authority, Invite
 from libmesh.core.ways import to_announce
@@ -105,7 +105,7 @@ class Mesh:
 
         Keeps the newest view only: a slow reader skips, never lags.
         """
-        async with self._driver.watch() as views:
+        async with self._driver.watchers.watch() as views:
             yield views
 
     def announce(self, attributes: bytes) -> None:
@@ -280,6 +280,23 @@ class Mesh:
         refused, `PeerUnreachable` if none was reached. The contacts are tried again in the background whenever this
         node knows nobody.
         """
+        await self.enter(self._checked(token), wait=True)
+
+    async def renew(self, token: str) -> None:
+        """Be a member by another invite to *this* mesh from now on: with its scope, and until its end.
+
+        Connections, streams and tunnels stay. Not undone by a failure: returns at once if somebody is connected, and else
+        raises what `join` raises, and the contacts are tried on. Raises `InviteError` for a token that cannot be used and
+        `AdmissionRefused` for another mesh's or a revoked one; then nothing has changed.
+        """
+        invite = self._checked(token)
+        if self._driver.membership.revoked.covers(invite.authority.admit(keys.public_key_of(self.peer))):
+            raise AdmissionRefused("the invite was revoked; ask for a new one", reason="revoked", peer="")
+        self._authority = invite.authority
+        self._driver.renew(invite.authority)
+        await self.enter(invite, wait=not self._driver.admission.anybody)
+
+    def _checked(self, token: str) -> Invite:
         invite = check_invite(token, now_unix=self._driver.now())
         if invite.authority.mesh_id != self.mesh_id:
             raise AdmissionRefused(
@@ -287,7 +304,7 @@ class Mesh:
                 reason="wrong_mesh",
                 peer="",
             )
-        await self.enter(invite, wait=True)
+        return invite
 
     async def enter(self, invite: Invite, *, wait: bool) -> None:
         """Use the contacts of a checked invite; with `wait`, return when one of them has admitted us."""
