@@ -56,7 +56,7 @@ async def worker(options: dict[str, Any], mesh: Mesh) -> None:
     )
     digest = await model_digest((model,))
     lender.models[digest] = LentModel(name=model.stem, digest=digest, parts=(model,))
-    with mesh.offer(SERVICE, lender.serve, scope=Scope.WORKER):
+    with mesh.offer(SERVICE, lender.serve, scope=Scope.WORKER, lasting=True):
         say(peer=mesh.peer, address=mesh.addresses[0])
         await end_with_stdin()
 
@@ -87,7 +87,7 @@ async def host(options: dict[str, Any], mesh: Mesh) -> None:
                 next="" if last else workers[place + 1][0],
                 next_token=b"" if last else tokens[place + 1],
             )
-            opener = partial(mesh.open_service, PeerId(peer), SERVICE)
+            opener = partial(mesh.open_service, PeerId(peer), SERVICE, lasting=True)
             borrowed.append(Borrowed(opener, asked, weights, LearnedHashes(None), chain, place))
 
         def count() -> dict[str, Any]:

@@ -214,6 +214,8 @@ class Driver:
                     changed = True
                     self._herald.notice(peer)
                     self.pathing.peer_moved(peer)
+                    if state is PeerState.LEFT:
+                        self.resumption.peer_left(peer)
                     if before is not state:
                         _log_change(peer, state, reason)
         if isinstance(event, io.RecordHeard):

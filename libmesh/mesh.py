@@ -125,16 +125,29 @@ class Mesh:
         self._announce()
 
     @contextmanager
-    def offer(self, name: str, handler: ServiceHandler, *, scope: Scope = Scope.CLIENT) -> Iterator[None]:
+    def offer(
+        self, name: str, handler: ServiceHandler, *, scope: Scope = Scope.CLIENT, lasting: bool = False
+    ) -> Iterator[None]:
         """Offer the service `name` to members with `scope`, for as long as the context lasts.
 
-        Streams that are open then live on until their handlers return. Raises `ValueError` for a bad name or one
-        that is offered already.
+        Streams that are open then live on until their handlers return. With `lasting`, those whose opener wants it outlive
+        their connection: see `open_service`. Raises `ValueError` for a bad name or one that is offered already.
         """
 
         async def accept_first(stream: Stream, accept: tunnel.Accept) -> None:
-            await accept()
-            await handler(stream)
+            lifeline = self.resumption.far(stream.peer, accept.session) if lasting else None
+            if lifeline is None:
+                await accept()
+                await handler(stream)
+                return
+            lifeline.carried_by(stream)
+            kept = self.resumption.lasting(stream, lifeline)
+            try:
+                await accept(resumable=True)
+                await handler(kept)
+                await kept.aclose()
+            finally:
+                kept.reset()
 
         with self.offer_raw(name, accept_first, scope=scope):
             yield
@@ -186,13 +199,24 @@ class Mesh:
         async with self._driver.posts.subscribe(topic) as posts:
             yield posts
 
-    async def open_service(self, peer: PeerId, service: str, *, wait: bool = True) -> Stream:
+    async def open_service(
+        self, peer: PeerId, service: str, *, wait: bool = True, lasting: bool = False
+    ) -> Stream:
         """A stream to `service` of `peer`, connecting to the peer first if need be. The caller closes it.
 
         With `wait` it returns when the peer has accepted. Without, at once, so that the first bytes travel with the
         request; a refusal then comes from the first receive. Raises `ServiceRefused`, `PeerUnreachable`, or, if the peer
         does not take us for a member, `AdmissionRefused`.
+
+        With `lasting`, and if the peer offers the service so, the stream outlives its connection: it goes on over the next
+        one, not a byte lost or doubled, if that comes within `MeshConfig.resume`; calls wait meanwhile. It is over at once
+        if the peer leaves, or its process has ended. It keeps up to 4 MiB that the peer may ask for again. Both sides have
+        to keep receiving or sending for it to go on; within one machine, and beyond 128 at a time, streams are plain.
         """
+        if lasting:
+            stream, lifeline = await self.open_tunnel(peer, service, wait=wait)
+            lasts = lifeline is not None and (not wait or lifeline.journal.kept)
+            return self.resumption.lasting(stream, lifeline) if lifeline is not None and lasts else stream
         await self._driver.reach(peer)
         stream = await self._driver.network.open_stream(peer, tunnel.PROTOCOL)
         return await tunnel.request(stream, service, wait=wait)
@@ -202,12 +226,14 @@ class Mesh:
         """The tunnels that outlive their connections; for `tunnel.py`."""
         return self._driver.resumption
 
-    async def open_tunnel(self, peer: PeerId, service: str) -> tuple[Stream, NearTunnel | None]:
-        """As `open_service` without waiting, and with what the tunnel goes on by if its connection is lost."""
+    async def open_tunnel(
+        self, peer: PeerId, service: str, *, wait: bool = False
+    ) -> tuple[Stream, NearTunnel | None]:
+        """As `open_service`, and with what the tunnel goes on by if its connection is lost."""
         await self._driver.reach(peer)
         stream = await self._driver.network.open_stream(peer, tunnel.PROTOCOL)
         lifeline = self.resumption.near(peer)
-        return await tunnel.request(stream, service, wait=False, lifeline=lifeline), lifeline
+        return await tunnel.request(stream, service, wait=wait, lifeline=lifeline), lifeline
 
     def invite(self, *, scope: Scope, not_after_unix: float | None) -> str:
         """A token that lets its holder join with `scope` until `not_after_unix` (cut to this node's own end).

@@ -6,6 +6,7 @@ again; the other end waits for that, with its own socket open, for as long as bo
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -15,8 +16,9 @@ from dataclasses import dataclass, field
 import trio
 
 from libmesh import resume_wire, wire
-from libmesh.errors import MeshError, NetworkError, ServiceRefused
+from libmesh.errors import MeshError, NetworkError, PeerUnreachable, ServiceRefused
 from libmesh.framing import frame, receive_frame
+from libmesh.lasting import LastingStream
 from libmesh.net.base import Network, Stream
 from libmesh.net.journal import Journal, Lifeline
 from libmesh.peers import PeerId
@@ -35,7 +37,12 @@ their connection."""
 ANSWER_LIMIT = 5.0
 """Seconds that the other end may take to go on with a tunnel, or to name the one that it wants."""
 
+GONE_AFTER = 1.0
+"""Seconds for which a peer's machine says at all of its addresses that nobody listens, until we believe that the process has
+ended, and its tunnels with it. A router that restarts may say so for a moment."""
+
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 1.0
+_REFUSED = os.strerror(errno.ECONNREFUSED).lower()
 
 _LOST = (MeshError, trio.BrokenResourceError, trio.ClosedResourceError, WireError)
 
@@ -61,7 +68,7 @@ class Resumption:
 
     def __init__(self, network: Network, connect: Connect, limit: float) -> None:
         self.network, self.connect, self.limit = network, connect, limit
-        self.tunnels: dict[tuple[PeerId, bytes], _Tunnel] = {}
+        self.tunnels: dict[tuple[PeerId, bytes], Tunnel] = {}
         self._tellers: dict[PeerId, _Teller] = {}
         self._tasks: trio.Nursery | None = None
 
@@ -77,6 +84,16 @@ class Resumption:
         if session is None or not self._room() or (peer, session) in self.tunnels:
             return None
         return FarTunnel(self, peer, session)
+
+    def lasting(self, stream: Stream, lifeline: Tunnel) -> LastingStream:
+        """`stream`, so that it outlives its connection; while `run` does."""
+        assert self._tasks is not None
+        return LastingStream(stream, lifeline, self._tasks)
+
+    def peer_left(self, peer: PeerId) -> None:
+        """`peer` said goodbye: nobody there knows its tunnels any more."""
+        for tunnel in self._with(peer):
+            tunnel.forsake()
 
     def _room(self) -> bool:
         return self.limit > 0 and self._tasks is not None and len(self.tunnels) < MAX_TUNNELS
@@ -105,7 +122,7 @@ class Resumption:
         finally:
             del self._tellers[peer]
 
-    def _with(self, peer: PeerId) -> list[_Tunnel]:
+    def _with(self, peer: PeerId) -> list[Tunnel]:
         return [tunnel for (other, _), tunnel in self.tunnels.items() if other == peer]
 
     async def _tell_over(self, peer: PeerId, teller: _Teller, stream: Stream) -> None:
@@ -178,19 +195,44 @@ async def _cancel_at_end(stream: Stream, scope: trio.CancelScope) -> None:
     scope.cancel()
 
 
-class _Tunnel(Lifeline):
+class Tunnel(Lifeline):
     """One end of one tunnel."""
 
     def __init__(self, all_of_them: Resumption, peer: PeerId, session: bytes) -> None:
         super().__init__()
         self._all, self.peer, self.session = all_of_them, peer, session
+        self._forsaken = False
+        self._patience = trio.CancelScope()
 
-    def __enter__(self) -> None:
-        """From now on the tunnel can be found."""
+    def begin(self) -> None:
+        """See `Lifeline.begin`: it can be found."""
         self._all.tunnels[self.peer, self.session] = self
 
+    def end(self) -> None:
+        """See `Lifeline.end`."""
+        if self._all.tunnels.get((self.peer, self.session)) is self:
+            del self._all.tunnels[self.peer, self.session]
+
+    def __enter__(self) -> None:
+        self.begin()
+
     def __exit__(self, *_: object) -> None:
-        self._all.tunnels.pop((self.peer, self.session), None)
+        self.end()
+
+    def forsake(self) -> None:
+        """The peer has left: do not wait for it, now or later."""
+        self._forsaken = True
+        self._patience.cancel()
+
+    def _wait(self) -> trio.CancelScope:
+        """For as long as is waited for another stream."""
+        self._patience = trio.move_on_after(0.0 if self._forsaken else self._all.limit)
+        return self._patience
+
+    def _given_up(self, why: str) -> NetworkError:
+        if self._forsaken:
+            return NetworkError(f"the peer {self.peer} has left the mesh")
+        return NetworkError(f"{why} within {self._all.limit:g} s")
 
     def progress(self) -> Progress:
         """What this end has."""
@@ -211,7 +253,7 @@ class _Tunnel(Lifeline):
         return True
 
 
-class NearTunnel(_Tunnel):
+class NearTunnel(Tunnel):
     """The end that opened it."""
 
     opened = False
@@ -226,7 +268,8 @@ class NearTunnel(_Tunnel):
     async def again(self) -> Stream:
         """See `Lifeline.again`."""
         pause = _FIRST_PAUSE
-        with trio.move_on_after(self._all.limit):
+        refused_since: float | None = None
+        with self._wait():
             while True:
                 try:
                     with trio.fail_after(ANSWER_LIMIT):
@@ -236,9 +279,15 @@ class NearTunnel(_Tunnel):
                     raise
                 except (*_LOST, trio.TooSlowError) as exc:
                     log.debug("a tunnel to %s waits: %s", self.peer, exc or "too slow")
+                    if not _nobody_there(exc):
+                        refused_since = None
+                    elif refused_since is None:
+                        refused_since = trio.current_time()
+                    elif trio.current_time() - refused_since >= GONE_AFTER:
+                        raise NetworkError(f"the peer {self.peer} has ended: {exc}") from exc
                 await trio.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-        raise NetworkError(f"no way to the peer {self.peer} was found again within {self._all.limit:g} s")
+        raise self._given_up(f"no way to the peer {self.peer} was found again")
 
     async def _ask(self) -> Stream:
         stream = await self._all.network.open_stream(self.peer, RESUME_PROTOCOL)
@@ -257,7 +306,7 @@ class NearTunnel(_Tunnel):
         return stream
 
 
-class FarTunnel(_Tunnel):
+class FarTunnel(Tunnel):
     """The end that was opened to."""
 
     def __init__(self, all_of_them: Resumption, peer: PeerId, session: bytes) -> None:
@@ -297,12 +346,12 @@ class FarTunnel(_Tunnel):
 
     async def again(self) -> Stream:
         """See `Lifeline.again`."""
-        with trio.move_on_after(self._all.limit):
+        with self._wait():
             while True:
                 await self._offered.wait()
                 if (stream := await self._agree()) is not None:
                     return stream
-        raise NetworkError(f"the peer {self.peer} did not go on with a tunnel within {self._all.limit:g} s")
+        raise self._given_up(f"the peer {self.peer} did not go on with a tunnel")
 
     async def _agree(self) -> Stream | None:
         """Take the stream that was offered; `None` if it is lost again."""
@@ -317,9 +366,9 @@ class FarTunnel(_Tunnel):
             return None
         return self._stream
 
-    def __exit__(self, *error: object) -> None:
-        """Let go of the streams that were handed over."""
-        super().__exit__(*error)
+    def end(self) -> None:
+        """See `Lifeline.end`; lets go of the streams that were handed over."""
+        super().end()
         if self._over is not None:
             self._over.set()
         if self._next is not None:
@@ -333,3 +382,8 @@ def _acknowledge(journal: Journal, received: int, *, ended: bool) -> None:
             raise ValueError(f"the other end had {journal.has} bytes, and now has {received}")
     except ValueError as exc:
         raise NetworkError(str(exc)) from exc
+
+
+def _nobody_there(exc: Exception) -> bool:
+    """Whether the peer's machine answers at all addresses, and says that nobody listens."""
+    return isinstance(exc, PeerUnreachable) and {*exc.attempts.values()} == {_REFUSED}

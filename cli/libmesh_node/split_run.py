@@ -128,7 +128,7 @@ class SplitRun:
             chain = Chain(len(shares)) if len(shares) > 1 and not setting.shape.recurrent else None
             workers = [
                 Borrowed(
-                    partial(setting.mesh.open_service, PeerId(share.peer), SERVICE),
+                    partial(setting.mesh.open_service, PeerId(share.peer), SERVICE, lasting=True),
                     request,
                     weights,
                     hashes,

@@ -113,7 +113,7 @@ class Splits:
                 nursery.start_soon(host.run)
 
     async def _lend(self, lender: Lender) -> None:
-        with self._mesh.offer(SERVICE, lender.serve, scope=Scope.WORKER):
+        with self._mesh.offer(SERVICE, lender.serve, scope=Scope.WORKER, lasting=True):
             await trio.sleep_forever()
 
 

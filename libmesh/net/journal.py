@@ -113,6 +113,14 @@ class Lifeline(ABC):
         self.journal = Journal()
         self._told = 0
 
+    @abstractmethod
+    def begin(self) -> None:
+        """From now on the other end may go on over another connection."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """It is over. Harmless to repeat."""
+
     def took(self, count: int) -> None:
         """`count` more bytes were received."""
         journal = self.journal
