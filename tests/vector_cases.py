@@ -9,8 +9,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from libmesh import keys, wire
@@ -22,7 +23,7 @@ from libmesh.peers import Scope, Service
 from libmesh.resume_wire import Progress
 from tests.handmade import chain, field, link, public, said, varint
 from tests.members import HOUR, MESH, NOW, announcement, credential, invited, peer, record, seed
-from tests.vector_form import CODECS, value_to_json
+from tests.vector_form import CODECS, Codec, value_to_json
 
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -378,17 +379,20 @@ TABLE = {
 
 def vectors(message: str) -> str:
     """The content of the file of `message`."""
-    codec = CODECS[message]
+    return content_of(TABLE[message](), CODECS[message], partial(value_to_json, message))
+
+
+def content_of(cases: Iterable[Case], codec: Codec, in_json: Callable[[Any], Any]) -> str:
+    """The content of the file with these cases."""
     valid: list[dict[str, Any]] = []
     invalid: list[dict[str, Any]] = []
-    for case in TABLE[message]():
+    for case in cases:
         data = codec.encode(case.value) if case.raw is None else case.raw
         coded = {"text": data} if isinstance(data, str) else {"hex": data.hex()}
         if case.reason is not None:
             invalid.append({"name": case.name, "reason": case.reason, **coded})
         else:
-            value = value_to_json(message, case.value)
             as_written = {} if case.raw is None else {"canonical": False}
-            valid.append({"name": case.name, **as_written, **coded, "value": value})
+            valid.append({"name": case.name, **as_written, **coded, "value": in_json(case.value)})
     content = {"message": codec.about, "valid": valid, "invalid": invalid}
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"

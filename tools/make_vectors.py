@@ -1,4 +1,4 @@
-"""Makes `tests/vectors/*.json` anew from `tests/vector_cases.py`: the same bytes each time.
+"""Makes `tests/vectors/*.json` anew from `tests/vector_cases.py` and `tests/program_vectors.py`: the same bytes each time.
 
     python tools/make_vectors.py            write them
     python tools/make_vectors.py --check    only tell whether they are stale
@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.vector_cases import TABLE, vectors
+from tests import program_vectors, vector_cases
 from tests.vector_form import FOLDER
 
 
@@ -24,8 +24,9 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="only tell whether the files are stale")
     arguments = parser.parse_args()
     stale = []
-    for message in TABLE:
-        path, content = FOLDER / f"{message}.json", vectors(message)
+    made = {message: of.vectors(message) for of in (vector_cases, program_vectors) for message in of.TABLE}
+    for message, content in made.items():
+        path = FOLDER / f"{message}.json"
         if arguments.check and (not path.exists() or path.read_text() != content):
             stale.append(path.name)
         elif not arguments.check:
