@@ -18,7 +18,10 @@ SERVICE_PREFIX = "api/"
 MAX_MODELS = 64
 MAX_DISTANCES = 64
 MAX_WORKERS = 16
+MAX_WISHES = 64
+MAX_ON_DISK = 64
 _MAX_TEXT = 200
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +37,7 @@ class AnnouncedModel:
     workers: tuple[str, ...] = ()
     busy: int = 0
     speed: float = 0.0  # tokens per second
+    coming: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,29 @@ class Distance:
     peer: str
     rtt: float
     relayed: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What a node asks of the mesh; the fields are those of `Wish` in node.proto. `requests` are whole ones."""
+
+    digest: str
+    name: str = ""
+    requests: float = 0.0
+    waiting: int = 0
+    named: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OnDisk:
+    """A model that a node could serve; the fields are those of `OnDisk` in node.proto."""
+
+    digest: str
+    name: str
+    size_bytes: int = 0
+    needed_bytes: int = 0
+    context_length: int = 0
+    refused: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +87,9 @@ class NodeStatus:
     accelerated: bool = False
     rpc_protocol: str = ""
     distances: tuple[Distance, ...] = ()
+    wishes: tuple[Wish, ...] = ()
+    on_disk: tuple[OnDisk, ...] = ()
+    rests: bool = False
 
 
 def encode_status(status: NodeStatus) -> bytes:
@@ -78,6 +108,28 @@ def encode_status(status: NodeStatus) -> bytes:
             pb.Distance(peer=far.peer, rtt_us=min(round(far.rtt * 1e6), 0xFFFFFFFF), relayed=far.relayed)
             for far in status.distances[:MAX_DISTANCES]
         ],
+        rests=status.rests,
+        wishes=[
+            pb.Wish(
+                digest=wish.digest,
+                name=wish.name,
+                centi_requests=min(round(wish.requests * 100), 0xFFFFFFFF),
+                waiting=wish.waiting,
+                named=wish.named,
+            )
+            for wish in status.wishes[:MAX_WISHES]
+        ],
+        on_disk=[
+            pb.OnDisk(
+                name=held.name,
+                digest=held.digest,
+                size_bytes=held.size_bytes,
+                needed_bytes=held.needed_bytes,
+                context_length=held.context_length,
+                refused=held.refused,
+            )
+            for held in status.on_disk[:MAX_ON_DISK]
+        ],
         models=[
             pb.ModelStatus(
                 name=model.name,
@@ -88,6 +140,7 @@ def encode_status(status: NodeStatus) -> bytes:
                 busy=model.busy,
                 milli_speed=round(model.speed * 1000),
                 ready=model.ready,
+                coming=model.coming,
                 workers=model.workers[:MAX_WORKERS],
             )
             for model in status.models[:MAX_MODELS]
@@ -106,13 +159,14 @@ def decode_status(attributes: bytes) -> NodeStatus:
     models = {
         model.name: AnnouncedModel(
             name=model.name,
-            digest=model.digest if re.fullmatch(r"[0-9a-f]{64}", model.digest) else "",
+            digest=model.digest if _DIGEST.fullmatch(model.digest) else "",
             size_bytes=model.size_bytes,
             context_length=model.context_length,
             slots=max(1, min(model.slots, 4096)),
             busy=min(model.busy, 65536),
             speed=model.milli_speed / 1000,
             ready=model.ready,
+            coming=model.coming,
             workers=tuple(map(_clean, model.workers[:MAX_WORKERS])),
         )
         for model in message.models[:MAX_MODELS]
@@ -133,6 +187,34 @@ def decode_status(attributes: bytes) -> NodeStatus:
             Distance(_clean(far.peer), far.rtt_us / 1e6, far.relayed)
             for far in message.distances[:MAX_DISTANCES]
         ),
+        rests=message.rests,
+        wishes=tuple(map(_wish, filter(_identified, message.wishes[:MAX_WISHES]))),
+        on_disk=tuple(map(_on_disk, filter(_identified, message.on_disk[:MAX_ON_DISK]))),
+    )
+
+
+def _identified(message: pb.Wish | pb.OnDisk) -> bool:
+    return _DIGEST.fullmatch(message.digest) is not None
+
+
+def _wish(message: pb.Wish) -> Wish:
+    return Wish(
+        digest=message.digest,
+        name=_clean(message.name),
+        requests=message.centi_requests / 100,
+        waiting=min(message.waiting, 65536),
+        named=message.named,
+    )
+
+
+def _on_disk(message: pb.OnDisk) -> OnDisk:
+    return OnDisk(
+        digest=message.digest,
+        name=_clean(message.name),
+        size_bytes=message.size_bytes,
+        needed_bytes=message.needed_bytes,
+        context_length=message.context_length,
+        refused=message.refused,
     )
 
 

@@ -13,7 +13,6 @@ All four are tasks of one nursery, so that cancelling it ends them at the same t
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import time
@@ -44,6 +43,7 @@ from libmesh_node.inviting import Inviting
 from libmesh_node.membership import Membership, secret_key
 from libmesh_node.options import NodeOptions
 from libmesh_node.placement.seen import distances
+from libmesh_node.renewing import Renewal
 from libmesh_node.serving import LocalModels
 from libmesh_node.session import Session
 from libmesh_node.snapshot import NodeSnapshot, Server
@@ -74,6 +74,7 @@ class Node:
         self._listening = Listening(api_port=options.api_port, console_port=options.console_port)
         self._session: Session | None = None
         self._inviting: Inviting | None = None
+        self._renewal: Renewal | None = None
         self._invited = False
         self._unwritten = ""
         self._introduced: set[MeshId] = set()
@@ -122,11 +123,20 @@ class Node:
         self._session = Session(mesh, self._models, self._options, self._view_changed, self._status)
         self._inviting = Inviting(mesh, self._folder, self._options)
         self._invited = membership.token is not None
+        self._renewal = Renewal(
+            mesh, self._folder, self._options, invited=self._invited, renewed=self._renewed
+        )
+        nursery.start_soon(self._renewal.run)
         nursery.start_soon(self._session.run)
         self._models_changed()
 
     def _closed(self) -> None:
-        self._session, self._inviting, self._announced = None, None, None
+        self._session, self._inviting, self._announced, self._renewal = None, None, None, None
+
+    def _renewed(self) -> None:
+        if self._inviting is not None:
+            self._inviting.show_again()
+        self._refresh()
 
     def _entered(self, mesh: Mesh, membership: Membership) -> None:
         """Say in a few lines what a person needs to know now."""
@@ -199,13 +209,13 @@ class Node:
             version=libmesh.__version__,
             hostname=socket.gethostname(),
             client=self._options.client,
-            memory_bytes=self._models.memory_bytes,
+            memory_bytes=self._models.equipment.memory_bytes,
             models=self._models.announced,
             node_status=self._word(),
             spare_bytes=self._models.spare_bytes,
-            bandwidth=self._models.bandwidth,
-            accelerated=bool(self._models.own_devices),
-            rpc_protocol=self._models.rpc_protocol,
+            bandwidth=self._models.equipment.bandwidth,
+            accelerated=bool(self._models.equipment.own_devices),
+            rpc_protocol=self._models.equipment.rpc_protocol,
             distances=self._distances,
         )
 
@@ -231,7 +241,7 @@ class Node:
             invites=self._inviting.invites if self._inviting is not None else (),
             api_port=self._listening.api_port,
             console_port=self._listening.console_port,
-            my_vram_gb=self._models.memory_bytes / 1e9,
+            my_vram_gb=self._models.equipment.memory_bytes / 1e9,
             addresses=session.mesh.addresses if session is not None else (),
             reachability=picture.reachability(session.mesh.reaching if session else None),
             models=picture.models(own, session.remote_models() if session is not None else {}),
@@ -244,14 +254,14 @@ class Node:
         )
 
     def _notices(self, view: View | None) -> tuple[str, ...]:
-        if self._session is None or view is None:
+        if self._session is None or self._renewal is None or view is None:
             return ("This node is between two meshes.",) if self._introduced else ()  # else it is starting
-        end = self._session.mesh.expires_unix
-        if end is not None and time.time() > end:
-            return ("This node's membership has ended: join again with a new invite.",)
+        ending = self._renewal.notices
+        if ending and self._renewal.ended:
+            return ending
         if self._invited and not any(peer.path is not None for peer in view.peers):
-            return ("Nobody in the mesh answers; this node keeps trying.",)
-        return self._session.splits.notices
+            return ("Nobody in the mesh answers; this node keeps trying.", *ending)
+        return (*self._session.splits.notices, *ending)
 
     def _local_server(self, model: AnnouncedModel) -> Server | None:
         url = self._models.base_url(model.name)
@@ -264,30 +274,22 @@ class Node:
     async def join(self, token: str) -> str:
         """See `NodeCommands.join`: another mesh's invite makes this node leave its own for it, if it is let in.
 
-        One to the mesh that it is in takes the place of the old one if it allows more or holds longer.
+        One to the mesh that it is in takes the place of the old one if it allows more or holds longer; nothing is cut.
         """
         try:
             to = Membership.invited(token)
-            here = self._session.mesh if self._session is not None else None
-            if here is not None and to.mesh_id == here.mesh_id and not self._gains(here, token):
-                await here.join(token)
-            else:
+            here, renewal = self._session.mesh if self._session is not None else None, self._renewal
+            if here is None or renewal is None or to.mesh_id != here.mesh_id:
                 await self._stays.switch(to)
+            elif renewal.gains(token):
+                await renewal.by(token)
+            else:
+                await here.join(token)
         except (InviteError, AdmissionRefused) as exc:
             raise CommandFailed("denied", sentence(str(exc))) from exc
         except MeshError as exc:
             raise CommandFailed("unreachable", sentence(str(exc))) from exc
         return to.mesh_id
-
-    def _gains(self, here: Mesh, token: str) -> bool:
-        """Whether an invite to this mesh gives more than what this node was let in with. Its founder has all."""
-        if not self._invited:
-            return False
-        info, now = read_invite(token), time.time()
-        ours, theirs = (math.inf if end is None else end for end in (here.expires_unix, info.expires_unix))
-        return theirs > now and (
-            ours <= now or info.scope > here.scope or (info.scope == here.scope and theirs > ours)
-        )
 
     async def invite(self, scope: str, ttl: float) -> tuple[str, float]:
         """See `NodeCommands.invite`."""

@@ -20,6 +20,7 @@ import trio
 
 from libmesh import Mesh, PeerId, Scope
 from libmesh_node.announced import AnnouncedModel, NodeStatus
+from libmesh_node.entries import Entry
 from libmesh_node.llama.rpc.lender import Lender, LentModel
 from libmesh_node.llama.supervisor import LlamaServer, busy
 from libmesh_node.options import NodeOptions
@@ -30,7 +31,7 @@ from libmesh_node.placement.shape import ModelShape
 from libmesh_node.placement.splitting import Placement, Share, Shortage, SplitRules
 from libmesh_node.placement.steering import Abandon, Adopt, Broken, Looked, Steering
 from libmesh_node.planning import plan_json
-from libmesh_node.serving import Entry, LocalModels
+from libmesh_node.serving import LocalModels
 from libmesh_node.snapshot import Process
 from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting
 
@@ -62,13 +63,10 @@ class Splits:
         self, mesh: Mesh, models: LocalModels, options: NodeOptions, status: Callable[[], NodeStatus]
     ) -> None:
         self._options, self._status = options, status
-        self._hosts = [
-            _Host(mesh, models, entry, options, status)
-            for entry in models.entries.values()
-            if not entry.alone
-        ]
         self._mesh, self._models = mesh, models
-        self._lender = _lender(mesh, models, options)
+        self._hosts: dict[str, _Host] = {}
+        self._lender: Lender | None = None
+        self._tasks: trio.Nursery | None = None
 
     @property
     def processes(self) -> tuple[Process, ...]:
@@ -80,17 +78,19 @@ class Splits:
         """What keeps a model from being served, in words."""
         return tuple(
             f"{host.name} is not served: {host.missing}."
-            for host in self._hosts
+            for host in self._hosts.values()
             if host.missing and not host.served
         )
 
     def look(self) -> None:
         """Something changed. Never blocks."""
-        for host in self._hosts:
+        self._keep_up()
+        for host in self._hosts.values():
             host.look()
         if self._lender is not None:
+            self._lender.models.clear()
             for entry in self._models.entries.values():
-                if entry.digest:
+                if entry.digest and not entry.leaving:
                     name, parts = entry.model.name, entry.model.parts
                     self._lender.models[entry.digest] = LentModel(name=name, digest=entry.digest, parts=parts)
 
@@ -100,17 +100,36 @@ class Splits:
         if all(model.digest != shape.digest for model in mine.models):
             mine = replace(mine, models=(*mine.models, AnnouncedModel(name=name, digest=shape.digest)))
         machines = machines_with(
-            shape.digest, self._mesh.view, mine, protocol=self._models.rpc_protocol, refused={}
+            shape.digest, self._mesh.view, mine, protocol=self._models.equipment.rpc_protocol, refused={}
         )
         return plan_json(name, shape, machines, rules_of(self._options), me)
 
     async def run(self) -> None:
         """Lend and host until cancelled; then all sessions and servers end."""
         async with trio.open_nursery() as nursery:
-            if self._lender is not None and self._mesh.scope >= Scope.WORKER:
-                nursery.start_soon(self._lend, self._lender)
-            for host in self._hosts:
-                nursery.start_soon(host.run)
+            self._tasks = nursery
+            try:
+                self.look()
+                await trio.sleep_forever()
+            finally:
+                self._tasks = None
+
+    def _keep_up(self) -> None:
+        """Models come and go while the node runs: host each that takes other nodes, and lend for all."""
+        if self._tasks is None:
+            return
+        entries = self._models.entries
+        for name, host in list(self._hosts.items()):
+            if entries.get(name) is not host.entry:
+                self._hosts.pop(name).scope.cancel()
+        for name, entry in entries.items():
+            if not entry.alone and name not in self._hosts:
+                host = self._hosts[name] = _Host(self._mesh, self._models, entry, self._options, self._status)
+                self._tasks.start_soon(host.run)
+        if self._lender is None and self._mesh.scope >= Scope.WORKER:
+            self._lender = _lender(self._mesh, self._models, self._options)
+            if self._lender is not None:
+                self._tasks.start_soon(self._lend, self._lender)
 
     async def _lend(self, lender: Lender) -> None:
         with self._mesh.offer(SERVICE, lender.serve, scope=Scope.WORKER, lasting=True):
@@ -118,7 +137,7 @@ class Splits:
 
 
 def _lender(mesh: Mesh, models: LocalModels, options: NodeOptions) -> Lender | None:
-    binary = models.engine.rpc_server if models.engine is not None else None
+    binary = models.equipment.engine.rpc_server if models.equipment.engine is not None else None
     if binary is None or not models.entries:
         return None
 
@@ -131,7 +150,7 @@ def _lender(mesh: Mesh, models: LocalModels, options: NodeOptions) -> Lender | N
         memory=memory,
         environment=os.environ,
         device=options.device,
-        cpu=not models.own_devices,
+        cpu=not models.equipment.own_devices,
         on_change=models.on_change,
         open_stream=lambda peer: mesh.open_service(PeerId(peer), SERVICE),
     )
@@ -148,16 +167,11 @@ class _Host:
         options: NodeOptions,
         status: Callable[[], NodeStatus],
     ) -> None:
-        self.name = entry.model.name
+        self.name, self.entry = entry.name, entry
+        self.scope = trio.CancelScope()
         self.missing = ""
         self.served = False
-        self._mesh, self._models, self._entry, self._options, self._status = (
-            mesh,
-            models,
-            entry,
-            options,
-            status,
-        )
+        self._mesh, self._models, self._options, self._status = mesh, models, options, status
         self._rules = rules_of(options)
         self._steering = Steering()
         self._run: SplitRun | None = None
@@ -170,19 +184,21 @@ class _Host:
         self._news.set()
 
     async def run(self) -> None:
-        await self._entry.identified.wait()
-        if not self._entry.digest:
-            return
-        try:
-            async with trio.open_nursery() as nursery:
-                while True:
-                    self._news = trio.Event()
-                    self._step(nursery)
-                    with trio.move_on_at(self._wake_at()):
-                        await self._news.wait()
-        finally:
-            self._entry.servers.clear()
-            self._entry.workers, self._entry.split_bytes = (), 0
+        with self.scope:
+            await self.entry.identified.wait()
+            if not self.entry.digest:
+                return
+            try:
+                async with trio.open_nursery() as nursery:
+                    while True:
+                        self._news = trio.Event()
+                        if not self.entry.leaving:
+                            self._step(nursery)
+                        with trio.move_on_at(self._wake_at()):
+                            await self._news.wait()
+            finally:
+                self.entry.servers.clear()
+                self.entry.workers, self.entry.split_bytes = (), 0
 
     # ── deciding ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -197,15 +213,15 @@ class _Host:
         now = trio.current_time()
         self._refused = {peer: entry for peer, entry in self._refused.items() if entry[1] > now}
         machines = machines_with(
-            self._entry.digest,
+            self.entry.digest,
             self._mesh.view,
             self._status(),
-            protocol=self._models.rpc_protocol,
+            protocol=self._models.equipment.rpc_protocol,
             refused={peer: why for peer, (why, _) in self._refused.items()},
         )
-        shape = self._entry.shape
+        shape = self.entry.shape
         best = elect(shape, machines, self._rules)
-        elsewhere = host_elsewhere(self._entry.digest, self._mesh.view)
+        elsewhere = host_elsewhere(self.entry.digest, self._mesh.view)
         self.served = elsewhere is not None or (self._run is not None and self._run.ready)
         self._tell(best)
         self._yield_to(best, elsewhere[0] if elsewhere is not None else None)
@@ -249,16 +265,16 @@ class _Host:
         told = ", ".join(f"{short(share.peer)} ({share.layers} layers)" for share in placement.workers)
         what = f"split over this node ({placement.home.layers} layers) and {told}" if told else "alone"
         log.info("%s: %s; about %.1f tokens per second", self.name, what, placement.tokens_per_second)
-        assert self._models.engine is not None
+        assert self._models.equipment.engine is not None
         setting = SplitSetting(
             mesh=self._mesh,
-            binary=self._models.engine.require_llama_server(),
-            model=self._entry.model,
-            shape=self._entry.shape,
+            binary=self._models.equipment.engine.require_llama_server(),
+            model=self.entry.model,
+            shape=self.entry.shape,
             log=self._models.log_of(self.name),
-            own_devices=self._models.own_devices,
-            slots=self._entry.plan.slots,
-            draft=self._entry.plan.draft,
+            own_devices=self._models.equipment.own_devices,
+            slots=self.entry.plan.slots,
+            draft=self.entry.plan.draft,
         )
         memory = {machine.peer: machine.memory for machine in machines}
         self._coming = run = SplitRun(setting, placement, memory, partial(self._changed, nursery))
@@ -266,15 +282,15 @@ class _Host:
 
     async def _live(self, run: SplitRun) -> None:
         failure = await run.run()
-        if run.server in self._entry.servers:
-            self._entry.servers.remove(run.server)
+        if run.server in self.entry.servers:
+            self.entry.servers.remove(run.server)
         if failure is not None:
             self._failed(run, failure)
         if run is self._coming:
             self._coming = None
         if run is self._run:
             self._run = None
-            self._entry.workers, self._entry.split_bytes = (), 0
+            self.entry.workers, self.entry.split_bytes = (), 0
         self._models.on_change()
         self.look()
 
@@ -302,15 +318,15 @@ class _Host:
     def _changed(self, nursery: trio.Nursery) -> None:
         """A server's state changed: when the coming one answers, it takes over."""
         coming = self._coming
-        if coming is not None and coming.server is not None and coming.server not in self._entry.servers:
-            self._entry.servers.append(coming.server)
+        if coming is not None and coming.server is not None and coming.server not in self.entry.servers:
+            self.entry.servers.append(coming.server)
         if coming is not None and coming.ready and coming.server is not None:
             old, self._run, self._coming = self._run, coming, None
             coming.ready_since = trio.current_time()
-            self._entry.servers.remove(coming.server)
-            self._entry.servers.insert(0, coming.server)
-            self._entry.workers = tuple(share.peer for share in coming.placement.workers)
-            self._entry.split_bytes = coming.placement.home.granted
+            self.entry.servers.remove(coming.server)
+            self.entry.servers.insert(0, coming.server)
+            self.entry.workers = tuple(share.peer for share in coming.placement.workers)
+            self.entry.split_bytes = coming.placement.home.granted
             if old is not None:
                 nursery.start_soon(self._drain, old)
         self._models.on_change()

@@ -39,6 +39,9 @@ class NodeStatus(_message.Message):
     ACCELERATED_FIELD_NUMBER: _builtins.int
     RPC_PROTOCOL_FIELD_NUMBER: _builtins.int
     DISTANCES_FIELD_NUMBER: _builtins.int
+    WISHES_FIELD_NUMBER: _builtins.int
+    ON_DISK_FIELD_NUMBER: _builtins.int
+    RESTS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """of libmesh-node, such as "0.1.0" """
     hostname: _builtins.str
@@ -57,6 +60,8 @@ class NodeStatus(_message.Message):
     """that memory is a GPU's"""
     rpc_protocol: _builtins.str
     """major.minor.patch of the rpc-server that it lends, see rpc.proto; empty: it lends none"""
+    rests: _builtins.bool
+    """it has just taken one, and takes another only if nobody serves that and it has room"""
     @_builtins.property
     def models(self) -> _containers.RepeatedCompositeFieldContainer[Global___ModelStatus]:
         """at most 64"""
@@ -64,6 +69,14 @@ class NodeStatus(_message.Message):
     @_builtins.property
     def distances(self) -> _containers.RepeatedCompositeFieldContainer[Global___Distance]:
         """to peers that have one of its models; at most 64"""
+
+    @_builtins.property
+    def wishes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Wish]:
+        """what it asks of the mesh; at most 64 models"""
+
+    @_builtins.property
+    def on_disk(self) -> _containers.RepeatedCompositeFieldContainer[Global___OnDisk]:
+        """models that it would serve if they are wanted; at most 64; empty unless it takes any"""
 
     def __init__(
         self,
@@ -79,14 +92,96 @@ class NodeStatus(_message.Message):
         accelerated: _builtins.bool = ...,
         rpc_protocol: _builtins.str = ...,
         distances: _abc.Iterable[Global___Distance] | None = ...,
+        wishes: _abc.Iterable[Global___Wish] | None = ...,
+        on_disk: _abc.Iterable[Global___OnDisk] | None = ...,
+        rests: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerated", b"accelerated", "bandwidth", b"bandwidth", "client", b"client", "distances", b"distances", "hostname", b"hostname", "memory_bytes", b"memory_bytes", "models", b"models", "node_status", b"node_status", "rpc_protocol", b"rpc_protocol", "spare_bytes", b"spare_bytes", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accelerated", b"accelerated", "bandwidth", b"bandwidth", "client", b"client", "distances", b"distances", "hostname", b"hostname", "memory_bytes", b"memory_bytes", "models", b"models", "node_status", b"node_status", "on_disk", b"on_disk", "rests", b"rests", "rpc_protocol", b"rpc_protocol", "spare_bytes", b"spare_bytes", "version", b"version", "wishes", b"wishes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___NodeStatus: _TypeAlias = NodeStatus  # noqa: Y015
+
+@_typing.final
+class Wish(_message.Message):
+    """What the requests that came in at the announcing node, and its operator, ask for. What the mesh wants is the sum over the
+    announcements of the living; nothing is merged, and nothing counted for ever.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    CENTI_REQUESTS_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    NAMED_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """as in ModelStatus"""
+    name: _builtins.str
+    """what the node calls it"""
+    centi_requests: _builtins.int
+    """hundredths of a request: each counts 1 when it comes and falls to 1/e within 60 s; coarse"""
+    waiting: _builtins.int
+    """of those requests, how many no server has yet; coarse"""
+    named: _builtins.bool
+    """its operator named it: wanted as long as the node lives"""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        name: _builtins.str = ...,
+        centi_requests: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        named: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["centi_requests", b"centi_requests", "digest", b"digest", "name", b"name", "named", b"named", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Wish: _TypeAlias = Wish  # noqa: Y015
+
+@_typing.final
+class OnDisk(_message.Message):
+    """A model that the announcing node has and could serve alone, whether it does so now or not."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    NEEDED_BYTES_FIELD_NUMBER: _builtins.int
+    CONTEXT_LENGTH_FIELD_NUMBER: _builtins.int
+    REFUSED_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    digest: _builtins.str
+    size_bytes: _builtins.int
+    needed_bytes: _builtins.int
+    """memory that it takes"""
+    context_length: _builtins.int
+    """tokens that one request may use at least"""
+    refused: _builtins.bool
+    """it could not be loaded a moment ago"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        size_bytes: _builtins.int = ...,
+        needed_bytes: _builtins.int = ...,
+        context_length: _builtins.int = ...,
+        refused: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["context_length", b"context_length", "digest", b"digest", "name", b"name", "needed_bytes", b"needed_bytes", "refused", b"refused", "size_bytes", b"size_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OnDisk: _TypeAlias = OnDisk  # noqa: Y015
 
 @_typing.final
 class Distance(_message.Message):
@@ -133,6 +228,7 @@ class ModelStatus(_message.Message):
     WORKERS_FIELD_NUMBER: _builtins.int
     BUSY_FIELD_NUMBER: _builtins.int
     MILLI_SPEED_FIELD_NUMBER: _builtins.int
+    COMING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """what requests call it; the part after "api/" in the service's name"""
     digest: _builtins.str
@@ -148,6 +244,8 @@ class ModelStatus(_message.Message):
     """requests that it answers or makes wait, rounded up to a power of two"""
     milli_speed: _builtins.int
     """thousandths of a token per second that one request gets, coarse; 0 if unknown"""
+    coming: _builtins.bool
+    """it is being loaded, or will be as soon as a request waits for it"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """peer ids, in the order of a token's way, of those it is split over; at most 16"""
@@ -164,10 +262,11 @@ class ModelStatus(_message.Message):
         workers: _abc.Iterable[_builtins.str] | None = ...,
         busy: _builtins.int = ...,
         milli_speed: _builtins.int = ...,
+        coming: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "context_length", b"context_length", "digest", b"digest", "milli_speed", b"milli_speed", "name", b"name", "ready", b"ready", "size_bytes", b"size_bytes", "slots", b"slots", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "coming", b"coming", "context_length", b"context_length", "digest", b"digest", "milli_speed", b"milli_speed", "name", b"name", "ready", b"ready", "size_bytes", b"size_bytes", "slots", b"slots", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

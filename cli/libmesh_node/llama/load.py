@@ -8,6 +8,7 @@ from dataclasses import dataclass
 _GAUGE = re.compile(
     rb"^llamacpp:(requests_processing|requests_deferred|predicted_tokens_seconds) ([0-9.e+-]{1,24})$", re.M
 )
+_WORK = re.compile(rb"^llamacpp:(?:prompt_tokens|tokens_predicted)_total ([0-9.e+]{1,24})$", re.M)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,17 @@ def read_load(metrics: bytes, before: ServerLoad = IDLE) -> ServerLoad:
         busy=0 if busy <= 0 else 1 << (busy - 1).bit_length(),
         speed=_step(speed) if 0 < speed < 1e6 else before.speed,
     )
+
+
+def read_work(metrics: bytes) -> float | None:
+    """Tokens read and generated since the server's start, by its answer to `/metrics`; `None` if it does not say.
+
+    A request that came and went between two looks shows here only.
+    """
+    try:
+        return sum(map(float, _WORK.findall(metrics))) if _WORK.search(metrics) else None
+    except ValueError:
+        return None
 
 
 def _step(speed: float) -> float:

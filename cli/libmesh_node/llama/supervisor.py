@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 import signal
 import socket
@@ -28,7 +29,7 @@ from pathlib import Path
 import trio
 
 from libmesh_node.llama.engine import Binary
-from libmesh_node.llama.load import IDLE, read_load
+from libmesh_node.llama.load import IDLE, read_load, read_work
 from libmesh_node.llama.logfile import BoundedLog
 from libmesh_node.llama.process import GuardedProcess, Lines, ProgramNotStarted, open_guarded
 from libmesh_node.llama.restart import Effect, Ended, GiveUp, Launch, Ready, RestartPolicy, Wake
@@ -66,6 +67,7 @@ class LlamaServer:
     Attributes:
         process: its state now. A new value at each change.
         load: how busy it is, as it said a moment ago.
+        used_at: when it was last seen at work, by trio's clock; its start, if it never was.
     """
 
     def __init__(
@@ -95,6 +97,8 @@ class LlamaServer:
         self._binary = binary
         self._log_path = log
         self.load = IDLE
+        self.used_at = -math.inf
+        self._done: float | None = None
         self._environment = child_environment(environment)
         self._on_change = on_change
         self._policy = policy or RestartPolicy()
@@ -106,7 +110,7 @@ class LlamaServer:
         return f"http://127.0.0.1:{self.process.port}" if self.process.status == "ready" else None
 
     async def wait_settled(self) -> Process:
-        """Wait until the server is ready or has failed for good, the first time. Returns its state then."""
+        """Wait until the server is ready, has failed for good or is being ended, the first time. Returns its state then."""
         await self._settled.wait()
         return self.process
 
@@ -182,7 +186,10 @@ class LlamaServer:
     async def _watch(self, port: int) -> None:
         await self._watch_health(port)
         while True:
-            load = read_load(await _get(port, "/metrics"), self.load)
+            metrics = await _get(port, "/metrics")
+            load, done = read_load(metrics, self.load), read_work(metrics)
+            if load.busy or done != self._done:
+                self.used_at, self._done = trio.current_time(), done
             if load != self.load:
                 self.load = load
                 self._tell()
@@ -194,6 +201,7 @@ class LlamaServer:
             status = await _get_status(port, "/health")
             if status == 200 and await _serves(port, self.plan.alias):
                 self._policy.handle(Ready(), trio.current_time())
+                self.used_at, self._done = trio.current_time(), 0.0
                 self._change("ready", failure="")
                 return
             if status == 503 and self.process.status == "starting":
@@ -208,7 +216,7 @@ class LlamaServer:
         self.process = changed
         self.load = replace(self.load, busy=0)
         self._tell()
-        if status in ("ready", "failed"):
+        if status in ("ready", "failed", "stopping"):
             self._settled.set()
 
     def _tell(self) -> None:
