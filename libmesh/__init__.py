@@ -56,7 +56,7 @@ from libmesh.peers import (
 )
 from libmesh.posts import Post
 from libmesh.relays import RelayUse
-from libmesh.tunnel import expose, serve_tunnel
+from libmesh.tunnel import Door, expose, serve_tunnel
 
 __version__ = "0.1.0"
 
@@ -65,6 +65,7 @@ __all__ = [
     "AdmissionConfig",
     "AdmissionRefused",
     "Attempt",
+    "Door",
     "FrameRewriter",
     "Interceptor",
     "InviteDenied",

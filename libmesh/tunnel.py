@@ -12,7 +12,7 @@ import logging
 import socket
 import struct
 from collections.abc import Awaitable, Callable
-from contextlib import nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -58,6 +58,12 @@ class Acceptance:
 Accept = Acceptance
 RawHandler = Callable[[Stream, Accept], Awaitable[None]]
 """Serves a stream: calls the given function to accept, or raises `ServiceRefused` before that."""
+
+Door = Callable[[PeerId], AbstractAsyncContextManager[tuple[str, int] | None]]
+"""Entered for each stream to an exposed service, with the peer that opened it, and left when the stream is over.
+
+It may wait, so that peers take turns, and yields the host and port to connect to, or `None` for those that are exposed.
+Raises `ServiceRefused` to turn the stream away."""
 
 _REFUSALS = {
     "unknown_service": "it offers no service {service!r}",
@@ -184,15 +190,23 @@ async def expose(
     port: int,
     *,
     scope: Scope = Scope.CLIENT,
+    door: Door | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Offer what listens at `host:port`, seen from this machine, to members as `service`, until cancelled.
 
-    Each stream becomes one TCP connection. If none can be made within 10 s the opener is refused with `unavailable`.
-    Raises `ValueError` for a bad or repeated name.
+    Each stream becomes one TCP connection, once `door` lets it through. If none can be made within 10 s the opener is
+    refused with `unavailable`. Raises `ValueError` for a bad or repeated name.
     """
 
     async def serve(stream: Stream, accept: Accept) -> None:
+        if door is None:
+            await carry(stream, accept, host, port)
+            return
+        async with door(stream.peer) as elsewhere:
+            await carry(stream, accept, *(elsewhere or (host, port)))
+
+    async def carry(stream: Stream, accept: Accept, host: str, port: int) -> None:
         try:
             with trio.fail_after(OPEN_LIMIT):
                 sock = await connect(host, port)

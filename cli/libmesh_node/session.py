@@ -27,6 +27,7 @@ from libmesh import (
 )
 from libmesh_node.announced import SERVICE_PREFIX, AnnouncedModel, NodeStatus, decode_status, encode_status
 from libmesh_node.bridge import CommandFailed
+from libmesh_node.door import Door
 from libmesh_node.options import NodeOptions
 from libmesh_node.picture import server
 from libmesh_node.serving import LocalModels
@@ -113,20 +114,23 @@ class Session:
         if self._tasks is None:
             return
         urls = {model.name: self._models.base_url(model.name) for model in self._models.announced}
+        slots = {model.name: model.slots for model in self._models.announced}
         wanted = {(name, urlsplit(url).port or 0) for name, url in urls.items() if url is not None}
         for offer in set(self._offers) - wanted:
             self._offers.pop(offer).cancel()
         for name, port in wanted - set(self._offers):
             scope = self._offers[name, port] = trio.CancelScope()
-            self._tasks.start_soon(self._offer, name, port, scope)
+            self._tasks.start_soon(self._offer, name, port, Door(name, slots[name]), scope)
 
-    async def _offer(self, name: str, port: int, scope: trio.CancelScope) -> None:
+    async def _offer(self, name: str, port: int, door: Door, scope: trio.CancelScope) -> None:
         with scope:
             async with self._offering.setdefault(name, trio.Lock()):  # until its predecessor is withdrawn
                 try:
-                    await expose(self.mesh, SERVICE_PREFIX + name, "127.0.0.1", port)
-                except ValueError as exc:
-                    log.warning("%s is served on this machine only: %s", name, exc)
+                    async with trio.open_nursery() as nursery:
+                        await nursery.start(door.run)
+                        await expose(self.mesh, SERVICE_PREFIX + name, "127.0.0.1", port, door=door)
+                except* (ValueError, OSError) as group:
+                    log.warning("%s is served on this machine only: %s", name, group.exceptions[0])
 
     # ── what others offer ────────────────────────────────────────────────────────────────────────────────────────
 

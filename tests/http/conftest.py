@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import trio
 from libmesh_node.bridge import Bridge, CommandFailed
-from libmesh_node.http import proxy
+from libmesh_node.http import continuing, proxy
 from libmesh_node.http.server import Listening, serve_http
 from libmesh_node.llama.engine import find_engine
 from libmesh_node.models.demo import SMALL, TINY, ModelShape, write_model
@@ -86,6 +86,7 @@ def wait_until(condition: Callable[[], bool], limit: float = 60.0, every: float 
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refuse after a moment what would wait for a server that is being started: none is, unless a test says so."""
     monkeypatch.setattr(proxy, "PATIENCE", 0.3)
+    monkeypatch.setattr(continuing, "PATIENCE", 1.0)
 
 
 @contextmanager

@@ -144,13 +144,23 @@ def test_full_servers_are_passed_over_while_one_has_room_and_resting_ones_are_no
     known = balance()
     for _ in range(A.slots + 2):
         known.begins(A)
-    crowd = [A, B, server("d", busy=99), server("e", busy=99)]
+    crowd = [A, B, server("d"), server("e")]
+    for full in crowd[2:]:
+        for _ in range(full.slots + 2):
+            known.begins(full)
     assert {known.choose(crowd, (), NOTHING, 0, backlog=2) for _ in range(50)} == {B}
     assert known.has_room([A, B], 2, 0)
     for _ in range(FAILURES):
         known.failed(B, 0)
     assert not known.has_room([A, B], 2, 0)
     assert known.has_room([B], 2, 0)
+
+
+def test_what_others_ask_of_a_server_makes_it_slower_and_not_full() -> None:
+    """Its node shares it among those who ask: whoever held back would get nothing."""
+    busy = server("b", busy=99)
+    assert balance().has_room([busy], 2, 0)
+    assert balance().choose([A, busy], (), NOTHING, 0, backlog=2) is A
 
 
 def test_looking_at_servers_remembers_nothing_of_them() -> None:

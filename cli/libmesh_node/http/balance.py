@@ -120,8 +120,12 @@ class Balance:
         return max(self.in_flight.get(server.base_url, 0), server.busy)
 
     def is_full(self, server: Server, backlog: int) -> bool:
-        """Whether `server` has all its slots busy and `backlog` requests waiting besides."""
-        return self.load(server) >= server.slots + backlog
+        """Whether this node has all slots of `server` busy and `backlog` requests waiting besides.
+
+        What other nodes have there does not count: the server's node lets all have their share (`door.py`), and whoever
+        held back because of the others would get nothing while they ask for more.
+        """
+        return self.in_flight.get(server.base_url, 0) >= server.slots + backlog
 
     def has_room(self, servers: Iterable[Server], backlog: int, now: float) -> bool:
         """Whether one of `servers` is not full; those that are left alone count only if there are no others."""

@@ -101,7 +101,7 @@ class Proxy:
             with self._occupied(server, exchange.model) as seat:
                 try:
                     upstream, start = await self._open(
-                        exchange, server, fresh=server.base_url in search.hung_up
+                        exchange, server, fresh=not server.local or server.base_url in search.hung_up
                     )
                 except FAILURES as exc:
                     self._note_failure(search, server, exc)
@@ -158,6 +158,8 @@ class Proxy:
         """Whether an answer is a refusal that another server may not repeat."""
         if upstream.status == 503:
             return True
+        if upstream.status == 429:  # this node has more than its share there
+            return any(other.base_url not in search.tried for other in search.model.servers)
         server = search.exchange.server
         assert server is not None
         if upstream.status == 400 and b"exceed_context_size_error" in start:
@@ -171,7 +173,8 @@ class Proxy:
         log.warning("%s at %s did not answer: %s", search.model.name, server.peer, in_words(failure))
         # A kept connection may have been closed under us. That says nothing of the server: ask the same once more.
         was_asked_again = server.base_url in search.hung_up
-        if hung_up(failure) and not was_asked_again and not self.upstream.wants_own(search.exchange.body):
+        has_own = not server.local or self.upstream.wants_own(search.exchange.body)
+        if hung_up(failure) and not was_asked_again and not has_own:
             search.hung_up.add(server.base_url)
             search.again = server
             return

@@ -1,0 +1,128 @@
+"""The way in to a llama-server of this node for the rest of the mesh: nodes take turns at it.
+
+Each stream is one request: nodes ask servers of others on a connection of its own each time (`http/upstream.py`). Whoever
+keeps connections open holds places of its own share with them, and of nobody else's. This node's own requests do not come
+by here; there are never more of them at the server than its slots and a few.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from functools import partial
+
+import h11
+import trio
+
+from libmesh import PeerId, ServiceRefused
+from libmesh_node.http.errors import ApiError, encode_error
+from libmesh_node.turns import LineFull, Turns
+
+log = logging.getLogger(__name__)
+
+SPARE = 2
+"""Requests that the server is given beyond its slots, so that none of them is ever idle. Further ones wait here."""
+
+PER_SLOT = 8
+"""Requests of one node that may wait for each slot. Further ones are answered with 429."""
+
+REFUSAL_LIMIT = 10.0
+"""Seconds that a refused request may take to end; then it is cut off."""
+
+
+MAX_REFUSALS = 64
+"""Requests that are refused with words at a time; the streams of further ones are refused without."""
+
+
+class Door:
+    """Lets streams to a server with `slots` slots through (`libmesh.Door`); those of a node with too many get 429.
+
+    `run` must run meanwhile. Cancelling a stream that waits, or the end of one, hands its place on.
+    """
+
+    def __init__(self, name: str, slots: int) -> None:
+        self._name = name
+        self.turns: Turns[trio.Event] = Turns(slots + SPARE, PER_SLOT * slots)
+        self._refusals: tuple[str, int] | None = None
+        self._wait = 1  # seconds that the refused are told
+        self._refusing = 0
+
+    async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
+        """Answer those who are refused, until cancelled. Raises `OSError` if there is no port for that."""
+        serve = partial(trio.serve_tcp, self._refuse, 0, host="127.0.0.1")
+        async with trio.open_nursery() as nursery:
+            listeners: list[trio.SocketListener] = await nursery.start(serve)
+            self._refusals = listeners[0].socket.getsockname()[:2]
+            task_status.started()
+
+    @asynccontextmanager
+    async def __call__(self, peer: PeerId) -> AsyncIterator[tuple[str, int] | None]:
+        """Wait for a turn of `peer`, and hold it until the end of the block."""
+        ticket = trio.Event()
+        try:
+            admitted = self.turns.ask(peer, ticket)
+        except LineFull as full:
+            log.debug("the peer %s asks %s for too much: %s", peer, self._name, full)
+            with self._refused(full.wait) as where:
+                yield where
+            return
+        _wake(admitted)
+        try:
+            await ticket.wait()
+        except BaseException:
+            _wake(self.turns.done(peer) if ticket.is_set() else self.turns.leave(peer, ticket))
+            raise
+        began = trio.current_time()
+        try:
+            yield None
+        finally:
+            _wake(self.turns.done(peer, trio.current_time() - began))
+
+    @contextmanager
+    def _refused(self, wait: int) -> Iterator[tuple[str, int]]:
+        if self._refusals is None or self._refusing >= MAX_REFUSALS:
+            raise ServiceRefused(f"too many requests for {self._name}", reason="busy")
+        self._wait = wait
+        self._refusing += 1
+        try:
+            yield self._refusals
+        finally:
+            self._refusing -= 1
+
+    async def _refuse(self, stream: trio.SocketStream) -> None:
+        """Answer one request with 429, and take the rest of it, so that its sender reads the answer before the end."""
+        connection = h11.Connection(h11.SERVER)
+        with trio.move_on_after(REFUSAL_LIMIT), suppress(h11.RemoteProtocolError, trio.BrokenResourceError):
+            while not isinstance(event := connection.next_event(), h11.Request):
+                if event is not h11.NEED_DATA:
+                    return
+                connection.receive_data(await stream.receive_some())
+            await stream.send_all(self._refusal(connection, event.target.decode("latin-1")))
+            await stream.send_eof()
+            while await stream.receive_some():
+                pass
+
+    def _refusal(self, connection: h11.Connection, path: str) -> bytes:
+        message = (
+            f"The server of `{self._name}` has as many requests of your node waiting as it takes; "
+            f"by the present rate there is room in about {self._wait} s."
+        )
+        body = encode_error(ApiError(429, "overloaded", message), path)
+        headers = [
+            ("Content-Type", "application/json"),
+            ("Content-Length", str(len(body))),
+            ("Retry-After", str(self._wait)),
+            ("Connection", "close"),
+        ]
+        pieces = (
+            connection.send(h11.Response(status_code=429, reason=b"Too Many Requests", headers=headers)),
+            connection.send(h11.Data(body)),
+            connection.send(h11.EndOfMessage()),
+        )
+        return b"".join(piece or b"" for piece in pieces)
+
+
+def _wake(tickets: list[trio.Event]) -> None:
+    for ticket in tickets:
+        ticket.set()
