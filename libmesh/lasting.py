@@ -70,13 +70,8 @@ class LastingStream(Stream):
 
     @property
     def connection_lost(self) -> bool:
-        """Whether it is over because its connection is, and no other one was found."""
-        return self._failure is not None
-
-    @property
-    def waiting(self) -> bool:
-        """Whether the connection is lost, and another one is sought."""
-        return self._phase is _Phase.SEEKING
+        """Whether there is no connection beneath: while another one is sought, and for good if none was found."""
+        return self._phase is _Phase.SEEKING or self._failure is not None
 
     # ── receiving ────────────────────────────────────────────────────────────────────────────────────────────────
 

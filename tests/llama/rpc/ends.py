@@ -89,6 +89,16 @@ def request(engine: Engine, memory: int = 1 << 32, digest: str = DIGEST) -> Sess
     return SessionRequest(digest=digest, memory_bytes=memory, protocol=(major, minor, patch), model="model")
 
 
+def chained(engine: Engine, names: Sequence[str], *, previous: str | None = None) -> list[SessionRequest]:
+    """What each of several workers is asked, so that they pass results on; `previous` if streams do not tell who is there."""
+    tokens = [os.urandom(16) for _ in names]
+    asked = [request(engine) for _ in names]
+    for at in range(1, len(names)):
+        asked[at] = replace(asked[at], token=tokens[at], previous=previous or names[at - 1])
+        asked[at - 1] = replace(asked[at - 1], next=names[at], next_token=tokens[at])
+    return asked
+
+
 @asynccontextmanager
 async def workers(
     engine: Engine,
@@ -116,11 +126,9 @@ async def workers(
             ports.append(
                 await stack.enter_async_context(between(await stack.enter_async_context(lent(lending))))
             )
-        tokens = [os.urandom(16) if chain is not None else b"" for _ in range(count)]
-        for place in range(count):
-            asked = replace(request(engine), token=tokens[place], previous="peer")
-            if chain is not None and place + 1 < count:
-                asked = replace(asked, next=str(place + 1), next_token=tokens[place + 1])
+        names = [str(place) for place in range(count)]
+        requests = chained(engine, names, previous="peer") if chain is not None else [request(engine)] * count
+        for place, asked in enumerate(requests):
             worker = Borrowed(partial(open_stream, str(place)), asked, weights, hashes, chain, place)
             await worker.open()
             borrowed.append(worker)

@@ -16,7 +16,7 @@ from functools import partial
 
 import trio
 
-from libmesh import Stream
+from libmesh import MeshError, Stream
 from libmesh_node.llama.rpc.ahead import Chain, Foreseen
 from libmesh_node.llama.rpc.facts import WorkerFacts
 from libmesh_node.llama.rpc.frames import Frame, FrameParser, Link, ProtocolError, Reply, frame
@@ -44,7 +44,7 @@ READ_BYTES = 256 * 1024
 _FILE_STEP = 1 << 20
 
 OpenStream = Callable[[], Awaitable[Stream]]
-"""Opens a stream to the worker's service. Raises `MeshError`."""
+"""Opens a stream to the worker's service, best a lasting one: llama-server waits as long as it takes. Raises `MeshError`."""
 
 
 class SessionRefused(Exception):
@@ -234,9 +234,10 @@ class _Conversation:
             await task()
         except (ProtocolError, OSError) as exc:
             self._why = self._why or str(exc)
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             if task != self._from_client:  # llama-server may vanish as it likes
-                self._why = self._why or "the connection to the worker broke"
+                lost = isinstance(exc, MeshError) and self._stream.connection_lost
+                self._why = self._why or (str(exc) if lost else "the connection to the worker broke")
         scope.cancel()
 
     async def _from_client(self) -> None:

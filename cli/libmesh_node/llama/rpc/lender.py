@@ -99,17 +99,17 @@ class Lender:
         self._binary, self._memory, self._device, self._cpu = binary, memory, device, cpu
         self._environment = child_environment(environment)
         self._on_change = on_change
-        self._sessions: dict[object, tuple[int, Process]] = {}
+        self._sessions: dict[object, _Lent] = {}
 
     @property
     def lent_bytes(self) -> int:
         """What running sessions were granted, all together."""
-        return sum(granted for granted, _ in self._sessions.values())
+        return sum(lent.granted for lent in self._sessions.values())
 
     @property
     def processes(self) -> tuple[Process, ...]:
         """The rpc-servers that run."""
-        return tuple(process for _, process in self._sessions.values() if process.pid is not None)
+        return tuple(lent.process for lent in self._sessions.values() if lent.process.pid is not None)
 
     async def serve(self, stream: Stream) -> None:
         """One session, from its first frame to its end. Never raises for what the host does."""
@@ -123,15 +123,18 @@ class Lender:
             stream.reset()
             return
         refusal = self._refusal(request)
+        if refusal is not None and refusal.later and await self._end_severed(request.digest):
+            refusal = self._refusal(request)
         if refusal is not None:
             log.info("refused a session to the peer %s: %s", stream.peer, refusal.reason)
             await _say(stream, frame(Reply.OPENED, encode_answer(refusal)))
             return
         token, model = object(), self.models[request.digest]
         process = Process(name="rpc-server", pid=None, port=0, model=model.name, status="starting")
-        self._sessions[token] = request.memory_bytes, process
+        lent = self._sessions[token] = _Lent(stream, request, process)
         try:
-            await self._run(stream, request, rest, model, token)
+            with lent.scope:
+                await self._run(stream, request, rest, model, lent)
         except (NodeError, OSError) as exc:
             log.warning("no session for the peer %s: %s", stream.peer, exc)
             await _say(
@@ -139,7 +142,22 @@ class Lender:
             )
         finally:
             del self._sessions[token]
+            lent.over.set()
             self._on_change()
+
+    async def _end_severed(self, digest: str) -> bool:
+        """End sessions of a model whose hosts cannot be reached: another host has been elected. Whether there were any."""
+        severed = [
+            lent for lent in self._sessions.values() if lent.digest == digest and lent.stream.connection_lost
+        ]
+        for lent in severed:
+            log.info(
+                "the peer %s is not waited for any longer: another host works on its model", lent.stream.peer
+            )
+            lent.scope.cancel()
+        for lent in severed:
+            await lent.over.wait()
+        return bool(severed)
 
     def _refusal(self, request: SessionRequest) -> Refusal | None:
         protocol = _numbers(self._binary.rpc_protocol)
@@ -161,16 +179,15 @@ class Lender:
         return None
 
     async def _run(
-        self, stream: Stream, request: SessionRequest, rest: bytes, model: LentModel, token: object
+        self, stream: Stream, request: SessionRequest, rest: bytes, model: LentModel, lent: _Lent
     ) -> None:
         with open_weights(model.parts) as weights:
             server = fresh_rpc_server(self._binary, self._environment, self._device)
             async with server as (child, sock, port):
                 with trio.fail_after(START_LIMIT):
                     facts = await ask_facts(sock, request.memory_bytes, cpu=self._cpu)
-                granted, process = self._sessions[token]
-                running = replace(process, pid=child.pid, port=port, status="ready")
-                self._sessions[token] = granted, running
+                granted = lent.granted
+                lent.process = replace(lent.process, pid=child.pid, port=port, status="ready")
                 self._on_change()
                 log.info(
                     "working for the peer %s on %s, with %.2f GB", stream.peer, model.name, granted / 1e9
@@ -200,6 +217,19 @@ class Lender:
         if session is None or stream.peer != previous:
             raise ProtocolError("it knows no session here")
         await receive_results(stream, data, session.fill)
+
+
+class _Lent:
+    """What one session has, as seen from outside.
+
+    Attributes:
+        scope: cancel it to end the session; then `over` is set.
+    """
+
+    def __init__(self, stream: Stream, request: SessionRequest, process: Process) -> None:
+        self.stream, self.process = stream, process
+        self.granted, self.digest = request.memory_bytes, request.digest
+        self.scope, self.over = trio.CancelScope(), trio.Event()
 
 
 class _Session:
