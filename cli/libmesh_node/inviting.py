@@ -56,6 +56,11 @@ class Inviting:
             self._show_anew()
             self._shown_for = reason
 
+    def show_again(self) -> None:
+        """As `show`, whatever was shown: what this node may do is another thing now."""
+        self._shown_for = None
+        self.show()
+
     def _show_anew(self) -> None:
         token = self._last_shown()
         try:
@@ -121,8 +126,7 @@ class Inviting:
         except MeshError as exc:
             raise CommandFailed("denied", f"{name}: {exc}.") from exc
         self.keep()
-        self._shown_for = None
-        self.show()
+        self.show_again()
         return done
 
     def _peer_named(self, name: str) -> tuple[PeerId, str]:

@@ -29,6 +29,7 @@ class NodeOptions:
     Attributes:
         models: what `--model` said, in order: paths or names. Empty on a client.
         join: invite tokens, in order; files that held them have been read.
+        join_files: the files that some of these were read from.
         join_lan: join only a mesh that has nodes on this LAN: of those invited to, or the one joined before.
         client: only use the mesh; serve nothing.
         api_port: 0 picks a free one, as do all ports here.
@@ -55,6 +56,7 @@ class NodeOptions:
 
     models: tuple[str, ...] = ()
     join: tuple[str, ...] = ()
+    join_files: tuple[Path, ...] = ()
     join_lan: bool = False
     client: bool = False
     api_port: int = DEFAULT_API_PORT
@@ -99,6 +101,7 @@ def node_options(args: argparse.Namespace) -> NodeOptions:
     return NodeOptions(
         models=tuple(dict.fromkeys(args.model)),
         join=tuple(dict.fromkeys(token for token in args.join if token != LAN)),
+        join_files=tuple(dict.fromkeys(token.file for token in args.join if isinstance(token, FileToken))),
         join_lan=LAN in args.join,
         client=args.client,
         api_port=args.port,
@@ -257,6 +260,13 @@ def relay(text: str) -> str:
     return text
 
 
+class FileToken(str):
+    """An invite token with the file that it was read from, which may hold a newer one later."""
+
+    __slots__ = ("file",)
+    file: Path
+
+
 def invite(text: str) -> str:
     """An invite token, from the text itself or from the file that `@FILE` or a path names.
 
@@ -277,7 +287,9 @@ def invite(text: str) -> str:
     lines = content.decode("utf-8", "replace").split()
     if len(content) > _INVITE_FILE_LIMIT or len(lines) != 1:
         raise argparse.ArgumentTypeError(f"{file} is no invite file: it must hold one token and nothing else")
-    return lines[0]
+    token = FileToken(lines[0])
+    token.file = file
+    return token
 
 
 def _looks_like_a_path(text: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import socket
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
@@ -36,6 +37,7 @@ from libmesh_node.errors import NodeError
 from libmesh_node.kept import load_kept
 from libmesh_node.membership import Membership, load_membership, save_membership, secret_key
 from libmesh_node.options import NodeOptions
+from libmesh_node.renewing import newest
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +77,17 @@ class Stays:
     def first(self) -> list[Membership]:
         """The meshes to try, in order. Raises `NodeError` or `InviteError` if there is none to try."""
         if self._options.join:
-            return _usable(self._options.join)
+            remembered = self._remembered()
+            return [newest(given, remembered, time.time()) for given in _usable(self._options.join)]
         remembered = load_membership(self._folder)
         if remembered is not None:
             return [remembered]
         return [self._own()]
+
+    def _remembered(self) -> Membership | None:
+        with suppress(NodeError):  # damaged: told when nothing else is given
+            return load_membership(self._folder)
+        return None
 
     def _own(self) -> Membership:
         return Membership(secret_key(self._folder, "mesh").mesh_id)
@@ -95,7 +103,7 @@ class Stays:
             raise NodeError(f"{_sentence(exc)}; choose another with {flag} PORT.") from exc
         while True:
             if (switch := self._switch) is None:
-                await self._stay(current, must_enter=False)
+                current = await self._come_back(current)
                 continue
             try:
                 await self._stay(switch.to, must_enter=True, entered=partial(self._arrive, switch))
@@ -104,6 +112,20 @@ class Stays:
                 log.info("did not get into the mesh %s: %s", switch.to.mesh_id, exc)
                 self._switch = None
                 switch.fail(exc)
+
+    async def _come_back(self, current: Membership) -> Membership:
+        """Stay on in a mesh that this node was in before, by the invite that it was renewed with since, if any."""
+        remembered = self._remembered()
+        if current.token is not None and remembered is not None and remembered.mesh_id == current.mesh_id:
+            current = remembered
+        try:
+            await self._stay(current, must_enter=False)
+        except InviteError as exc:
+            log.warning(
+                "there is no way back into the mesh %s: %s; this node is in its own", current.mesh_id, exc
+            )
+            current = self._own()
+        return current
 
     def _arrive(self, switch: _Switch) -> None:
         self._switch = None

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,8 +13,13 @@ import pytest
 from libmesh_node.commands import stop as stop_module
 from libmesh_node.datadir import DataDir, NodeInfo, held_data_dir
 from libmesh_node.main import main
+from libmesh_node.membership import Membership, save_membership
 
+from libmesh import Scope
+from libmesh.core.credentials import Invite
+from libmesh.tokens import encode_invite
 from tests.cli.conftest import FakeConsole
+from tests.members import MESH
 
 PEER = "12D3KooWGkY5hM1tWc9oPqRsTuVwXyZ1234567890abcdEfGhIjK"
 OTHER = "12D3KooWAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
@@ -240,6 +246,25 @@ def test_rotate_key_removes_what_the_node_is_known_by(
     assert {entry.name for entry in tmp_path.iterdir()} == {"models", "node.lock"}
     assert main(["rotate-key", "--data-dir", str(tmp_path)]) == 0
     assert "no keys yet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("ends", "flags", "stays"), [(60, [], True), (-60, [], False), (None, [], True), (60, ["--leave"], False)]
+)
+def test_rotated_member_keeps_the_invite_that_lets_it_in_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ends: int | None, flags: list[str], stays: bool
+) -> None:
+    folder = DataDir(tmp_path)
+    end = None if ends is None else int(time.time()) + ends
+    authority = MESH.delegate(scope=Scope.CLIENT, not_after_unix=end, seed=bytes(32))
+    save_membership(folder, Membership.invited(encode_invite(Invite(authority=authority))))
+    folder.write_secret(folder.identity_key, b"x")
+    folder.write_secret(folder.kept, b"{}")
+    assert main(["rotate-key", *flags, "--data-dir", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert not folder.identity_key.exists()
+    assert (folder.membership.exists(), folder.kept.exists()) == (stays, stays)
+    assert (str(MESH.mesh_id) in said) is stays
 
 
 def test_rotate_key_refuses_while_the_node_runs(data_dir: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -227,7 +227,31 @@ def test_ended_membership_is_told_and_renewed_by_a_new_invite(machine: Machine, 
     token = pair.server.invite("--scope", "client", "--ttl", "15s")
     guest = machine.node("--client", "--join", token).sees("demo")
     status = guest.until(lambda status: status["notices"], 60, "the end is told")
-    assert "has ended" in status["notices"][0]
+    assert "membership ends on" in status["notices"][0]
+    guest.until(lambda status: "has ended" in status["notices"][0], 60, "that it has ended is told")
     assert guest.post("/api/join", {"token": pair.server.invite("--scope", "client")}).status_code == 200
     guest.sees("demo")
     assert guest.status()["notices"] == []
+
+
+@pytest.mark.slow
+def test_newer_invite_in_the_file_that_one_came_from_is_taken_in_time(
+    machine: Machine, pair: Pair, tmp_path: Path
+) -> None:
+    file = tmp_path / "shared"
+    file.write_text(pair.server.invite("--scope", "client", "--ttl", "20s"))
+    guest = machine.node("--client", "--join", f"@{file}").sees("demo")
+    file.write_text(newer := pair.server.invite("--scope", "client"))
+    wait_for(lambda: "by another invite" in guest.words, 60, "the other invite")
+    pair.server.until(
+        lambda status: any(
+            peer["id"] == guest.node_id and peer["expires_unix"] > time.time() + 3600
+            for peer in status["peers"]
+        ),
+        60,
+        "the server knows",
+    )
+    assert guest.status()["notices"] == []
+    assert newer in (guest.folder / "membership").read_text()
+    assert "no longer served" not in guest.words
+    assert chat(guest).status_code == 200
