@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 import trio
 
 from libmesh_node.announced import AnnouncedModel
+from libmesh_node.door import Door
 from libmesh_node.llama.gguf import GgufHeader, read_header
+from libmesh_node.llama.load import coarse
 from libmesh_node.llama.server import MIN_CONTEXT, ServerPlan
 from libmesh_node.llama.supervisor import LlamaServer
 from libmesh_node.models.reference import ModelFile
@@ -30,6 +32,7 @@ class Entry:
         life: ends the server of one that is served alone; `None` while it has none.
         leaving: its server finishes what it is answering, and gets nothing new.
         asleep: it had nothing to do and was ended; it is started again when a request waits for it.
+        door: what other nodes' requests for it come by; `None` while it is offered to nobody.
     """
 
     model: ModelFile
@@ -45,6 +48,7 @@ class Entry:
     life: trio.CancelScope | None = None
     leaving: bool = False
     asleep: bool = False
+    door: Door | None = None
 
     @property
     def name(self) -> str:
@@ -94,7 +98,9 @@ def announced(entry: Entry) -> AnnouncedModel:
         ready=entry.base_url is not None,
         coming=entry.coming,
         workers=entry.workers if entry.base_url is not None else (),
-        busy=entry.servers[0].load.busy if entry.servers else 0,
+        busy=coarse(entry.servers[0].load.busy + (entry.door.turns.waiting if entry.door else 0))
+        if entry.servers
+        else 0,
         speed=entry.servers[0].load.speed if entry.servers else 0.0,
     )
 

@@ -120,7 +120,8 @@ class Session:
             self._offers.pop(offer).cancel()
         for name, port in wanted - set(self._offers):
             scope = self._offers[name, port] = trio.CancelScope()
-            self._tasks.start_soon(self._offer, name, port, Door(name, slots[name]), scope)
+            door = self._models.entries[name].door = Door(name, slots[name])
+            self._tasks.start_soon(self._offer, name, port, door, scope)
 
     async def _offer(self, name: str, port: int, door: Door, scope: trio.CancelScope) -> None:
         with scope:

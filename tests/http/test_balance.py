@@ -10,7 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libmesh_node.http.affinity import LIFETIME, MAX_ENTRIES, Affinity
-from libmesh_node.http.balance import FAILURES, MAX_REST, REST, Balance
+from libmesh_node.http.balance import (
+    DOUBT,
+    FAILURES,
+    FIRST_BYTE,
+    MAX_REST,
+    REST,
+    TYPICAL_TOKENS,
+    Balance,
+)
 from libmesh_node.http.wanted import BLOCK, MAX_PREFIXES, NOTHING, Wanted, read_wanted
 from libmesh_node.snapshot import Server
 
@@ -97,6 +105,22 @@ def test_warm_server_is_kept_until_it_is_full_and_another_is_not() -> None:
         known.begins(B)
     assert known.choose([A, B], (), NOTHING, 0, warm="a") is A
     assert known.choose([A, B], {A.base_url}, NOTHING, 0, warm="a") is B
+
+
+def test_first_byte_may_take_as_long_as_the_line_and_the_prompt_explain() -> None:
+    known = balance()
+    known.answered(A, speed=10)
+    streams = Wanted(streams=True)
+    at_once = known.first_byte_limit(A, streams)
+    assert FIRST_BYTE < at_once < FIRST_BYTE + 1
+    assert known.first_byte_limit(A, Wanted(streams=True, prompt_tokens=1000)) == at_once + DOUBT * 50
+    assert known.first_byte_limit(A, Wanted(max_tokens=100)) == at_once + DOUBT * 10
+    assert known.first_byte_limit(A, NOTHING) > at_once + DOUBT * 400
+    crowded = server("a", busy=12)
+    assert known.first_byte_limit(crowded, streams) == at_once + DOUBT * 8 / 4 * TYPICAL_TOKENS / 10
+    for _ in range(12):
+        known.begins(A)
+    assert known.first_byte_limit(A, streams) == known.first_byte_limit(crowded, streams)
 
 
 # ── failing and coming back ──────────────────────────────────────────────────────────────────────────────────────────

@@ -7,8 +7,10 @@ import socket
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 
 import pytest
+from libmesh_node.http import balance, proxy
 from libmesh_node.http.sse import comment, data_event
 from libmesh_node.snapshot import Model, Server
 
@@ -165,3 +167,71 @@ def test_what_is_known_of_servers_that_are_gone_is_forgotten() -> None:
         assert call(node.api_port, "POST", PATH, PLAIN)[0] == 200
         counted = call(node.console_port, "GET", "/metrics")[2].decode()
     assert 'libmesh_requests_in_flight{model="m",node="second"} 0' in counted
+
+
+@contextmanager
+def hesitating_server(answer: bytes, told: threading.Event) -> Iterator[Server]:
+    """Takes requests, and answers each when it is told to. The nearest, so it is asked first."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve(accepted: socket.socket) -> None:
+        with accepted, suppress(OSError):
+            accepted.recv(1 << 16)
+            told.wait(60)
+            accepted.sendall(answer)
+
+    def run() -> None:
+        with suppress(OSError):
+            while True:
+                threading.Thread(target=serve, args=listener.accept()[:1], daemon=True).start()
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        yield Server(peer="hesitant", base_url=url, local=True, slots=4, digest="d")
+    finally:
+        told.set()
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
+
+
+@pytest.fixture
+def in_a_hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(balance, "FIRST_BYTE", 0.05)
+    monkeypatch.setattr(balance, "DOUBT", 0.0)
+    monkeypatch.setattr(proxy, "LOOK", 0.05)
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+@pytest.mark.parametrize("request_body", [STREAM, PLAIN], ids=["stream", "plain"])
+def test_server_that_says_nothing_for_too_long_is_replaced(request_body: dict[str, object]) -> None:
+    with (
+        hesitating_server(WHOLE, threading.Event()) as hesitant,
+        scripts(second=[WHOLE]) as (good,),
+        running_node(replace(model(good), servers=(hesitant, good.server))) as node,
+    ):
+        status, headers, body = call(node.api_port, "POST", PATH, request_body)
+    assert (status, headers["x-libmesh-node"], headers["x-libmesh-attempts"]) == (200, "second", "2")
+    assert b"Hello" in body
+
+
+@pytest.mark.usefixtures("in_a_hurry")
+def test_only_server_is_waited_for_and_another_that_comes_meanwhile_is_asked() -> None:
+    told = threading.Event()
+    with (
+        hesitating_server(WHOLE, told) as hesitant,
+        scripts(second=[WHOLE]) as (good,),
+        running_node(replace(model(good), servers=(hesitant,))) as node,
+    ):
+        later = threading.Timer(0.3, told.set)
+        later.start()
+        assert call(node.api_port, "POST", PATH, STREAM)[1]["x-libmesh-node"] == "hesitant"
+        told.clear()
+        later = threading.Timer(
+            0.3, lambda: node.publish(replace(model(good), servers=(hesitant, good.server)))
+        )
+        later.start()
+        assert call(node.api_port, "POST", PATH, STREAM)[1]["x-libmesh-node"] == "second"
+        later.join()

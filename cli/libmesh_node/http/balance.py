@@ -27,6 +27,18 @@ UNKNOWN_SPEED = 20.0
 UNKNOWN_DISTANCE = 0.02
 """Seconds of a round trip to a peer that was not measured yet."""
 
+FIRST_BYTE = 10.0
+"""Seconds that any server has for the first byte of an answer, however short its line is: a model may have been paged out."""
+
+DOUBT = 4.0
+"""A server has so many times longer than predicted before it is taken to hang: predictions are guesses."""
+
+PROMPT_SPEED = 2.0
+"""How many times faster than an answer a prompt is computed, at least: in batches, so rather 10 times on most machines."""
+
+LONGEST_ANSWER = 4096
+"""Tokens of an answer that comes as a whole and whose request says nothing, where the context is not known."""
+
 FAILURES = 3
 """Failures in a row after which a server is left alone for a while."""
 
@@ -114,6 +126,20 @@ class Balance:
         tokens = min(wanted.max_tokens if wanted.max_tokens is not None else TYPICAL_TOKENS, TYPICAL_TOKENS)
         alone = (known.first or 0.0) + max(tokens, 1) / speed
         return alone * (1 + self.load(server) / max(server.slots, 1)) + 2 * _distance(server)
+
+    def first_byte_limit(self, server: Server, wanted: Wanted) -> float:
+        """Seconds after which a request to `server`, in flight already, would be better off at another one.
+
+        By its line, as announced or as it is from here, the rates that are known of it, and the prompt's length.
+        """
+        known = self._known.get(server.base_url, _Known())
+        speed, slots = known.speed or server.speed or UNKNOWN_SPEED, max(server.slots, 1)
+        ahead = max(self.load(server) - slots, 0) * TYPICAL_TOKENS / slots
+        own = wanted.prompt_tokens / PROMPT_SPEED
+        if not wanted.streams:
+            limit = wanted.max_tokens
+            own += limit if limit is not None else server.context_length or LONGEST_ANSWER
+        return FIRST_BYTE + DOUBT * ((known.first or 0.0) + (ahead + own) / speed + 2 * _distance(server))
 
     def load(self, server: Server) -> int:
         """Requests under way at `server`: ours, or more if it told of more."""

@@ -12,6 +12,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
+from dataclasses import replace
 
 import aiohttp
 from aiohttp import web
@@ -27,7 +28,7 @@ from libmesh_node.http.queue import Queues
 from libmesh_node.http.relay import relay
 from libmesh_node.http.routing import RETRY_AFTER, no_server
 from libmesh_node.http.transcript import track
-from libmesh_node.http.upstream import FAILURES, Upstream, hung_up, in_words
+from libmesh_node.http.upstream import FAILURES, Overdue, Upstream, hung_up, in_words
 from libmesh_node.http.wanted import NOTHING, read_wanted
 from libmesh_node.snapshot import Model, Server
 
@@ -44,8 +45,14 @@ started again. Then it is refused."""
 PAUSE = 0.1
 """Seconds between two looks at who serves a model."""
 
+LOOK = 1.0
+"""Seconds between two looks for another server, while one says nothing for too long."""
+
 BACKLOG = 2
 """Requests sent to a server beyond its slots, so that none of them is ever idle. Further ones wait here."""
+
+GENERATING = frozenset({"completions", "completion", "messages", "responses", "infill"})
+"""Ends of the paths whose answers are generated; the others only compute a prompt, if that."""
 
 _LARGE = 1 << 18
 """Bytes of a body from which on it is read in a thread of its own."""
@@ -100,9 +107,7 @@ class Proxy:
             began = time.monotonic()
             with self._occupied(server, exchange.model) as seat:
                 try:
-                    upstream, start = await self._open(
-                        exchange, server, fresh=not server.local or server.base_url in search.hung_up
-                    )
+                    upstream, start = await self._open_in_time(search, server)
                 except FAILURES as exc:
                     self._note_failure(search, server, exc)
                     continue
@@ -180,7 +185,8 @@ class Proxy:
             return
         search.tried.add(server.base_url)
         search.failed = True
-        search.deaths += was_asked_again or not isinstance(failure, aiohttp.ClientConnectorError)
+        alive = isinstance(failure, aiohttp.ClientConnectorError | Overdue)
+        search.deaths += was_asked_again or not alive
         self.balance.failed(server, time.monotonic())
 
     def _learn(self, exchange: Exchange, search: _Search, status: int) -> None:
@@ -210,8 +216,41 @@ class Proxy:
         else:
             exchange.wanted = read_wanted(body, request.headers)
             exchange.transcript = track(request.path, body)
+        if request.path.rpartition("/")[2] not in GENERATING:
+            exchange.wanted = replace(exchange.wanted, max_tokens=0)
         if exchange.transcript is not None:
             exchange.body = exchange.transcript.body
+
+    async def _open_in_time(self, search: _Search, server: Server) -> tuple[aiohttp.ClientResponse, bytes]:
+        """As `_open`. Raises `Overdue` if nothing comes for longer than its line explains while another could be asked."""
+        exchange = search.exchange
+        fresh = not server.local or server.base_url in search.hung_up
+        limit = self.balance.first_byte_limit(server, exchange.wanted)
+        opening = asyncio.create_task(self._open(exchange, server, fresh=fresh))
+        try:
+            while not (await asyncio.wait((opening,), timeout=limit))[0]:
+                if exchange.request.method == "POST" and self._has_other(search, server):
+                    raise Overdue(f"nothing came for {time.perf_counter() - search.asked:.0f} s")
+                limit = LOOK
+        except BaseException:
+            opening.cancel()
+            if (
+                (await asyncio.wait((opening,)))[0]
+                and not opening.cancelled()
+                and opening.exception() is None
+            ):
+                opening.result()[0].close()
+            raise
+        return opening.result()
+
+    def _has_other(self, search: _Search, server: Server) -> bool:
+        """Whether a server has room that was not asked yet."""
+        try:
+            present = search.model.servers
+        except ApiError:
+            return False
+        others = [other for other in present if other.base_url not in search.tried | {server.base_url}]
+        return bool(others) and self.balance.has_room(others, BACKLOG, time.monotonic())
 
     async def _open(
         self, exchange: Exchange, server: Server, *, fresh: bool

@@ -38,6 +38,10 @@ class Broken(Exception):
     """The server's side of an answer ended early."""
 
 
+class Overdue(TimeoutError):
+    """A server has said nothing for so long that another one is asked."""
+
+
 class Upstream:
     """Connections to servers. To be made in a running loop.
 

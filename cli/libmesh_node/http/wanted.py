@@ -32,6 +32,7 @@ class Wanted:
         tools: whether it offers tools to the model.
         vision: whether it shows pictures.
         batch: whether it can wait: others go first.
+        streams: whether its answer comes token by token.
     """
 
     prefixes: tuple[bytes, ...] = ()
@@ -41,6 +42,7 @@ class Wanted:
     tools: bool = False
     vision: bool = False
     batch: bool = False
+    streams: bool = False
 
 
 NOTHING = Wanted()
@@ -69,6 +71,7 @@ def read_wanted(body: bytes, headers: Mapping[str, str]) -> Wanted:
         tools=bool(request.get("tools")),
         vision=any(kind in ("image_url", "input_image", "image") for kind in _part_types(messages)),
         batch=batch or request.get("service_tier") in ("flex", "batch"),
+        streams=request.get("stream") is True,
     )
 
 

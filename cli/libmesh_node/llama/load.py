@@ -41,7 +41,7 @@ def read_load(metrics: bytes, before: ServerLoad = IDLE) -> ServerLoad:
     busy = int(gauges[b"requests_processing"] + gauges.get(b"requests_deferred", 0.0))
     speed = gauges.get(b"predicted_tokens_seconds", 0.0)
     return ServerLoad(
-        busy=0 if busy <= 0 else 1 << (busy - 1).bit_length(),
+        busy=coarse(busy),
         speed=_step(speed) if 0 < speed < 1e6 else before.speed,
     )
 
@@ -55,6 +55,11 @@ def read_work(metrics: bytes) -> float | None:
         return sum(map(float, _WORK.findall(metrics))) if _WORK.search(metrics) else None
     except ValueError:
         return None
+
+
+def coarse(requests: int) -> int:
+    """So many requests as a power of two, rounded up."""
+    return 0 if requests <= 0 else 1 << (requests - 1).bit_length()
 
 
 def _step(speed: float) -> float:
