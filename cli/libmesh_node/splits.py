@@ -234,7 +234,8 @@ class _Host:
             self._steering.current = there = _placement(*elsewhere)
             if (running := predict(shape, there, machines)) is None:
                 return  # it says that it serves; if that is over, it will say so, or fall silent
-        for effect in self._steering.handle(Looked(best, running), now):
+        lives = self._run is not None
+        for effect in self._steering.handle(Looked(best, running, lives), now):
             match effect:
                 case Adopt(placement) if placement.host == self._mesh.view.me:
                     self._start(placement, machines, nursery)

@@ -90,5 +90,13 @@ def test_a_distance_is_told_anew_only_when_it_matters() -> None:
     assert told(0.0119, first) == first
     assert told(0.0130, first) == (Distance("a", 0.013),)
     assert told(0.01, first, PathKind.RELAYED) == (Distance("a", 0.01, True),)
-    assert told(None, first) == ()
+    assert told(None, ()) == ()
     assert distances(view(peer("a")), ["cd" * 32], ()) == ()
+
+
+def test_a_lost_connection_is_no_other_distance() -> None:
+    first = (Distance("a", 0.01),)
+    away = replace(peer("a"), path=None)
+    assert distances(view(away), [DIGEST], first) == first
+    assert distances(view(away), [DIGEST], ()) == ()
+    assert distances(view(replace(away, state=PeerState.DEAD)), [DIGEST], first) == ()

@@ -72,6 +72,12 @@ def test_what_runs_goes_on_when_nobody_else_could() -> None:
     assert running().handle(Looked(SHORT, 10.0), 5.0) == []
 
 
+def test_what_may_go_on_is_not_ended_for_nothing() -> None:
+    steering = running()
+    assert steering.handle(Looked(SHORT, None, lives=True), 5.0) == []
+    assert steering.handle(Looked(placement("c"), None, lives=True), 6.0) == [Adopt(placement("c"))]
+
+
 def test_when_nothing_is_left_it_is_said_what_is_missing() -> None:
     assert running().handle(Looked(SHORT, None), 5.0) == [Abandon(str(SHORT))]
 

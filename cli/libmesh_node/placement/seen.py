@@ -51,17 +51,21 @@ def host_elsewhere(digest: str, view: View) -> tuple[str, AnnouncedModel] | None
 def distances(view: View, digests: Iterable[str], told: tuple[Distance, ...]) -> tuple[Distance, ...]:
     """How far the peers with one of these models are. What was told before stays until it is notably wrong.
 
-    Sorted by peer; peers without a path, or whose time has not been measured, are left out.
+    Also of a peer whose connection was lost and is being made again: nothing shall be placed anew for that. Sorted by peer;
+    those whose time was never measured are left out.
     """
     wanted, before = frozenset(digests), {far.peer: far for far in told}
     found: list[Distance] = []
     for peer in view.peers:
-        if peer.path is None or peer.path.rtt is None or peer.state not in _BELIEVED:
+        if peer.state not in _BELIEVED:
             continue
         if not any(model.digest in wanted for model in decode_status(peer.attributes).models if model.digest):
             continue
-        now = Distance(peer.peer, float(f"{peer.path.rtt:.2g}"), peer.path.kind is PathKind.RELAYED)
         old = before.get(peer.peer)
+        if peer.path is None or peer.path.rtt is None:
+            found += [] if old is None else [old]
+            continue
+        now = Distance(peer.peer, float(f"{peer.path.rtt:.2g}"), peer.path.kind is PathKind.RELAYED)
         found.append(old if old is not None and not _notable(old, now) else now)
     return tuple(found[:MAX_DISTANCES])
 

@@ -34,11 +34,13 @@ class SteeringConfig:
 class Looked:
     """The view was looked at: `best` is what an election gives, `running` the running placement's speed now.
 
-    `running` is `None` when it is broken, or when there is none.
+    `running` is `None` when it is broken, or when there is none. `lives`: broken as it seems, it has not ended, and may go
+    on: one of its members is silent, but what was said to it waits. It ends by itself if that lasts.
     """
 
     best: Placement | Shortage
     running: float | None
+    lives: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +87,9 @@ class Steering:
             case Broken():
                 self.current = self._wanted = None
                 return []
-            case Looked(best=Shortage() as shortage, running=running):
+            case Looked(best=Shortage() as shortage, running=running, lives=lives):
                 self._wanted = None
-                if self.current is None or running is not None:
+                if self.current is None or running is not None or lives:
                     return []
                 self.current = None
                 return [Abandon(str(shortage))]
