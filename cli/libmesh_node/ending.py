@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import trio
 
@@ -17,18 +17,25 @@ outlive it: their guards see to that."""
 
 
 async def end_on_signal(
-    signals: AsyncIterator[int], scope: trio.CancelScope, ending: trio.CancelScope
+    signals: AsyncIterator[int],
+    end: Callable[[], Awaitable[None]],
+    scope: trio.CancelScope,
+    ending: trio.CancelScope,
 ) -> None:
-    """Cancel `scope` at the first signal; end the process at the second, listened for until `ending` is cancelled."""
+    """At the first signal, `end`; at the second, or if `scope` is cancelled before the first, end the process.
+
+    The second is listened for until `ending` is cancelled. `end` cancels `scope`.
+    """
     async for _ in signals:
         if scope.cancel_called:
             os._exit(130)
         log.info("ending; once more to end at once")
-        scope.cancel()
         end_for_sure()
-        with ending:
-            async for _ in signals:
-                os._exit(130)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(end)
+            with ending:
+                async for _ in signals:
+                    os._exit(130)
 
 
 def end_for_sure() -> None:

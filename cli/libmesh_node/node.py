@@ -38,6 +38,7 @@ from libmesh_node.bridge import Bridge, CommandFailed
 from libmesh_node.datadir import DataDir, NodeInfo
 from libmesh_node.ending import end_for_sure
 from libmesh_node.errors import NodeError, sentence
+from libmesh_node.finishing import finish
 from libmesh_node.http.server import Listening, serve_http
 from libmesh_node.inviting import Inviting
 from libmesh_node.membership import Membership, secret_key
@@ -317,6 +318,11 @@ class Node:
 
     async def _stop_soon(self) -> None:
         await trio.sleep(_REPLY_TIME)
+        await self.end()
+
+    async def end(self) -> None:
+        """End the node, once it has finished or handed over what it is answering. Cancelling ends nothing."""
+        await finish(self._models)
         self.ended.cancel()
 
     async def expose(self, name: str, host: str, port: int, scope: str) -> None:

@@ -29,8 +29,9 @@ async def run_node(options: NodeOptions) -> int:
         async with trio.open_nursery() as nursery:
             outcome: list[NodeError] = []
             ending = trio.CancelScope(shield=True)
-            nursery.start_soon(end_on_signal, signals, nursery.cancel_scope, ending)
-            nursery.start_soon(_run_and_end, Node(options, folder, nursery.cancel_scope), ending, outcome)
+            node = Node(options, folder, nursery.cancel_scope)
+            nursery.start_soon(end_on_signal, signals, node.end, nursery.cancel_scope, ending)
+            nursery.start_soon(_run_and_end, node, ending, outcome)
         signal.setitimer(signal.ITIMER_REAL, 0)  # `end_for_sure` has done its duty
         if outcome:
             raise outcome[0]

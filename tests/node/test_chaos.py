@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import httpx
 import pytest
 from libmesh_node.models import demo
 
-from tests.node.nodes import Machine, Node
+from tests.node.nodes import PATIENCE, Machine, Node, wait_for
 
 pytestmark = pytest.mark.llama
 
@@ -92,6 +93,29 @@ def test_greedy_text_that_went_on_elsewhere_is_the_unbroken_one(machine: Machine
             by_id[server].kill()
 
     assert ask(client, "slow", 1, tokens, kill) == unbroken
+    assert "looking for a server that goes on" in client.words
+
+
+@pytest.mark.slow
+def test_node_that_is_told_to_end_hands_its_answers_over(machine: Machine, tmp_path: Path) -> None:
+    path = tmp_path / "steady.gguf"
+    demo.write_model(path, demo.SMALL, seed=4, name="steady")
+    invite = ("--invite-file", str(machine.invite_file))
+    first = machine.node("--model", str(path), *invite, name="first").ready()
+    second = machine.joining("--model", str(path), name="second").ready()
+    client = machine.joining("--client", name="client").sees("steady")
+    client.until(lambda status: status["mesh_models"][0]["node_count"] == 2)
+    by_id = {node.node_id: node for node in (first, second)}
+    ended: list[Node] = []
+
+    def end(count: int, server: str) -> None:
+        if count == 10:
+            ended.append(by_id[server])
+            threading.Thread(target=by_id[server].ends, args=[signal.SIGTERM]).start()
+
+    ask(client, "steady", 1, 800, end)
+    wait_for(lambda: ended[0].process.poll() is not None, PATIENCE, "the end")
+    assert "finishing what is being answered" in ended[0].words
     assert "looking for a server that goes on" in client.words
 
 
