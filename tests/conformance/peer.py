@@ -32,7 +32,7 @@ async def open_peer(
     async with libmesh.open_mesh(
         key, mesh_key=SecretKey.generate(), network=network, listen=LISTEN, config=CONFIG
     ) as mesh:
-        with mesh.offer("echo", echo), mesh.offer("for workers", echo, scope=Scope.WORKER):
+        with mesh.offer("echo", echo, lasting=True), mesh.offer("for workers", echo, scope=Scope.WORKER):
             token = mesh.invite(scope=Scope.INVITE, not_after_unix=None)
             yield mesh, f"{mesh.addresses[0]}/p2p/{mesh.peer}", token
 

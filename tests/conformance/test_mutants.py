@@ -42,6 +42,7 @@ def test_there_are_mutants_of_every_part() -> None:
         "gossip",
         "probe",
         "tunnel",
+        "resume",
         "frame",
         "revocation",
         "survives",

@@ -47,7 +47,7 @@ def test_every_part_of_the_protocol_has_rules() -> None:
     parts = {rule.id.split(".")[0] for rule in RULES.values()}
     assert parts == {
         *("transport", "hello", "closed", "records", "digest", "compare", "follow", "gossip"),
-        *("probe", "tunnel", "frame", "limits", "revocation", "survives"),
+        *("probe", "tunnel", "resume", "frame", "limits", "revocation", "survives"),
     }
 
 

@@ -24,6 +24,7 @@ from libmesh.testing.conformance import (  # noqa: I001 - the order in which rul
     gossiping as gossiping,
     probing as probing,
     tunnels as tunnels,
+    resuming as resuming,
     limits as limits,
     revoking as revoking,
     survival as survival,
