@@ -346,8 +346,12 @@ def test_stopping_node_ends_a_stream(llamas: dict[str, Llama]) -> None:
         running_node(llamas["small"].served()) as node,
         connect(node.api_port, post("/v1/completions", LONG)) as opened,
     ):
-        opened.recv(1 << 16)
+        received = opened.recv(1 << 16)
         node.end()
+        received += read_all(opened)
+    last = [line for line in received.split(b"\n") if line.startswith(b"data: ")][-1]
+    assert json.loads(last.removeprefix(b"data: "))["error"]["code"] == "node_ending"
+    assert not received.endswith(b"0\r\n\r\n")
     wait_until(lambda: llamas["small"].busy_slots() == 0)
 
 

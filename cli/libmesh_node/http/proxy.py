@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import replace
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -72,6 +73,7 @@ class Proxy:
         self.balance = Balance(rng or random.Random())
         self.queues = Queues()
         self._affinity = Affinity()
+        self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
     def in_flight(self) -> Mapping[str, int]:
@@ -87,6 +89,11 @@ class Proxy:
         """Requests that have had no byte of an answer yet."""
         return self.upstream.waiting
 
+    def end(self) -> None:
+        """Cancel all requests under way; clients of streams are told why."""
+        for task in self._tasks:
+            task.cancel()
+
     async def aclose(self) -> None:
         """Close the connections to all servers."""
         await self.upstream.aclose()
@@ -97,6 +104,20 @@ class Proxy:
         Raises `ApiError` 429 if too many wait, 503 if nobody serves it for `PATIENCE` seconds, 502 if servers were tried
         and none could answer; in all cases the client has been sent nothing.
         """
+        with self._noted():
+            return await self._forward(exchange, find)
+
+    @contextmanager
+    def _noted(self) -> Iterator[None]:
+        task = asyncio.current_task()
+        assert task is not None
+        self._tasks.add(task)
+        try:
+            yield
+        finally:
+            self._tasks.discard(task)
+
+    async def _forward(self, exchange: Exchange, find: Callable[[], Model]) -> web.StreamResponse:
         await self._read(exchange)
         search = _Search(exchange, find)
         while True:

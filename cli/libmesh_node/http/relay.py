@@ -12,7 +12,7 @@ import logging
 import socket
 import struct
 import time
-from contextlib import closing
+from contextlib import closing, suppress
 
 import aiohttp
 from aiohttp import web
@@ -34,6 +34,9 @@ MAX_BARREN = 4
 
 MAX_SUCCESSORS = 16
 """Servers in all that may go on with one answer, so that one which kills its servers comes to an end."""
+
+LAST_WORDS = 0.2
+"""Seconds that a client may take to hear that the node ends."""
 
 
 async def relay(
@@ -74,6 +77,9 @@ async def relay(
             await carrier.carry(upstream, start)
         except (Broken, BrokenOff, Diverged, EventTooLong) as exc:
             await _break_off(exchange, response, exc)
+        except asyncio.CancelledError:
+            await _tell_of_the_end(exchange, response)
+            raise
         return response
     try:
         chunk = start
@@ -163,6 +169,18 @@ class _Carrier:
 
     async def _keep_waiting(self) -> None:
         await self._response.write(comment("the server broke off; waiting for another that goes on"))
+
+
+async def _tell_of_the_end(exchange: Exchange, response: web.StreamResponse) -> None:
+    """A client that is still there when its request is cancelled is left by us: the node ends."""
+    request = exchange.request
+    if request.transport is None or request.transport.is_closing():
+        return
+    message = "This node is ending. What came before is all there is."
+    event = encode_stream_error(ApiError(503, "node_ending", message), request.path)
+    with suppress(TimeoutError, OSError):
+        async with asyncio.timeout(LAST_WORDS):
+            await response.write(event)
 
 
 async def _break_off(exchange: Exchange, response: web.StreamResponse, broken: Exception) -> None:

@@ -26,6 +26,7 @@ from libmesh_node.http.api import Api, refuse
 from libmesh_node.http.console import Console
 from libmesh_node.http.errors import ApiError, encode_error
 from libmesh_node.http.proxy import Proxy
+from libmesh_node.http.relay import LAST_WORDS
 
 if TYPE_CHECKING:
     import trio
@@ -120,6 +121,7 @@ async def serve_http(
                 started(Listening(api_port=_port(opened[0]), console_port=_port(opened[1])))
                 await stop.wait()
             finally:
+                asyncio.get_running_loop().call_later(SHUTDOWN_GRACE - LAST_WORDS, proxy.end)
                 await asyncio.gather(*(runner.cleanup() for runner in runners))
 
     await bridge.run(main, task_status=task_status)
