@@ -234,6 +234,7 @@ class SplitRun:
             model=setting.model,
             context=self._context,
             slots=setting.slots,
+            cache=setting.shape.cache,
             split=SplitPlan(
                 ports=tuple(worker.port for worker in workers),
                 layers=tuple(layers),

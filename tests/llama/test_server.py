@@ -2,8 +2,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from libmesh_node.llama.cache import F16
 from libmesh_node.llama.engine import Binary
 from libmesh_node.llama.gguf import GgufHeader, read_header
 from libmesh_node.llama.server import (
@@ -59,6 +61,32 @@ def option(arguments: list[str], name: str) -> str | None:
 )
 def test_context_is_what_the_memory_holds(header: GgufHeader, free: int, slots: int, context: int) -> None:
     assert choose_context(header, free, slots) == context
+
+
+@pytest.mark.parametrize(
+    ("size", "kind", "tokens"), [(4 * GB, "f16", 11_008), (5 * GB, "q8_0", 20_992), (50 * GB, "q4_0", 39_680)]
+)
+def test_large_models_have_a_smaller_cache_and_so_more_context(
+    header: GgufHeader, size: int, kind: str, tokens: int
+) -> None:
+    plan = plan_server(model(header, size=size), memory_bytes=size + 2 * GB)
+    assert (plan.cache.name, plan.context) == (kind, tokens)
+    arguments = server_args(binary(), plan, 1)
+    given = None if kind == "f16" else kind
+    assert (option(arguments, "--cache-type-k"), option(arguments, "--cache-type-v")) == (given, given)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {"key_length": 80},
+        {"value_length": 40},
+        {"architecture": "grok"},
+        {"architecture": "x", "values": {"x.attention.value_length_swa": 72}},
+    ],
+)
+def test_heads_that_cannot_be_quantised_keep_their_cache(header: GgufHeader, others: dict[str, Any]) -> None:
+    assert plan_server(model(replace(header, **others), size=80 * GB), memory_bytes=0).cache is F16
 
 
 def test_context_never_exceeds_what_the_model_can_use(header: GgufHeader) -> None:

@@ -46,6 +46,16 @@ def test_a_token_touches_few_of_many_experts(tmp_path: Path) -> None:
     assert (shape.layers[0], shape.read[0]) == (8000, 2000)
 
 
+def test_a_large_model_has_a_smaller_cache(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_model(path, SMALL, 1)
+    header = read_header(path)
+    large = replace(header, tensors=(TensorInfo("blk.0.ffn_up.weight", (1,), 0, 0, 60 * 10**9),))
+    small, saving = shape_of([header], "ab" * 32, 4096), shape_of([large], "ab" * 32, 4096)
+    assert (small.cache.name, saving.cache.name) == ("f16", "q4_0")
+    assert saving.kv * 64 == small.kv * 18
+
+
 def test_a_model_with_a_state_is_known_by_its_keys(tmp_path: Path) -> None:
     path = tmp_path / "m.gguf"
     write_model(path, SMALL, 1)

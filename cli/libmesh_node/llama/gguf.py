@@ -127,9 +127,9 @@ class GgufHeader:
         """Made for embeddings only: it has a pooling type of its own, or is an encoder."""
         return bool(self.pooling) or self.architecture in _ENCODERS
 
-    def kv_bytes_per_token(self, bytes_per_value: int = 2) -> int:
-        """Memory that one token takes in the attention cache, with f16 values unless said otherwise."""
-        return sum(self.kv_heads) * (self.key_length + self.value_length) * bytes_per_value
+    def kv_bytes_per_token(self, block_bytes: int = 64) -> int:
+        """Memory that one token takes in an attention cache whose values take `block_bytes` for 32; f16 takes 64."""
+        return sum(self.kv_heads) * (self.key_length + self.value_length) * block_bytes // 32
 
 
 _ENCODERS = frozenset({"bert", "modern-bert", "nomic-bert", "nomic-bert-moe", "jina-bert-v2", "jina-bert-v3", "neo-bert", "eurobert", "gemma-embedding"})  # fmt: skip

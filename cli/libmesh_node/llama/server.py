@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from libmesh_node.llama.cache import F16, CacheType, choose_cache
 from libmesh_node.llama.engine import Binary
 from libmesh_node.llama.gguf import GgufHeader
 from libmesh_node.models.reference import ModelFile
@@ -64,6 +65,7 @@ class ServerPlan:
         context: tokens in the attention cache, shared by all slots; any one may use all of it, up to what the model
             was trained for.
         slots: requests at once.
+        cache: of what the attention cache is made.
         device: as llama-server's `--device` takes it; `None` for all it finds; `cpu` for none.
         prompt_cache_mib: main memory for the caches of earlier conversations.
         split: the workers, if there are any.
@@ -73,6 +75,7 @@ class ServerPlan:
     model: ModelFile
     context: int
     slots: int = DEFAULT_SLOTS
+    cache: CacheType = F16
     device: str | None = None
     threads: int | None = None
     prompt_cache_mib: int = 512
@@ -90,16 +93,18 @@ def plan_server(
 ) -> ServerPlan:
     """Choose the context for `model` on a machine with `memory_bytes` for models."""
     left = max(0, memory_bytes - model.size_bytes)
+    cache = choose_cache(model.header, model.size_bytes)
     return ServerPlan(
         model=model,
-        context=choose_context(model.header, left, slots),
+        context=choose_context(model.header, left, slots, cache),
         slots=slots,
+        cache=cache,
         device=device,
         prompt_cache_mib=min(_PROMPT_CACHE_MIB, left // 16 >> 20),
     )
 
 
-def choose_context(header: GgufHeader, memory_bytes: int, slots: int) -> int:
+def choose_context(header: GgufHeader, memory_bytes: int, slots: int, cache: CacheType = F16) -> int:
     """Tokens of cache that fit into `memory_bytes`, which are what the weights leave free.
 
     Never more than each slot could use, nor than `MAX_CONTEXT`; never less than `MIN_CONTEXT`, or what one slot could
@@ -108,7 +113,7 @@ def choose_context(header: GgufHeader, memory_bytes: int, slots: int) -> int:
     trained = header.context_length or MIN_CONTEXT
     most = min(trained * slots, MAX_CONTEXT)
     least = min(trained, MIN_CONTEXT)
-    per_token = header.kv_bytes_per_token()
+    per_token = header.kv_bytes_per_token(cache.block_bytes)
     fitting = (memory_bytes - _COMPUTE_BYTES) // per_token if per_token else most
     chosen = max(least, min(most, fitting))
     return max(_CONTEXT_STEP, chosen // _CONTEXT_STEP * _CONTEXT_STEP)
@@ -134,6 +139,8 @@ def server_args(binary: Binary, plan: ServerPlan, port: int) -> list[str]:
         if plan.device is not None:
             arguments += ["--device", "none" if plan.device.lower() == "cpu" else plan.device]
         arguments += ["--n-gpu-layers", "99"]
+    if plan.cache is not F16:  # demands flash attention, which llama.cpp then turns on by itself
+        arguments += ["--cache-type-k", plan.cache.name, "--cache-type-v", plan.cache.name]
     if plan.draft is not None:
         arguments += _draft_args(binary, plan.draft)
     if plan.threads is not None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from libmesh_node.llama.cache import BLOCK, F16, CacheType, choose_cache
 from libmesh_node.llama.gguf import GgufHeader
 
 BATCH = 512
@@ -28,6 +29,7 @@ class ModelShape:
         embedding_length, vocabulary: counts.
         context: tokens that the cache shall hold at least.
         compute: memory that each machine of a split takes for what it computes, whatever its share.
+        cache: of what the attention cache is made.
         recurrent: it has a state that every token changes, so nothing may be computed twice.
     """
 
@@ -41,6 +43,7 @@ class ModelShape:
     vocabulary: int
     context: int
     compute: int = 0
+    cache: CacheType = F16
     recurrent: bool = False
 
     @property
@@ -69,11 +72,13 @@ def shape_of(headers: Sequence[GgufHeader], digest: str, context: int) -> ModelS
         else:
             home += tensor.size
             embeddings += tensor.size if tensor.name == "token_embd.weight" else 0
+    weights = output
     if not any(tensor.name == "output.weight" for header in headers for tensor in header.tensors):
         output += embeddings  # tied: llama.cpp loads them once more for the last layer
     used, total = first.values.get(f"{first.architecture}.expert_used_count", 0), first.expert_count
     share = used / total if isinstance(used, int) and 0 < used < total else 1.0
-    per_head = (first.key_length + first.value_length) * 2
+    cache = choose_cache(first, sum(layers) + home + weights)
+    per_head = (first.key_length + first.value_length) * cache.block_bytes // BLOCK
     heads = first.kv_heads[:count] or (0,) * count
     return ModelShape(
         digest=digest,
@@ -86,6 +91,7 @@ def shape_of(headers: Sequence[GgufHeader], digest: str, context: int) -> ModelS
         vocabulary=first.vocabulary,
         context=context,
         compute=_compute(first),
+        cache=cache,
         recurrent=any(".ssm." in key or ".wkv." in key or "shortconv" in key for key in first.values),
     )
 

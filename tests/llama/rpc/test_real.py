@@ -33,16 +33,19 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", [1, 2])
-async def test_a_split_answers_as_one_machine_does(engine: Engine, model: Path, count: int) -> None:
-    async with ends.llama_server(engine, model) as (port, _):
+@pytest.mark.parametrize(("count", "cache"), [(1, "f16"), (2, "f16"), (2, "q4_0")])
+async def test_a_split_answers_as_one_machine_does(
+    engine: Engine, model: Path, count: int, cache: str
+) -> None:
+    flags = ("-ctk", cache, "-ctv", cache)
+    async with ends.llama_server(engine, model, (), *flags) as (port, _):
         alone = await ends.complete(port)
     hashes = LearnedHashes(None)
     with open_weights((model,)) as weights:
         for _ in range(2):  # the second time, hashes are known
             async with ends.workers(engine, model, weights, hashes, count) as borrowed:
                 ports = [worker.port for worker in borrowed]
-                async with ends.llama_server(engine, model, ports) as (port, _):
+                async with ends.llama_server(engine, model, ports, *flags) as (port, _):
                     loading = sum(worker.sent for worker in borrowed)
                     assert await ends.complete(port) == alone
             assert not any(worker.lost.is_set() for worker in borrowed)
