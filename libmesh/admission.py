@@ -17,7 +17,7 @@ from libmesh.alarm import Alarm
 from libmesh.core import membership_io as io
 from libmesh.core.credentials import Credential
 from libmesh.core.membership import Membership
-from libmesh.core.ways import ip_of
+from libmesh.core.ways import is_private
 from libmesh.errors import AdmissionRefused, MeshError, PeerUnreachable, ServiceRefused
 from libmesh.net.base import Network, Stream
 from libmesh.peers import Path, PeerId, PeerState, PeerView
@@ -114,7 +114,7 @@ class Admission:
     def allowed(self, peer: PeerId, addresses: Sequence[str]) -> tuple[str, ...]:
         """Those of a peer's addresses that may be dialled: all, unless this node is offline."""
         given = self._contacts.get(peer, ())
-        return tuple(a for a in addresses if not self._config.offline or a in given or _is_local(a))
+        return tuple(a for a in addresses if not self._config.offline or a in given or is_private(a))
 
     def add_contacts(self, contacts: Sequence[tuple[PeerId, tuple[str, ...]]], *, given: bool = True) -> None:
         """Remember ways into the mesh. `given`: by a person, so that they may be dialled whatever they are."""
@@ -318,8 +318,3 @@ class Admission:
             except MeshError as exc:
                 log.log(logging.DEBUG if str(exc) == told else logging.INFO, "still alone: %s", exc)
                 told = str(exc)
-
-
-def _is_local(address: str) -> bool:
-    ip = ip_of(address)
-    return ip is not None and not ip.is_global

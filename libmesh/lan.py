@@ -111,6 +111,8 @@ async def _meet(driver: Driver, peer: PeerId, addresses: tuple[str, ...]) -> Non
     surplus = machine.following or (machine.believes(peer) and not machine.wanted(peer))
     if path is None and surplus and driver.admission.anybody:
         return
+    if not (addresses := driver.admission.allowed(peer, addresses)):
+        return
     log.debug("on this LAN: %s at %s", peer, " ".join(addresses))
     try:
         if path is None:

@@ -252,6 +252,7 @@ class Stays:
             announce=self._options.announce_addresses,
             relay=RelayLimits(),
             map_port=self._options.map_port and not self._options.offline,
+            private_only=self._options.offline,
         )
 
     def _port(self) -> int:

@@ -106,6 +106,12 @@ def ip_of(address: str) -> _Ip | None:
         return None
 
 
+def is_private(address: str) -> bool:
+    """Whether it is an IP address of a private network or of this machine, and no name."""
+    ip = ip_of(address)
+    return ip is not None and not ip.is_global
+
+
 def _neighbours(one: _Ip, other: _Ip | None) -> bool:
     """Whether two private addresses look like those of one network: the sizes that home routers use."""
     if other is None or one.version != other.version or other.is_loopback or other.is_global:

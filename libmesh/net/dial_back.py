@@ -54,10 +54,11 @@ class DialBack:
     Args:
         underlay: the adapter.
         open_to_all: serve whoever asks, not admitted peers only.
+        private_only: dial nothing beyond private networks.
     """
 
-    def __init__(self, underlay: Underlay, *, open_to_all: bool = False) -> None:
-        self._underlay = underlay
+    def __init__(self, underlay: Underlay, *, open_to_all: bool = False, private_only: bool = False) -> None:
+        self._underlay, self._private_only = underlay, private_only
         self._busy: set[PeerId] = set()
         self._spent: dict[PeerId, tuple[float, float]] = {}
         underlay.set_handler(wire.DIAL_REQUEST, self._serve, admitted_only=not open_to_all)
@@ -117,7 +118,9 @@ class DialBack:
                 tcp.host_and_port(address)
             except ValueError:
                 continue
-            if ip is not None and (ip.is_global or ip == seen):
+            if ip is None or (self._private_only and ip.is_global):
+                continue
+            if ip.is_global or ip == seen:
                 return index
         return None
 

@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
 
 import trio
@@ -22,7 +21,6 @@ from libp2p.host.basic_host import BasicHost
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
-from libmesh.core.relay_desk import RelayLimits
 from libmesh.core.ways import relay_of
 from libmesh.errors import NetworkError, PeerUnreachable
 from libmesh.net import tcp, websocket
@@ -39,6 +37,7 @@ from libmesh.net.base import (
 from libmesh.net.connections import Connections
 from libmesh.net.gossip import PROTOCOLS as GOSSIP_PROTOCOLS
 from libmesh.net.gossip import Gossip
+from libmesh.net.libp2p_config import Libp2pConfig as Libp2pConfig
 from libmesh.net.negotiate import open_lazy_stream
 from libmesh.net.punch import Puncher
 from libmesh.net.reach import Reach
@@ -51,42 +50,6 @@ from libmesh.peers import Path, PathKind, PeerId, Reaching
 log = logging.getLogger(__name__)
 
 _INTERFACES_HOLD = 5.0  # seconds
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Libp2pConfig:
-    """Limits of the adapter.
-
-    Attributes:
-        hosts: IP addresses to listen on.
-        port: TCP port, the same on all hosts; 0 takes a free one.
-        websocket_port: likewise, for peers that come by WebSocket, without TLS; `None` for none.
-        map_port: ask the router to forward the port (PCP, NAT-PMP, UPnP).
-        announce: multiaddrs at which others reach us besides, or despite, our interfaces' own. Told first.
-        max_connections: more are refused at once, so that those there are keep working.
-        max_handshakes: inbound connections that have not proved a key yet. When full, the oldest one is dropped: in
-            a flood the honest, who need milliseconds, get through between the others.
-        handshake_limit: seconds for an inbound connection to prove its key and agree on a muxer.
-        admission_limit: seconds that a stream of a peer which is not yet admitted is held.
-        max_waiting: streams of one such peer that are held; more are reset.
-        max_events: events not yet read, beyond which gossip messages are dropped. Never other events.
-        relay: what this node gives as a relay for others; `None` to be none.
-        relay_open: be a relay for whoever comes, not for admitted peers only.
-    """
-
-    hosts: tuple[str, ...] = ("0.0.0.0", "::")
-    port: int = 0
-    websocket_port: int | None = None
-    map_port: bool = False
-    announce: tuple[str, ...] = ()
-    max_connections: int = 2048
-    max_handshakes: int = 256
-    handshake_limit: float = 10.0
-    admission_limit: float = 5.0
-    max_waiting: int = 32
-    max_events: int = 1024
-    relay: RelayLimits | None = None
-    relay_open: bool = False
 
 
 class Libp2pNetwork(Network):
@@ -110,9 +73,10 @@ class Libp2pNetwork(Network):
             map_port=config.map_port,
             open_to_all=config.relay_open,
             trusted=self._is_relay,
+            private_only=config.private_only,
         )
         self.watchers: list[Callable[[], None]] = []  # told when the network may be another one
-        self.puncher = Puncher(self, guesses=self.reach.guesses)
+        self.puncher = Puncher(self, guesses=self.reach.guesses, private_only=config.private_only)
         self._port, self._websocket_port = 0, config.websocket_port  # known once we listen
         self._interfaces: list[str] = []
         self._interfaces_stale = float("-inf")

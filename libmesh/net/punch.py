@@ -26,6 +26,7 @@ from functools import partial
 
 import trio
 
+from libmesh.core.ways import is_private
 from libmesh.errors import MeshError, NetworkError
 from libmesh.framing import receive_frame
 from libmesh.net import relay_wire as wire
@@ -91,10 +92,17 @@ class Puncher:
         underlay: the adapter.
         guesses: multiaddrs at which others may see this node though it is not known to be reachable there: with its
             router's outside address. Told to the other side before those of `Underlay.addresses`.
+        private_only: dial nothing beyond private networks.
     """
 
-    def __init__(self, underlay: Underlay, *, guesses: Callable[[], Sequence[str]] = lambda: ()) -> None:
-        self._underlay = underlay
+    def __init__(
+        self,
+        underlay: Underlay,
+        *,
+        guesses: Callable[[], Sequence[str]] = lambda: (),
+        private_only: bool = False,
+    ) -> None:
+        self._underlay, self._private_only = underlay, private_only
         self.guesses = guesses
         self._running: dict[PeerId, trio.Event] = {}
         self._answering: dict[PeerId, trio.Event] = {}
@@ -222,6 +230,8 @@ class Puncher:
     ) -> Path:
         """Dial all of `addresses` at once from our own port after `begin`, and take what our listener accepts from them."""
         targets = _dialable(addresses, self._underlay.addresses())
+        if self._private_only:
+            targets = tuple(address for address in targets if is_private(address))
         if not targets:
             raise NetworkError("the peer names no address that could be dialled")
         send, receive = trio.open_memory_channel[trio.SocketStream](len(targets))

@@ -77,6 +77,7 @@ class Reach:
         announced: multiaddrs that a person gave.
         map_port: ask the router to forward the port.
         open_to_all: dial back whoever asks, not admitted peers only.
+        private_only: dial back nothing beyond private networks.
         trusted: peers whose word counts though they are not members: relays in use.
         config: times and numbers of what is believed.
     """
@@ -88,12 +89,13 @@ class Reach:
         announced: Sequence[str] = (),
         map_port: bool = False,
         open_to_all: bool = False,
+        private_only: bool = False,
         trusted: Callable[[PeerId], bool] = lambda peer: False,
         config: ReachConfig | None = None,
     ) -> None:
         self._ground, self._announced, self._trusted = ground, tuple(announced), trusted
         self._machine = Reachability(config or ReachConfig(), rng=random.Random())
-        self._server = DialBack(ground, open_to_all=open_to_all)
+        self._server = DialBack(ground, open_to_all=open_to_all, private_only=private_only)
         self._mapper = PortMapper(self._mapped) if map_port else None
         self._watched: dict[PeerId, _Watched] = {}
         self._others: dict[PeerId, None] = {}  # direct peers that are not watched, oldest first

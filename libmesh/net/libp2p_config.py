@@ -1,0 +1,46 @@
+"""What the libp2p adapter is told: where to listen, and how much of everything it takes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from libmesh.core.relay_desk import RelayLimits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Libp2pConfig:
+    """Limits of the adapter.
+
+    Attributes:
+        hosts: IP addresses to listen on.
+        port: TCP port, the same on all hosts; 0 takes a free one.
+        websocket_port: likewise, for peers that come by WebSocket, without TLS; `None` for none.
+        map_port: ask the router to forward the port (PCP, NAT-PMP, UPnP).
+        announce: multiaddrs at which others reach us besides, or despite, our interfaces' own. Told first.
+        max_connections: more are refused at once, so that those there are keep working.
+        max_handshakes: inbound connections that have not proved a key yet. When full, the oldest one is dropped: in
+            a flood the honest, who need milliseconds, get through between the others.
+        handshake_limit: seconds for an inbound connection to prove its key and agree on a muxer.
+        admission_limit: seconds that a stream of a peer which is not yet admitted is held.
+        max_waiting: streams of one such peer that are held; more are reset.
+        max_events: events not yet read, beyond which gossip messages are dropped. Never other events.
+        private_only: of what others name, dial addresses of private networks only: in hole punches, and for those who want to
+            know whether they can be reached. What `Network.connect` and `Network.dial` are told is not looked at.
+        relay: what this node gives as a relay for others; `None` to be none.
+        relay_open: be a relay for whoever comes, not for admitted peers only.
+    """
+
+    hosts: tuple[str, ...] = ("0.0.0.0", "::")
+    port: int = 0
+    websocket_port: int | None = None
+    map_port: bool = False
+    announce: tuple[str, ...] = ()
+    max_connections: int = 2048
+    max_handshakes: int = 256
+    handshake_limit: float = 10.0
+    admission_limit: float = 5.0
+    max_waiting: int = 32
+    max_events: int = 1024
+    private_only: bool = False
+    relay: RelayLimits | None = None
+    relay_open: bool = False
