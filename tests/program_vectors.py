@@ -10,7 +10,15 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from libmesh_node.announced import AnnouncedModel, Distance, NodeStatus, decode_status, encode_status
+from libmesh_node.announced import (
+    AnnouncedModel,
+    Distance,
+    NodeStatus,
+    OnDisk,
+    Wish,
+    decode_status,
+    encode_status,
+)
 from libmesh_node.llama.rpc.facts import Device, WorkerFacts
 from libmesh_node.llama.rpc.opening import (
     MAX_DEVICES,
@@ -71,6 +79,20 @@ def node_status() -> Iterator[Case]:
         distances=(Distance(WORKER, 0.0023), Distance(HOST, 0.41, relayed=True)),
     )  # fmt: skip
     yield Case("a host", host)
+    standby = NodeStatus(
+        version="0.1.0", hostname="attic", memory_bytes=16 * 10**9, node_status="Standby", spare_bytes=10**10, rests=True,
+        models=(AnnouncedModel(name="small", digest="cd" * 32, coming=True),),
+        wishes=(
+            Wish(digest=DIGEST, name="Qwen3-8B", requests=1.5, waiting=2), Wish(digest="cd" * 32, named=True),
+        ),
+        on_disk=(
+            OnDisk(digest=DIGEST, name="Qwen3-8B", size_bytes=5_027_783_488, needed_bytes=6 * 10**9, context_length=4096),
+            OnDisk(digest="ef" * 32, name="broken", refused=True),
+        ),
+    )  # fmt: skip
+    yield Case("a standby", standby)
+    unnamed = field(12, field(2, "m") + field(3, 100)) + field(13, field(1, "AB" * 32))
+    yield Case("wishes and files without a digest are left out", NodeStatus(), unnamed)
     several = tuple(AnnouncedModel(name=name) for name in ("a", "模型", "x" * 200))
     yield Case("models that are not identified yet", NodeStatus(models=several))
     yield Case("with a field that we do not know", NodeStatus(client=True), field(3, 1) + field(99, b"new"))

@@ -1,11 +1,12 @@
 """Where trio and asyncio meet: the only file that knows both.
 
 Two threads. The node decides in trio's, the main one. HTTP is served from one worker thread with an asyncio loop of
-its own. Three things cross, and nothing else:
+its own. Four things cross, and nothing else:
 
     snapshot   trio → HTTP   one immutable value, swapped whole; readers take the newest and never wait
     changed    trio → HTTP   a wake-up for those who watch; many swaps before a watcher runs are one wake-up
     commands   HTTP → trio   a coroutine function over `NodeCommands`, run as a task of its own, answered once
+    asked      HTTP → trio   what clients ask for, told at most some times a second, and not answered
 
 Bodies never cross: the proxy speaks to llama-server, or to the local end of a tunnel, over loopback sockets.
 
@@ -25,6 +26,7 @@ from typing import Generic, Protocol, TypeVar
 
 import trio
 
+from libmesh_node.asked import Asked
 from libmesh_node.snapshot import NodeSnapshot
 
 log = logging.getLogger("libmesh_node.http")
@@ -81,6 +83,9 @@ class NodeCommands(Protocol):
 
     async def plan(self, model: str) -> dict[str, object]:
         """How a model, named as for `--model`, would be served now; see `planning.plan_json`."""
+
+    def asked(self, asked: tuple[Asked, ...]) -> None:
+        """Clients of this node asked for models. Must neither block nor raise."""
 
 
 class Bridge:
@@ -227,6 +232,12 @@ class Bridge:
             with suppress(trio.RunFinishedError):
                 self._trio.run_sync_soon(reply.scope.cancel)
             raise
+
+    def tell(self, asked: tuple[Asked, ...]) -> None:
+        """Tell the node what clients asked for. Returns at once; a node that is ending hears of it no more."""
+        if self._trio is not None:
+            with suppress(trio.RunFinishedError):
+                self._trio.run_sync_soon(self._commands.asked, asked)
 
     async def watch(self, silence: float) -> AsyncGenerator[NodeSnapshot | None]:
         """Yield the newest snapshot at once and after each change, and `None` after `silence` seconds without one.

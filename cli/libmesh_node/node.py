@@ -3,11 +3,12 @@
     run_node ── data folder, log, signals (starting.py)
        └── Node.run
              ├── serve_http        API and console, in their own thread, behind the bridge
-             ├── LocalModels.run   a llama-server for each --model
+             ├── LocalModels.run   a llama-server for each model that is served
+             ├── Standby.run       tells what is asked for, and serves what the mesh wants
              ├── Stays.run         one stay in one mesh after the other, with a Session each
              └── _tick             refreshes what changes without an event, such as round-trip times
 
-All four are tasks of one nursery, so that cancelling it ends them at the same time, and the node within 3 s.
+All five are tasks of one nursery, so that cancelling it ends them at the same time, and the node within 3 s.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from libmesh import (
 )
 from libmesh_node import picture
 from libmesh_node.announced import AnnouncedModel, Distance, NodeStatus
+from libmesh_node.asked import Asked
 from libmesh_node.bridge import Bridge, CommandFailed
 from libmesh_node.datadir import DataDir, NodeInfo
 from libmesh_node.ending import end_for_sure
@@ -42,12 +44,16 @@ from libmesh_node.finishing import finish
 from libmesh_node.http.server import Listening, serve_http
 from libmesh_node.inviting import Inviting
 from libmesh_node.membership import Membership, secret_key
+from libmesh_node.models.reference import model_folders
 from libmesh_node.options import NodeOptions
+from libmesh_node.placement.rows import asks_of, on_disks
 from libmesh_node.placement.seen import distances
 from libmesh_node.renewing import Renewal
 from libmesh_node.serving import LocalModels
 from libmesh_node.session import Session
+from libmesh_node.shelf import Shelf
 from libmesh_node.snapshot import NodeSnapshot, Server
+from libmesh_node.standby import Standby
 from libmesh_node.stays import Stays
 
 log = logging.getLogger(__name__)
@@ -81,6 +87,14 @@ class Node:
         self._introduced: set[MeshId] = set()
         self._distances: tuple[Distance, ...] = ()
         self._announced: NodeStatus | None = None
+        self._standby = Standby(
+            self._key.peer,
+            self._models,
+            Shelf(model_folders(folder.path), self._models.equipment, self._models_changed),
+            options,
+            self._seen,
+            self._view_changed,
+        )
         self._stays = Stays(
             options, folder, self._key, opened=self._opened, entered=self._entered, closed=self._closed
         )
@@ -102,6 +116,7 @@ class Node:
             self._write_info()
             await self._models.prepare()
             nursery.start_soon(self._models.run)
+            nursery.start_soon(self._standby.run)
             nursery.start_soon(self._stays.run, first)
             nursery.start_soon(self._tick)
 
@@ -180,6 +195,7 @@ class Node:
             if (status := self._status()) != self._announced:
                 self._session.announce(status)
                 self._announced = status
+            self._standby.look()
         self._refresh()
 
     def _refresh(self) -> None:
@@ -218,7 +234,14 @@ class Node:
             accelerated=bool(self._models.equipment.own_devices),
             rpc_protocol=self._models.equipment.rpc_protocol,
             distances=self._distances,
+            wishes=self._standby.wishes(),
+            on_disk=self._standby.on_disk(),
+            rests=self._standby.rests,
         )
+
+    def _seen(self) -> tuple[View, NodeStatus] | None:
+        """The mesh, and what this node announces to it; `None` while it is in none."""
+        return (self._session.mesh.view, self._status()) if self._session is not None else None
 
     def _word(self) -> str:
         alone = self._session is None or not self._session.mesh.view.peers
@@ -230,6 +253,7 @@ class Node:
         session = self._session
         view = session.mesh.view if session is not None else None
         own = [(model, self._local_server(model)) for model in self._models.announced]
+        seen = self._seen()
         return NodeSnapshot(
             node_id=self._key.peer,
             mesh_id=view.mesh_id if view is not None else "",
@@ -245,7 +269,12 @@ class Node:
             my_vram_gb=self._models.equipment.memory_bytes / 1e9,
             addresses=session.mesh.addresses if session is not None else (),
             reachability=picture.reachability(session.mesh.reaching if session else None),
-            models=picture.models(own, session.remote_models() if session is not None else {}),
+            models=picture.models(
+                own,
+                session.remote_models() if session is not None else {},
+                on_disks(*seen) if seen else (),
+                asks_of(*seen) if seen else {},
+            ),
             peers=picture.peers(view, session.mesh.admission_of)
             if session is not None and view is not None
             else (),
@@ -269,6 +298,10 @@ class Node:
         if url is None:
             return None
         return picture.server(model, self._key.peer, url, local=True)
+
+    def asked(self, asked: tuple[Asked, ...]) -> None:
+        """See `NodeCommands.asked`."""
+        self._standby.told("", asked)
 
     # ── commands from the console ────────────────────────────────────────────────────────────────────────────────
 

@@ -45,6 +45,7 @@ class NodeOptions:
         max_rtt_ms: workers farther away are not taken.
         draft: a small model that guesses ahead for the models served here; `None` for none.
         draft_max: guesses at once.
+        idle_unload: seconds without a request after which a model's server is ended until the next one; `None`: never.
         data_dir: ignored with `ephemeral`.
         lan: find members on the LAN, and be found by them.
         map_port: ask the router to forward the port that peers connect to.
@@ -73,6 +74,7 @@ class NodeOptions:
     max_rtt_ms: float = 80.0
     draft: Path | None = None
     draft_max: int = 8
+    idle_unload: float | None = None
     data_dir: Path
     ephemeral: bool = False
     announce_addresses: tuple[str, ...] = ()
@@ -118,6 +120,7 @@ def node_options(args: argparse.Namespace) -> NodeOptions:
         max_rtt_ms=args.max_rtt,
         draft=None if args.no_draft else args.draft,
         draft_max=args.draft_max,
+        idle_unload=args.idle_unload,
         data_dir=data_dir(args),
         ephemeral=args.ephemeral,
         map_port=not args.no_port_mapping,
@@ -181,6 +184,17 @@ def duration(text: str) -> float:
     if not 0 < seconds <= _LONGEST_TTL:
         raise argparse.ArgumentTypeError(f"{text!r} is no duration; write 30s, 15m, 12h, 7d or 52w")
     return seconds
+
+
+def seconds(text: str) -> float:
+    """Seconds as a plain number, or a duration with a unit."""
+    try:
+        value = float(text)
+    except ValueError:
+        return duration(text)
+    if not 0 < value <= _LONGEST_TTL:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time; give seconds, such as 600, or 10m")
+    return value
 
 
 def gigabytes(text: str) -> float:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from libmesh import PeerId, PeerView, Reaching, View
-from libmesh_node.announced import AnnouncedModel, NodeStatus, decode_status
+from libmesh_node.announced import AnnouncedModel, NodeStatus, OnDisk, decode_status
+from libmesh_node.placement.rows import NOTHING, Asks
 from libmesh_node.snapshot import Address, Model, Peer, Reachability, Server
 
 ModelsByName = Mapping[str, Sequence[tuple[AnnouncedModel, Server | None]]]
@@ -49,25 +50,52 @@ def peers(view: View, admission_of: Admissions) -> tuple[Peer, ...]:
     return tuple(_peer(entry, *(admission_of(entry.peer) or ((), None))) for entry in known)
 
 
-def models(own: Sequence[tuple[AnnouncedModel, Server | None]], others: ModelsByName) -> tuple[Model, ...]:
-    """All models that somebody serves, is about to serve or served a moment ago, sorted by name."""
+def models(
+    own: Sequence[tuple[AnnouncedModel, Server | None]],
+    others: ModelsByName,
+    on_disk: Iterable[OnDisk] = (),
+    asks: Mapping[str, Asks] | None = None,
+) -> tuple[Model, ...]:
+    """All models that somebody serves, is about to serve, served a moment ago or could serve, sorted by name.
+
+    A model that somebody could serve is left out where another one of the same name is served.
+    """
     found: dict[str, list[tuple[AnnouncedModel, Server | None]]] = {}
     for model, server in own:
         found.setdefault(model.name, []).append((model, server))
     for name, entries in others.items():
         found.setdefault(name, []).extend(entries)
-    return tuple(_model(name, entries) for name, entries in sorted(found.items()))
+    present = frozenset(found)
+    for held in on_disk:
+        if held.name not in present:
+            model = AnnouncedModel(
+                name=held.name,
+                digest=held.digest,
+                size_bytes=held.size_bytes,
+                context_length=held.context_length,
+            )
+            found.setdefault(held.name, []).append((model, None))
+    return tuple(_model(name, entries, asks or {}) for name, entries in sorted(found.items()))
 
 
-def _model(name: str, entries: Iterable[tuple[AnnouncedModel, Server | None]]) -> Model:
-    entries = list(entries)
+def _model(
+    name: str, entries: Iterable[tuple[AnnouncedModel, Server | None]], asks: Mapping[str, Asks]
+) -> Model:
+    entries = sorted(entries, key=lambda entry: entry[1] is None)  # what is served is what the name means
     servers = sorted((server for _, server in entries if server is not None), key=lambda server: server.peer)
+    digest = next((model.digest for model, _ in entries if model.digest), "")
+    asked = asks.get(digest, NOTHING)
     return Model(
         name=name,
-        digest=next((model.digest for model, _ in entries if model.digest), ""),
+        digest=digest,
         size_bytes=max(model.size_bytes for model, _ in entries),
         context_length=max(model.context_length for model, _ in entries),
         servers=tuple(servers),
+        asked=asked.asked,
+        waiting=asked.waiting,
+        wanted=asked.wanted,
+        coming=asked.coming,
+        standbys=asked.standbys,
     )
 
 

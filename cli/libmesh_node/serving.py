@@ -111,16 +111,18 @@ class LocalModels:
 
     # ── loading and unloading ────────────────────────────────────────────────────────────────────────────────────
 
-    async def load(self, model: ModelFile, *, named: bool) -> Entry:
+    async def load(self, model: ModelFile, *, named: bool, digest: str = "") -> Entry:
         """Serve a model from now on; returns as soon as that has begun. Nothing is changed if it is served already.
 
-        One that does not fit is served together with other nodes that have it, if it is `named`. Raises `NodeError`.
+        One that does not fit is served together with other nodes that have it, if it is `named`. `digest` is the model's,
+        if it is known. Raises `NodeError`.
         """
         await self.equipment.set_up()
         async with self._loading:
             entry = self.entries.get(model.name)
             if entry is None:
                 entry = await self._enter(model, None, named=named)
+                entry.digest = digest
                 if self._tasks is None:
                     raise NodeError("The node is still starting; try again in a moment.")
                 self._tasks.start_soon(self._identify, entry)

@@ -38,10 +38,18 @@ class Server:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Model:
-    """A model that somebody in the mesh serves or wants.
+    """A model that somebody in the mesh serves, wants or could serve.
 
-    `name` is what requests say in `model`. `servers` is sorted by peer id and empty while nobody serves it.
-    `context_length` is the largest among the servers, in tokens; 0 if unknown. `size_bytes` is the file's size.
+    Attributes:
+        name: what requests say in `model`.
+        size_bytes: of the file.
+        context_length: the largest among the servers, in tokens; 0 if unknown.
+        servers: sorted by peer id; empty while nobody serves it.
+        asked: requests of the last while, of the whole mesh; each weighs less with time.
+        waiting: those of them that no server has yet; coarse.
+        wanted: somebody's operator named it.
+        coming: a server is being started, or will be as soon as a request waits.
+        standbys: nodes that have it and would serve it if it were asked for.
     """
 
     name: str
@@ -49,6 +57,11 @@ class Model:
     size_bytes: int
     context_length: int
     servers: tuple[Server, ...] = ()
+    asked: float = 0.0
+    waiting: int = 0
+    wanted: bool = False
+    coming: bool = False
+    standbys: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import trio
+from libmesh_node.asked import Asked
 from libmesh_node.bridge import Bridge, CommandFailed
 from libmesh_node.http import continuing, proxy
 from libmesh_node.http.server import Listening, serve_http
@@ -145,6 +146,7 @@ class Commands:
 
     def __init__(self) -> None:
         self.calls: list[tuple[object, ...]] = []
+        self.asked_for: list[Asked] = []
         self.fail_with: Exception | None = None
         self.hold = False
         self.cancelled = 0
@@ -158,6 +160,9 @@ class Commands:
                 await trio.sleep_forever()
             finally:
                 self.cancelled += 1
+
+    def asked(self, asked: tuple[Asked, ...]) -> None:
+        self.asked_for += asked
 
     async def join(self, token: str) -> str:
         await self._note("join", token)

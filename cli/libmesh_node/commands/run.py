@@ -19,6 +19,12 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="PATH|NAME",
         help="serve this model: a .gguf file, the name of one in a models folder, or 'demo' (repeatable)",
     )
+    serving.add_argument(
+        "--idle-unload",
+        type=options.seconds,
+        metavar="SECONDS",
+        help="end the server of a model that nobody has asked for so long; the next request starts it again, and waits",
+    )
     serving.add_argument("--client", action="store_true", help="serve nothing; only use what others serve")
     serving.add_argument(
         "--max-vram", type=options.gigabytes, metavar="GB", help="take at most this much memory for models"

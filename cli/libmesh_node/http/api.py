@@ -12,14 +12,16 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Protocol
 from urllib.parse import parse_qs
 
 from aiohttp import web
 
+from libmesh_node.asked import Asked
 from libmesh_node.http.access import is_allowed_origin, is_private_host
 from libmesh_node.http.answers import Told, told
+from libmesh_node.http.asking import Asking
 from libmesh_node.http.body import NotText, TooComplex, form_model, scan_model, with_model
 from libmesh_node.http.errors import ApiError, encode_error, speaks_anthropic
 from libmesh_node.http.exchange import Exchange
@@ -54,15 +56,22 @@ class Api:
     """Answers requests on the API's port, and those under `/v1/` on the console's.
 
     `any_host` turns the check of `Host` off, for a node that listens on all addresses and cannot know its names.
-    `origins` are web pages, beyond this machine's own, that may use the API; `*` allows all.
+    `origins` are web pages, beyond this machine's own, that may use the API; `*` allows all. `tell` hears what is asked for.
     """
 
     def __init__(
-        self, source: Snapshots, proxy: Proxy, *, any_host: bool = False, origins: Collection[str] = ()
+        self,
+        source: Snapshots,
+        proxy: Proxy,
+        *,
+        any_host: bool = False,
+        origins: Collection[str] = (),
+        tell: Callable[[tuple[Asked, ...]], None] = lambda asked: None,
     ) -> None:
         self._source = source
         self._proxy = proxy
         self._intake = Intake()
+        self._asking = Asking(tell)
         self._any_host = any_host
         self._origins = frozenset(origins)
         self._started_unix = int(time.time())
@@ -161,7 +170,10 @@ class Api:
             name = await _wanted_model(request, exchange.body)
             if name == AUTO and all(model.name != AUTO for model in self._source.snapshot.models):
                 name = await self._pick(exchange)
-            return await self._proxy.forward(exchange, lambda: self._find(name, reads_only=method != "POST"))
+            if method != "POST":
+                return await self._proxy.forward(exchange, lambda: self._find(name, reads_only=True))
+            with self._asking.counted(exchange, self._find(name, reads_only=False)):
+                return await self._proxy.forward(exchange, lambda: self._find(name, reads_only=False))
 
     async def _pick(self, exchange: Exchange) -> str:
         """Choose a model for a request that says `auto`, and say so in its body: the server's answer names it."""

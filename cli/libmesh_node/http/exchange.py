@@ -24,6 +24,7 @@ class Exchange:
         transcript: of its answer, if that could be continued.
         attempts: servers that were asked.
         resumed: servers that went on with its answer.
+        seeking: whether it waits for a server.
         broken: whether its answer broke off, and the client was told so.
         first: when the first bytes of a streamed answer came, by the same clock as `began`.
         received: bytes of the answer so far, and `tail` the last of them.
@@ -38,6 +39,7 @@ class Exchange:
     transcript: Transcript | None = None
     attempts: int = 0
     resumed: int = 0
+    seeking: bool = True
     broken: bool = False
     model: str = ""
     server: Server | None = None

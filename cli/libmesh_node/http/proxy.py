@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -42,6 +43,12 @@ them all."""
 PATIENCE = 20.0
 """Seconds that a request waits for a server of a model that is known, while none answers: one may be loading, or be
 started again. Then it is refused."""
+
+LOADING_PATIENCE = 300.0
+"""Seconds that it waits while a node says that it is loading the model: a large one takes minutes from a slow disk."""
+
+FALLING_SILENT = 5.0
+"""Seconds until the mesh knows that a peer is gone which vanished without a word."""
 
 PAUSE = 0.1
 """Seconds between two looks at who serves a model."""
@@ -121,7 +128,9 @@ class Proxy:
         await self._read(exchange)
         search = _Search(exchange, find)
         while True:
+            exchange.seeking = True
             server = await self._next(search)
+            exchange.seeking = False
             exchange.attempts += 1
             exchange.server, exchange.model = server, search.model.name
             search.asked = time.perf_counter()
@@ -207,7 +216,8 @@ class Proxy:
         search.tried.add(server.base_url)
         search.failed = True
         alive = isinstance(failure, aiohttp.ClientConnectorError | Overdue)
-        search.deaths += was_asked_again or not alive
+        if was_asked_again or not alive:
+            search.note_death(server, time.monotonic())
         self.balance.failed(server, time.monotonic())
 
     def _learn(self, exchange: Exchange, search: _Search, status: int) -> None:
@@ -309,7 +319,8 @@ class _Search:
         self.deaths = 0
         self.failed = False
         self.asked = time.perf_counter()
-        self._until = time.monotonic() + (PATIENCE if exchange.request.method == "POST" else 0.0)
+        self._began = time.monotonic()
+        self._died: dict[str, float] = {}
 
     @property
     def model(self) -> Model:
@@ -318,8 +329,16 @@ class _Search:
 
     def check_time(self) -> None:
         """Raise `ApiError` if this has gone on for long enough."""
-        if time.monotonic() >= self._until:
-            raise self._in_vain() if self.failed else no_server(self.model)
+        model = self.model
+        patience = PATIENCE if not model.coming or model.servers else LOADING_PATIENCE
+        if time.monotonic() >= self._began + (patience if self.exchange.request.method == "POST" else 0.0):
+            raise self._in_vain() if self.failed else no_server(model)
+
+    def note_death(self, server: Server, now: float) -> None:
+        """A server broke off. That a tunnel leads nowhere, however often it is tried, is one death of its server."""
+        if server.local or now - self._died.get(server.base_url, -math.inf) >= FALLING_SILENT:
+            self._died[server.base_url] = now
+            self.deaths += 1
 
     def check_deaths(self) -> None:
         """Raise `ApiError` if this has cost enough servers."""

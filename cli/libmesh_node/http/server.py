@@ -110,7 +110,7 @@ async def serve_http(
             opened = [_listen(*_address(where, listen_all), flag, stack) for where, flag in with_flags]
             proxy = Proxy()
             stack.push_async_callback(proxy.aclose)
-            routes = Api(bridge, proxy, any_host=listen_all, origins=origins)
+            routes = Api(bridge, proxy, any_host=listen_all, origins=origins, tell=bridge.tell)
             pages = Console(bridge, routes, proxy, any_host=listen_all)
             limit = _raise_connection_limit()
             runners = [

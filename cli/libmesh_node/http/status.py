@@ -113,6 +113,11 @@ def _model(model: Model, in_flight: Mapping[str, int]) -> dict[str, object]:
         "size_bytes": model.size_bytes,
         "context_length": model.context_length,
         "servers": [_server(server, in_flight) for server in model.servers],
+        "asked": round(model.asked, 2),
+        "waiting": model.waiting,
+        "wanted": model.wanted,
+        "coming": model.coming,
+        "standbys": model.standbys,
     }
 
 

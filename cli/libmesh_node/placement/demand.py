@@ -94,12 +94,16 @@ class Window:
         self._seconds = seconds
         self._counts: dict[str, tuple[float, float]] = {}
 
-    def add(self, model: str, now: float) -> None:
-        """One request came."""
-        self._counts[model] = (self._count(model, now) + 1, now)
+    def add(self, model: str, now: float, requests: int = 1) -> None:
+        """Requests came."""
+        self._counts[model] = (self._count(model, now) + requests, now)
         if len(self._counts) > MAX_MODELS:
             others = (name for name in self._counts if name != model)
             del self._counts[min(others, key=lambda name: (self._count(name, now), name))]
+
+    def forget(self, model: str) -> None:
+        """As if none had ever come for it."""
+        self._counts.pop(model, None)
 
     def told(self, now: float) -> dict[str, float]:
         """What to announce: in steps of 1, 1.5, 2, 3, 4, 6 and so on, so that it seldom changes; without the idle."""
@@ -228,9 +232,10 @@ def _can_spare(mesh: _Mesh, held: str, model: str, urgent: bool) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """A request for `model` came in at this node, from a client of its own."""
+    """Requests for `model` came in at this node, from clients of its own."""
 
     model: str
+    requests: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,7 +253,21 @@ class Settled:
     failed: bool = False
 
 
-Event = Asked | Looked | Settled
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """What was served here after a `Take` cannot be kept running."""
+
+    model: str
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """The requests for `model` shall count no more."""
+
+    model: str
+
+
+Event = Asked | Looked | Settled | Failed | Forgotten
 
 
 class Demand:
@@ -281,17 +300,24 @@ class Demand:
     def handle(self, event: Event, now: float) -> list[Take]:
         """Take notice; at most one `Take`."""
         match event:
-            case Asked(model):
-                self._window.add(model, now)
+            case Asked(model, requests):
+                self._window.add(model, now, requests)
+            case Forgotten(model):
+                self._window.forget(model)
             case Settled(model, failed):
                 self._taking = ""
                 if failed:
-                    self._refused[model] = now + self._config.rest
-                    if len(self._refused) > MAX_MODELS:
-                        del self._refused[min(self._refused, key=lambda name: (self._refused[name], name))]
+                    self._refuse(model, now)
+            case Failed(model):
+                self._refuse(model, now)
             case Looked(rows):
                 return self._look(rows, now)
         return []
+
+    def _refuse(self, model: str, now: float) -> None:
+        self._refused[model] = now + self._config.rest
+        if len(self._refused) > MAX_MODELS:
+            del self._refused[min(self._refused, key=lambda name: (self._refused[name], name))]
 
     def _look(self, rows: tuple[Row, ...], now: float) -> list[Take]:
         if self._taking:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+
 from libmesh import PeerState, Scope, View
 from libmesh_node.announced import NodeStatus, OnDisk, decode_status
 from libmesh_node.placement.demand import Row
@@ -42,12 +44,47 @@ def row_of(peer: str, status: NodeStatus, *, works: bool) -> Row:
     )
 
 
-def kept_by(view: View) -> dict[str, OnDisk]:
-    """What peers would serve if it were asked for, by name; the first peer by id wins where two disagree."""
-    found: dict[str, OnDisk] = {}
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asks:
+    """What the mesh asks for one model; see `snapshot.Model` for the fields."""
+
+    asked: float = 0.0
+    waiting: int = 0
+    wanted: bool = False
+    coming: bool = False
+    standbys: int = 0
+
+
+def asks_of(view: View, mine: NodeStatus) -> dict[str, Asks]:
+    """What the mesh asks for, by digest, as status shows it: the sum over the living."""
+    found: dict[str, Asks] = {}
+    statuses = [mine, *(decode_status(peer.attributes) for peer in view.peers if peer.state in _BELIEVED)]
+    for status in statuses:
+        for wish in status.wishes:
+            known = found.get(wish.digest, NOTHING)
+            found[wish.digest] = replace(
+                known,
+                asked=known.asked + wish.requests,
+                waiting=known.waiting + wish.waiting,
+                wanted=known.wanted or wish.named,
+            )
+        for model in status.models:
+            if model.coming:
+                found[model.digest] = replace(found.get(model.digest, NOTHING), coming=True)
+        for held in status.on_disk:
+            if not held.refused:
+                known = found.get(held.digest, NOTHING)
+                found[held.digest] = replace(known, standbys=known.standbys + 1)
+    return found
+
+
+NOTHING = Asks()
+
+
+def on_disks(view: View, mine: NodeStatus) -> tuple[OnDisk, ...]:
+    """What this node and its peers would serve if it were asked for."""
+    statuses = [mine]
     for peer in view.peers:
         if peer.state in _BELIEVED and peer.scope >= Scope.WORKER:
-            for held in decode_status(peer.attributes).on_disk:
-                if held.name and not held.refused:
-                    found.setdefault(held.name, held)
-    return found
+            statuses.append(decode_status(peer.attributes))
+    return tuple(held for status in statuses for held in status.on_disk if held.name and not held.refused)
