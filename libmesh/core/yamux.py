@@ -252,17 +252,17 @@ class Yamux:
 
     # ---- what the peer sends ----------------------------------------------------------------------------------
 
-    def receive(self, data: bytes, now: float) -> list[Event]:
-        """Take the next bytes of the connection, of any size; return what they mean, in order."""
+    def receive(self, data: bytes | memoryview, now: float) -> list[Event]:
+        """Take the next bytes of the connection, of any size; return what they mean, in order. Keeps no view."""
         events: list[Event] = []
         if not data or self.broken is not None:
             return events
         self._keepalive.heard(now)
         for item in self._parser.feed(data):
-            if isinstance(item, bytes):
-                self._body(events, item)
-            else:
+            if isinstance(item, tuple):
                 self._header(events, now, item)
+            else:
+                self._body(events, item)
             if self.broken is not None:
                 return events
         if self._control.overfull:
@@ -357,7 +357,7 @@ class Yamux:
             return False
         return True
 
-    def _body(self, events: list[Event], piece: bytes) -> None:
+    def _body(self, events: list[Event], piece: bytes | memoryview) -> None:
         stream_id = self._body_stream
         self._body_left -= len(piece)
         stream = self._streams.get(stream_id) if self._body_known else None

@@ -85,7 +85,7 @@ class Data(NamedTuple):
     """Bytes of a stream, in order, never empty. Report them with `consumed` once read or dropped."""
 
     stream: int
-    data: bytes
+    data: bytes | memoryview
 
 
 class Finished(NamedTuple):

@@ -18,9 +18,9 @@ class FrameParser:
         self._partial = b""
         self._body_left = 0
 
-    def feed(self, data: bytes) -> list[Header | bytes]:
-        """Headers, and behind each DATA header the pieces of its body (`bytes`, never empty) as far as they came."""
-        items: list[Header | bytes] = []
+    def feed(self, data: bytes | memoryview) -> list[Header | bytes | memoryview]:
+        """Headers, and behind each DATA header the pieces of its body (like `data`, never empty) as far as they came."""
+        items: list[Header | bytes | memoryview] = []
         position, end = 0, len(data)
         while position < end:
             if self._body_left:

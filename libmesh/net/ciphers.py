@@ -31,11 +31,12 @@ class Cipher:
     Attributes:
         encrypt_into: seals; see `cryptography`.
         decrypt: opens; raises `InvalidTag`.
+        decrypt_into: the same into a buffer that the plaintext fills.
         pack_nonce: makes a nonce of 0 and a message's number.
         rekey_every: the number of messages after which `renew` takes this one's place; 0 for never.
     """
 
-    __slots__ = ("_cipher", "decrypt", "encrypt_into", "pack_nonce", "rekey_every")
+    __slots__ = ("_cipher", "decrypt", "decrypt_into", "encrypt_into", "pack_nonce", "rekey_every")
 
     def __init__(self, name: str, key: bytes) -> None:
         """`key` is the direction's from Noise's Split, 32 bytes. Raises `ValueError` for a name that is none."""
@@ -48,7 +49,8 @@ class Cipher:
 
     def _use(self, cipher: ChaCha20Poly1305 | AESGCM, nonce: str, rekey_every: int) -> None:
         self._cipher = cipher
-        self.encrypt_into, self.decrypt = cipher.encrypt_into, cipher.decrypt
+        self.encrypt_into = cipher.encrypt_into
+        self.decrypt, self.decrypt_into = cipher.decrypt, cipher.decrypt_into
         self.pack_nonce = Struct(nonce).pack
         self.rekey_every = rekey_every
 

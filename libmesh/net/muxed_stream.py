@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 _JOIN_BELOW = 16 * 1024  # a chunk smaller than this is returned together with those behind it
 _JOIN_UP_TO = 64 * 1024
 
-Sink = Callable[[bytes], int]
-"""Takes bytes at once and says how many. Must not block, raise, or call the stream."""
+Pieces = list[bytes | memoryview]
+
+Sink = Callable[[Pieces], int]
+"""Takes bytes at once and says how many. Must not block, raise, call the stream, or keep a view."""
 
 
 class YamuxStream(StockFace):
@@ -317,17 +319,27 @@ class YamuxStream(StockFace):
 
     # ---- told by the connection -------------------------------------------------------------------------------
 
-    def deliver(self, data: bytes) -> None:
-        """Bytes arrived."""
-        if self._sink is not None and not self._chunks:
-            taken = self._sink(data)
-            if taken:
-                self.muxed_conn.consumed(self.stream_id, taken)
-                if taken == len(data):
-                    return
-                data = data[taken:]
-        self._chunks.append(data)
+    @property
+    def takes_at_once(self) -> bool:
+        """Whether a sink waits for what arrives next: it is better given all of it together, by `deliver_all`."""
+        return self._sink is not None and not self._chunks
+
+    def deliver(self, data: bytes | memoryview) -> None:
+        """Bytes arrived that are to wait for their reader. A view is copied."""
+        self._chunks.append(bytes(data))
         self._receivable.wake()
+
+    def deliver_all(self, pieces: Pieces) -> None:
+        """What arrived since `takes_at_once`. What the sink leaves waits for the reader."""
+        taken = self._sink(pieces) if self._sink is not None else 0
+        if taken:
+            self.muxed_conn.consumed(self.stream_id, taken)
+        for piece in pieces:
+            if taken >= len(piece):
+                taken -= len(piece)
+            else:
+                self.deliver(piece[taken:])
+                taken = 0
 
     def peer_finished(self) -> None:
         """The peer will send no more."""

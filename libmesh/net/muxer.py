@@ -1,4 +1,4 @@
-"""Our yamux under py-libp2p: the driver of `core.yamux`, and its installation.
+"""Our yamux under py-libp2p: the driver of `core.yamux`.
 
 Three tasks a connection: one reads, one sends what could not be sent at once, one keeps time. Nothing else ever waits
 for the socket, so cancelling the user of a stream cannot leave a record half sent, and no stream can hold up another.
@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import trio
 from libp2p.abc import IMuxedConn, ISecureConn
 from libp2p.connection_types import ConnectionType
-from libp2p.custom_types import TProtocol
 from libp2p.peer.id import ID
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable
-from libp2p.stream_muxer.muxer_multistream import MuxerMultistream
 from multiaddr import Multiaddr
 
 from libmesh.core.yamux import Yamux
@@ -34,8 +32,7 @@ from libmesh.core.yamux_frames import (
     Writable,
 )
 from libmesh.net.base import StreamReset
-from libmesh.net.muxed_stream import YamuxStream
-from libmesh.net.noise import YAMUX_ID
+from libmesh.net.muxed_stream import Pieces, YamuxStream
 from libmesh.net.outbound import Outbound
 from libmesh.net.records import Channel, PlainChannel
 from libmesh.net.session import Session
@@ -91,6 +88,7 @@ class YamuxConnection(IMuxedConn):
         self._serve = serve
         self.nameless = 0
         self._fresh: list[YamuxStream] = []  # opened by the peer just now
+        self._held: dict[YamuxStream, Pieces] = {}  # what came in the read that is being handled
         self._inbound: deque[YamuxStream] = deque()
         self._acceptable = trio.lowlevel.ParkingLot()
         self._openable = trio.lowlevel.ParkingLot()
@@ -222,7 +220,8 @@ class YamuxConnection(IMuxedConn):
         taken, shortened = 0, False
         reason = "the peer closed the connection"
         # First, what came behind the muxer's negotiation: a stream of the peer's, maybe, which waits for our answer.
-        records = [self.secured_conn.take_unread()] if isinstance(self.secured_conn, Session) else []
+        first = self.secured_conn.take_unread() if isinstance(self.secured_conn, Session) else b""
+        records: Sequence[bytes | memoryview] = [first]
         try:
             while records or (records := await receive()):
                 if self._over is not None:
@@ -231,6 +230,8 @@ class YamuxConnection(IMuxedConn):
                 for record in records:
                     self._handle(machine.receive(record, now))
                     taken += len(record)
+                if self._held:
+                    self._deliver_held()
                 if machine.broken is not None:
                     return
                 if machine.has_control:
@@ -263,7 +264,11 @@ class YamuxConnection(IMuxedConn):
         for event in events:
             match event:
                 case Data(stream_id, data):
-                    streams[stream_id].deliver(data)
+                    stream = streams[stream_id]
+                    if stream.takes_at_once:
+                        self._held.setdefault(stream, []).append(data)
+                    else:
+                        stream.deliver(data)
                 case Writable(stream_id):
                     self._outbound.window_opened(streams[stream_id])
                 case Opened(stream_id):
@@ -288,6 +293,12 @@ class YamuxConnection(IMuxedConn):
                     self._outbound.pump()
                     self._fail(reason)
                     return
+
+    def _deliver_held(self) -> None:
+        """Give what one read brought to the pumps that wait for it: to each in one piece, for one system call."""
+        held, self._held = self._held, {}
+        for stream, pieces in held.items():
+            stream.deliver_all(pieces)
 
     def _serve_fresh(self) -> None:
         """Give the streams that have just come, and what came on them, to whom they are for."""
@@ -356,39 +367,3 @@ class YamuxConnection(IMuxedConn):
         if self._openable:
             self._openable.unpark_all()
         self._outbound.flush_soon()
-
-
-class _MuxerSelector(MuxerMultistream):
-    """Chooses the muxer of a connection: ours, without a negotiation where the handshake has agreed on it already."""
-
-    def __init__(self, stock: MuxerMultistream, options: Options | None, serve: Serve | None) -> None:
-        super().__init__(stock.transports, stock.negotiate_timeout)
-        self._options = options
-        self._serve = serve
-
-    async def new_conn(self, conn: ISecureConn, peer_id: ID) -> IMuxedConn:
-        early = conn.early_muxer if isinstance(conn, Session) else None
-        if early is not None and TProtocol(early) in self.transports:
-            protocol = TProtocol(early)
-        else:
-            protocol, _ = await self._selector.select(conn, conn.is_initiator, self.negotiate_timeout)
-        if protocol == YAMUX_ID:
-            muxed: IMuxedConn = YamuxConnection(conn, peer_id, self._options, self._serve)
-        else:
-            muxed = self.transports[protocol](conn, peer_id)
-        return self._annotate_connection(muxed, conn, protocol)
-
-
-def install_muxer(upgrader: Any, options: Options | None = None, serve: Serve | None = None) -> None:
-    """Make a py-libp2p host use `YamuxConnection` for `/yamux/1.0.0`. To be called before any connection.
-
-    `muxer_opt` should suffice and does not: `MuxerMultistream.new_conn` of 0.8.1 builds the stock muxer for that id,
-    whatever class was registered.
-
-    Args:
-        upgrader: the host's `TransportUpgrader` (`swarm.upgrader`), or the swarm itself.
-        options: of every connection's muxer.
-        serve: gets the streams that peers open, see `YamuxConnection`.
-    """
-    upgrader = getattr(upgrader, "upgrader", upgrader)
-    upgrader.muxer_multistream = _MuxerSelector(upgrader.muxer_multistream, options, serve)

@@ -68,6 +68,10 @@ class Pipe(ABC):
         """Return when `receive_into` would not block, or at once where that cannot be told."""
         return
 
+    def receive_nowait(self, view: memoryview) -> int | None:
+        """What `receive_into` does, but `None` at once where it would wait, or where that cannot be told."""
+        return None
+
     @abstractmethod
     async def receive_into(self, view: memoryview) -> int:
         """Wait for bytes and put them at the start of `view`; 0 at the end. If cancelled, nothing was taken."""
@@ -113,16 +117,20 @@ class SocketPipe(Pipe):
             raise trio.ClosedResourceError("the socket was closed here")
         return number
 
+    def receive_nowait(self, view: memoryview) -> int | None:
+        """See `Pipe.receive_nowait`."""
+        try:
+            return os.readv(self._socket.fileno(), (view,))
+        except BlockingIOError:
+            return None
+        except OSError as exc:
+            raise StreamReset(f"connection lost: {exc}") from exc
+
     async def receive_into(self, view: memoryview) -> int:
         """See `Pipe.receive_into`."""
-        try:
-            while True:
-                try:
-                    return os.readv(self._socket.fileno(), (view,))
-                except BlockingIOError:
-                    await trio.lowlevel.wait_readable(self._number())
-        except (OSError, trio.ClosedResourceError) as exc:
-            raise StreamReset(f"connection lost: {exc}") from exc
+        while (count := self.receive_nowait(view)) is None:
+            await self.wait_readable()
+        return count
 
     async def wait_readable(self) -> None:
         """See `Pipe.wait_readable`."""

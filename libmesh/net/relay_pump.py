@@ -15,6 +15,7 @@ import trio
 from libmesh.core.relay_desk import RelayLimits
 from libmesh.core.shares import Shares
 from libmesh.errors import ServiceRefused
+from libmesh.net.muxed_stream import Pieces
 from libmesh.net.negotiate import Libp2pStream
 from libmesh.net.parking import Wakeup
 from libmesh.peers import PeerId
@@ -170,16 +171,21 @@ class _Direction:
                 if sent < len(data):
                     await target.send_all(memoryview(data)[sent:])
 
-    def _push(self, data: bytes) -> int:
+    def _push(self, pieces: Pieces) -> int:
         """Pass on what arrives, at once. What makes trouble is left to `_move`, which meets it next."""
-        if self._moved >= self._turns.size or self.spent:
-            return 0
-        try:
-            sent = self._target.send_nowait(data)
-        except (trio.BrokenResourceError, trio.ClosedResourceError, ServiceRefused):
-            return 0
-        self._book(sent)
-        return sent
+        taken = 0
+        for piece in pieces:
+            if self._moved >= self._turns.size or self.spent:
+                break
+            try:
+                sent = self._target.send_nowait(piece)
+            except (trio.BrokenResourceError, trio.ClosedResourceError, ServiceRefused):
+                break
+            self._book(sent)
+            taken += sent
+            if sent < len(piece):
+                break
+        return taken
 
     def _book(self, size: int) -> None:
         self._moved += size

@@ -18,11 +18,15 @@ import trio
 from libmesh.errors import MeshError, ServiceRefused
 from libmesh.net.base import Stream
 from libmesh.net.journal import Journal, Lifeline
+from libmesh.net.muxed_stream import Pieces
 from libmesh.net.negotiate import Libp2pStream
 from libmesh.net.pipes import TAKE_BYTES, BufferPool, tune_socket
 
 TURN_BYTES = 1024 * 1024
 """Bytes that a pump moves before it lets other tasks run, when it never has to wait."""
+
+MOST_PIECES = 64
+"""Pieces that one call writes to the socket. The rest, of a peer that sends crumbs, is joined and waits its turn."""
 
 _POOL = BufferPool(
     TAKE_BYTES
@@ -215,10 +219,14 @@ class _Pumps:
             self.reset = "stream" if isinstance(exc, (ServiceRefused, trio.BrokenResourceError)) else "socket"
         scope.cancel()
 
-    def _push(self, data: bytes) -> int:
+    def _push(self, pieces: Pieces) -> int:
         """Write at once what the socket takes. An error is left to the pump, which meets it next."""
+        number = self._socket.fileno()
         try:
-            written = os.write(self._socket.fileno(), data)
+            if len(pieces) == 1:
+                written = os.write(number, pieces[0])
+            else:
+                written = os.writev(number, pieces[:MOST_PIECES])
         except OSError:
             return 0
         self.bytes_received += written

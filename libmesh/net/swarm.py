@@ -23,7 +23,8 @@ from multiaddr import Multiaddr
 
 from libmesh.keys import public_key_of
 from libmesh.net.eager import EagerClient
-from libmesh.net.muxer import Serve, YamuxConnection, install_muxer
+from libmesh.net.muxer import Serve, YamuxConnection
+from libmesh.net.muxer_choice import install_muxer
 from libmesh.net.noise import PROTOCOL_ID as NOISE_ID
 from libmesh.net.noise import Noise
 from libmesh.net.tls import PROTOCOL_ID as TLS_ID

@@ -25,7 +25,8 @@ from multiaddr import Multiaddr
 from libmesh.errors import ServiceRefused
 from libmesh.net.base import Network, Stream, StreamHandler
 from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
-from libmesh.net.muxer import YamuxConnection, install_muxer
+from libmesh.net.muxer import YamuxConnection
+from libmesh.net.muxer_choice import install_muxer
 from libmesh.net.negotiate import Libp2pStream, open_lazy_stream
 from libmesh.net.stock import StockStream
 from libmesh.peers import Path, PeerId
