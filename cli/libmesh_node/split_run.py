@@ -29,6 +29,7 @@ from libmesh_node.llama.rpc.opening import SessionRequest, read_protocol
 from libmesh_node.llama.rpc.weights import LearnedHashes, open_weights
 from libmesh_node.llama.server import DraftPlan, ServerPlan, SplitPlan
 from libmesh_node.llama.supervisor import LlamaServer
+from libmesh_node.models.digest import model_digest
 from libmesh_node.models.reference import ModelFile
 from libmesh_node.placement.machine import short
 from libmesh_node.placement.seen import SERVICE
@@ -120,6 +121,10 @@ class SplitRun:
 
     async def _live(self) -> None:
         setting = self._setting
+        if await model_digest(setting.model.parts) != setting.shape.digest:
+            raise NodeError(
+                f"{setting.model.path} is not what it was when it was identified; restart the node."
+            )
         hashes = await trio.to_thread.run_sync(
             LearnedHashes, cache_root() / "rpc-hashes" / f"{setting.shape.digest}.json"
         )

@@ -23,6 +23,7 @@ from libmesh_node.announced import AnnouncedModel, NodeStatus
 from libmesh_node.entries import Entry
 from libmesh_node.llama.rpc.lender import Lender, LentModel
 from libmesh_node.llama.supervisor import LlamaServer, busy
+from libmesh_node.models.digest import model_digest
 from libmesh_node.options import NodeOptions
 from libmesh_node.placement.electing import elect, predict
 from libmesh_node.placement.machine import Machine, short
@@ -153,6 +154,7 @@ def _lender(mesh: Mesh, models: LocalModels, options: NodeOptions) -> Lender | N
         cpu=not models.equipment.own_devices,
         on_change=models.on_change,
         open_stream=lambda peer: mesh.open_service(PeerId(peer), SERVICE),
+        identify=model_digest,
     )
 
 

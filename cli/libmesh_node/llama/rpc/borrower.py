@@ -27,6 +27,7 @@ from libmesh_node.llama.rpc.opening import (
     SessionRequest,
     decode_answer,
     encode_request,
+    protocol_mismatch,
 )
 from libmesh_node.llama.rpc.outbox import Outbox, SocketSink, receive
 from libmesh_node.llama.rpc.uploads import FromFile, ToWorker
@@ -104,6 +105,9 @@ class Borrowed:
                 outcome = await _receive_answer(stream)
                 if isinstance(outcome, Refusal):
                     raise SessionRefused(outcome)
+                mismatch = protocol_mismatch(self._request.protocol, outcome.protocol)
+                if mismatch is not None:
+                    raise SessionRefused(Refusal(mismatch))
                 self.facts = outcome
                 return stream
             raise ProtocolError(f"the worker did not answer within {OPEN_LIMIT:g} s")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import select
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -76,6 +76,7 @@ class Lender:
         cpu: rpc-server computes on the processor.
         on_change: called when a session began or ended.
         open_stream: to another worker's lender, by its peer id, to pass results on; `None`: nothing is passed on.
+        identify: the digest of files as they are now, asked before each session; `None`: they are trusted not to change.
 
     Attributes:
         models: by digest.
@@ -91,7 +92,9 @@ class Lender:
         cpu: bool = True,
         on_change: Callable[[], None] = lambda: None,
         open_stream: Callable[[str], Awaitable[Stream]] | None = None,
+        identify: Callable[[Sequence[Path]], Awaitable[str]] | None = None,
     ) -> None:
+        self._identify = identify
         self._open_stream = open_stream
         self._opened = trio.Event()
         self._fillable: dict[bytes, tuple[str, _Session]] = {}
@@ -181,11 +184,18 @@ class Lender:
     async def _run(
         self, stream: Stream, request: SessionRequest, rest: bytes, model: LentModel, lent: _Lent
     ) -> None:
+        if self._identify is not None and await self._identify(model.parts) != model.digest:
+            await _refuse(stream, f"its copy of {model.name} is not what it was when it was identified")
+            return
         with open_weights(model.parts) as weights:
             server = fresh_rpc_server(self._binary, self._environment, self._device)
             async with server as (child, sock, port):
                 with trio.fail_after(START_LIMIT):
                     facts = await ask_facts(sock, request.memory_bytes, cpu=self._cpu)
+                mismatch = protocol_mismatch(request.protocol, facts.protocol)
+                if mismatch is not None:  # another program than the one that was asked before
+                    await _refuse(stream, mismatch)
+                    return
                 granted = lent.granted
                 lent.process = replace(lent.process, pid=child.pid, port=port, status="ready")
                 self._on_change()
@@ -350,6 +360,11 @@ def _first_size(data: bytes) -> int:
     if not (kind == Link.OPEN and size <= MAX_MESSAGE) and not (kind == Link.PUSH_OPEN and size == TOKEN):
         raise ProtocolError("its first frame is no request for a session")
     return size
+
+
+async def _refuse(stream: Stream, reason: str) -> None:
+    log.warning("refused a session to the peer %s: %s", stream.peer, reason)
+    await _say(stream, frame(Reply.OPENED, encode_answer(Refusal(reason))))
 
 
 async def _say(stream: Stream, data: bytes, *, last: bool = True) -> bool:
