@@ -7,10 +7,7 @@ as a shell for whoever reaches it. So nobody gets what another one used.
 from __future__ import annotations
 
 import logging
-import os
-import select
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,23 +34,16 @@ from libmesh_node.llama.rpc.opening import (
     encode_answer,
     protocol_mismatch,
 )
-from libmesh_node.llama.rpc.outbox import Outbox, SocketSink, receive
 from libmesh_node.llama.rpc.passing import Passer, receive_results
-from libmesh_node.llama.rpc.weights import Place, Weights, open_weights
-from libmesh_node.llama.rpc.worker import Effect, FileToServer, Push, ToHost, ToServer, WorkerEnd
+from libmesh_node.llama.rpc.weights import open_weights
+from libmesh_node.llama.rpc.worker import WorkerEnd
+from libmesh_node.llama.rpc.working import ASK_LIMIT, Working, say
 from libmesh_node.llama.server import child_environment
 from libmesh_node.snapshot import Process
 
 log = logging.getLogger(__name__)
 
-ASK_LIMIT = 10.0
-"""Seconds that a host has for its first frame, and for each further one once it has begun."""
-
 MAX_SESSIONS = 16
-
-READ_BYTES = 256 * 1024
-_FILE_STEP = 4 << 20
-_POLL_MS = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +87,7 @@ class Lender:
         self._identify = identify
         self._open_stream = open_stream
         self._opened = trio.Event()
-        self._fillable: dict[bytes, tuple[str, _Session]] = {}
+        self._fillable: dict[bytes, tuple[str, Working]] = {}
         self.models: dict[str, LentModel] = {}
         self._binary, self._memory, self._device, self._cpu = binary, memory, device, cpu
         self._environment = child_environment(environment)
@@ -130,7 +120,7 @@ class Lender:
             refusal = self._refusal(request)
         if refusal is not None:
             log.info("refused a session to the peer %s: %s", stream.peer, refusal.reason)
-            await _say(stream, frame(Reply.OPENED, encode_answer(refusal)))
+            await say(stream, frame(Reply.OPENED, encode_answer(refusal)))
             return
         token, model = object(), self.models[request.digest]
         process = Process(name="rpc-server", pid=None, port=0, model=model.name, status="starting")
@@ -140,7 +130,7 @@ class Lender:
                 await self._run(stream, request, rest, model, lent)
         except (NodeError, OSError) as exc:
             log.warning("no session for the peer %s: %s", stream.peer, exc)
-            await _say(
+            await say(
                 stream, frame(Reply.OPENED, encode_answer(Refusal(f"its rpc-server does not run: {exc}")))
             )
         finally:
@@ -202,10 +192,10 @@ class Lender:
                 log.info(
                     "working for the peer %s on %s, with %.2f GB", stream.peer, model.name, granted / 1e9
                 )
-                if not await _say(stream, frame(Reply.OPENED, encode_answer(facts)), last=False):
+                if not await say(stream, frame(Reply.OPENED, encode_answer(facts)), last=False):
                     return
                 end = WorkerEnd(granted, len(facts.devices), weights.holds)
-                session = _Session(stream, sock, end, weights)
+                session = Working(stream, sock, end, weights)
                 if self._open_stream is not None and request.next:
                     session.passer = Passer(partial(self._open_stream, request.next), request.next_token)
                 if request.token:
@@ -242,105 +232,6 @@ class _Lent:
         self.scope, self.over = trio.CancelScope(), trio.Event()
 
 
-class _Session:
-    """The four tasks of a session: two read, two send."""
-
-    def __init__(self, stream: Stream, sock: trio.SocketStream, end: WorkerEnd, weights: Weights) -> None:
-        self._stream, self._sock, self._end, self._weights = stream, sock, end, weights
-        self._to_host, self._to_server = Outbox(stream), Outbox(SocketSink(sock))
-        self._reason = "the host has ended it"
-        self.passer: Passer | None = None
-
-    async def run(self, first: bytes) -> str:
-        """Run until either side ends. Returns why it ended; the host has been told if the fault was on this side."""
-        tasks = (self._to_host.run, self._to_server.run, self._from_server, partial(self._from_host, first))
-        async with trio.open_nursery() as nursery:
-            if self.passer is not None:
-                nursery.start_soon(self.passer.run)
-            for task in tasks:
-                nursery.start_soon(self._guarded, task, nursery.cancel_scope)
-        return self._reason
-
-    async def _guarded(self, task: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
-        """Run a task whose end, however it comes, is the end of the session."""
-        try:
-            await task()
-        except ProtocolError as exc:
-            self._reason = str(exc)
-            await _say(self._stream, frame(Reply.LOST, self._reason.encode()[:MAX_MESSAGE]))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self._reason = "the connection broke"
-        scope.cancel()
-
-    async def _from_host(self, data: bytes | bytearray) -> None:
-        while True:
-            self._apply(self._end.from_host(bytes(data)))
-            await self._to_server.room()
-            received: bytes | bytearray | None = self._stream.receive_nowait(READ_BYTES)
-            if received is None:
-                received = await self._receive()
-            if not received:
-                return
-            data = received
-
-    async def _receive(self) -> bytes | bytearray:
-        if not self._end.midway:
-            return await self._stream.receive_some(READ_BYTES)
-        with trio.move_on_after(ASK_LIMIT):
-            return await self._stream.receive_some(READ_BYTES)
-        raise ProtocolError(f"a request was not finished within {ASK_LIMIT:g} s")
-
-    async def _from_server(self) -> None:
-        while data := await receive(self._sock, READ_BYTES):
-            self._apply(self._end.from_server(data))
-            await self._to_host.room()
-        raise ProtocolError("the worker's rpc-server has ended")
-
-    def fill(self, ticket: int, data: bytes) -> None:
-        """The worker before this one has a result. Raises `ProtocolError`."""
-        self._apply(self._end.fill(ticket, data))
-
-    def _apply(self, effects: list[Effect]) -> None:
-        for effect in effects:
-            match effect:
-                case Push(ticket, data):
-                    if self.passer is not None:
-                        self.passer.put(ticket, data)
-                case ToServer(data):
-                    self._to_server.put(data, more=True)
-                case FileToServer(place):
-                    self._to_server.put(partial(self._send_file, place))
-                case ToHost(data):
-                    self._to_host.put(data, more=True)
-        self._to_server.flush()
-        self._to_host.flush()
-
-    async def _send_file(self, place: Place) -> None:
-        """Send from the file in a thread: the disk may take its time."""
-        file, sock = self._weights.file(place.part), self._sock.socket.fileno()
-        await trio.to_thread.run_sync(
-            _send_file, sock, file, place.offset, place.size, abandon_on_cancel=False
-        )
-
-
-def _send_file(sock: int, file: int, offset: int, size: int) -> None:
-    poller = select.poll()
-    poller.register(sock, select.POLLOUT)
-    end = offset + size
-    while offset < end:
-        trio.from_thread.check_cancelled()
-        try:
-            sent = os.sendfile(sock, file, offset, min(_FILE_STEP, end - offset))
-        except BlockingIOError:
-            poller.poll(_POLL_MS)
-            continue
-        except OSError as exc:
-            raise trio.BrokenResourceError(str(exc)) from exc
-        if not sent:
-            raise ProtocolError("the worker's file has become shorter")
-        offset += sent
-
-
 async def _receive_request(stream: Stream) -> tuple[SessionRequest | bytes, bytes]:
     """The first frame, and what came behind it; of another worker its token. Raises `ProtocolError`, or as the stream."""
     data = b""
@@ -364,21 +255,7 @@ def _first_size(data: bytes) -> int:
 
 async def _refuse(stream: Stream, reason: str) -> None:
     log.warning("refused a session to the peer %s: %s", stream.peer, reason)
-    await _say(stream, frame(Reply.OPENED, encode_answer(Refusal(reason))))
-
-
-async def _say(stream: Stream, data: bytes, *, last: bool = True) -> bool:
-    """Send a few bytes, whatever becomes of them; `last` ends the stream. Whether they were sent."""
-    with (
-        trio.move_on_after(ASK_LIMIT),
-        suppress(trio.BrokenResourceError, trio.ClosedResourceError, trio.BusyResourceError),
-    ):
-        await stream.send_all(data)
-        if last:
-            await stream.aclose()
-        return True
-    stream.reset()
-    return False
+    await say(stream, frame(Reply.OPENED, encode_answer(Refusal(reason))))
 
 
 def _numbers(protocol: str | None) -> Protocol:
