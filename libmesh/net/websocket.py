@@ -250,9 +250,10 @@ class WebSocket(Stream):
         try:
             if self._tls is not None:
                 data = self._tls.open(data)
-            self._frames.receive_data(data)
-            for event in self._frames.events():
-                self._hear(event)
+            if data:  # TLS has records of its own, such as session tickets, and to `h11` nothing is the end
+                self._frames.receive_data(data)
+                for event in self._frames.events():
+                    self._hear(event)
         except ssl.SSLError as exc:
             raise StreamReset(_words(exc)) from exc
         except RemoteProtocolError as exc:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -61,6 +62,12 @@ async def proxy(context: ssl.SSLContext, target: int) -> AsyncIterator[int]:
 
     async def serve(stream: trio.SSLStream[trio.SocketStream]) -> None:
         try:
+            await stream.do_handshake()
+            # Other servers send session tickets at once, by themselves; trio keeps them until there is something to say.
+            tickets, stream._delayed_outgoing = stream._delayed_outgoing, None
+            assert tickets is not None
+            await stream.transport_stream.send_all(tickets)
+            await trio.testing.wait_all_tasks_blocked(0.02)  # so that they are read before the rest comes
             async with (
                 await trio.open_tcp_stream("127.0.0.1", target) as inner,
                 trio.open_nursery() as nursery,

@@ -14,6 +14,7 @@ import threading
 import time
 from pathlib import Path
 
+from tests.netlab.figures import tell_figures
 from tests.netlab.lab import PORT, Host, Kind, Lab, Site, open_lab
 
 _DEFAULT = ("public", "upnp", "conex2", "cone", "symmetric")
@@ -28,10 +29,16 @@ def main() -> int:
     parser.add_argument(
         "--delay", type=float, default=10.0, metavar="MS", help="of each site's cable, one way"
     )
+    parser.add_argument(
+        "--figures", action="store_true", help="measure how fast peers reach each other, and end"
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with open_lab() as lab:
+            if args.figures:
+                tell_figures(lab, args.delay / 1000, _say)
+                return 0
             _populate(lab, args.sites, args.delay / 1000)
             _say("\nCtrl-C ends all of it.")
             threading.Event().wait()

@@ -41,7 +41,7 @@ class Kind(Enum):
     CONE = "cone"
     SYMMETRIC = "symmetric"
     UDP_BLOCKED = "udp-blocked"  # a cone that lets no UDP through
-    ONLY_443 = "only-443"  # a cone that lets out nothing but TCP to port 443
+    ONLY_443 = "only-443"  # a cone that lets out nothing but TLS to port 443, and looks whether it is
 
 
 class Cable:
@@ -289,10 +289,10 @@ def _quiet(namespace: Namespace) -> None:
 
 def _rules(kind: Kind) -> str:
     forward, prerouting, how = "", "", ""
-    if kind in (Kind.UDP_BLOCKED, Kind.ONLY_443):
+    if kind is Kind.UDP_BLOCKED:
         forward += 'oifname "wan0" meta l4proto udp drop\n'
     if kind is Kind.ONLY_443:
-        forward += 'oifname "wan0" tcp dport != 443 drop\n'
+        forward += _ONLY_TLS
     if kind is Kind.FORWARDED:
         prerouting = f'iifname "wan0" tcp dport {PORT} dnat ip to 192.168.1.10\n'
     if kind is Kind.UPNP:
@@ -328,6 +328,14 @@ table inet lab {{
 }}
 """
 
+
+# The first bytes that leave must be those of a TLS handshake (type 22, version 3.x), or else nothing of the flow gets out.
+_ONLY_TLS = """
+        oifname "wan0" meta l4proto != tcp drop
+        oifname "wan0" tcp dport != 443 drop
+        oifname "wan0" ct mark != 1 @ih,0,16 0x1603 ct mark set 1
+        oifname "wan0" ct mark != 1 @ih,0,8 >= 0 drop
+"""
 
 _UPNP = """
 ext_ifname={device}

@@ -3,7 +3,8 @@
 It offers the service `echo`. The first line that it says is its id, with an invite if it holds the mesh's key. Orders:
 
     {"id": 1, "do": "connect", "peer": ID}      from nothing: seconds to the first byte back, and the path's kind then
-    {"id": 4, "do": "echo", "peer": ID}         the same, over the path that there is
+    {"id": 7, "do": "climb", "peer": ID}        the same, and then: seconds from there to a direct or punched path
+    {"id": 4, "do": "echo", "peer": ID}         as `connect`, over the path that there is
     {"id": 2, "do": "path", "peer": ID}         the path now
     {"id": 5, "do": "carry", "peer": ID}        carry bytes through a tunnel to it from now on (`carrying.py`)
     {"id": 6, "do": "carried", "stop": false}   how far that has come
@@ -29,6 +30,7 @@ from libmesh import (
     Mesh,
     MeshConfig,
     MeshError,
+    PathKind,
     PeerId,
     RelayLimits,
     RelayUse,
@@ -45,7 +47,11 @@ ECHO = "echo"
 async def main(options: dict[str, Any]) -> None:
     """Be a member until stdin ends."""
     listen = Libp2pConfig(
-        port=options["port"], announce=tuple(options.get("announce", ())), relay=RelayLimits(), map_port=True
+        port=options["port"],
+        websocket_port=options.get("websocket_port"),
+        announce=tuple(options.get("announce", ())),
+        relay=RelayLimits(),
+        map_port=True,
     )
     config = MeshConfig(relays=RelayUse(offer=options.get("relay", False)), lan=options.get("lan", False))
     founded = SecretKey.generate() if "invite" not in options else None
@@ -103,6 +109,8 @@ async def act(mesh: Mesh, order: dict[str, Any], nursery: trio.Nursery) -> dict[
             peer = PeerId(order["peer"])
             await mesh._driver.network.disconnect(peer)
             return await ask_echo(mesh, peer)
+        case "climb":
+            return await climb(mesh, PeerId(order["peer"]))
         case "echo":
             return await ask_echo(mesh, PeerId(order["peer"]))
         case "carry":
@@ -139,6 +147,20 @@ async def ask_echo(mesh: Mesh, peer: PeerId) -> dict[str, Any]:
         finally:
             stream.reset()
     return {"error": "no echo within 10 s"}
+
+
+async def climb(mesh: Mesh, peer: PeerId) -> dict[str, Any]:
+    """Connect from nothing, and wait for a path that no relay carries."""
+    await mesh._driver.network.disconnect(peer)
+    answer = await ask_echo(mesh, peer)
+    start = trio.current_time()
+    with trio.move_on_after(30):
+        async with mesh.watch() as views:
+            async for view in views:
+                entry = view.get(peer)
+                if entry is not None and entry.path is not None and entry.path.kind is not PathKind.RELAYED:
+                    return {**answer, "direct_after": trio.current_time() - start}
+    return {"error": f"no direct path within 30 s: {path_to(mesh, peer)}"}
 
 
 def path_to(mesh: Mesh, peer: PeerId) -> dict[str, Any]:
@@ -188,8 +210,14 @@ def serve_forks(orders: socket.socket) -> None:
 
 
 def start(options: dict[str, Any]) -> None:
-    """Run one peer."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s.%(msecs)03d %(message)s", datefmt="%H:%M:%S")
+    """Run one peer. `trusted` is a file of certificates to believe."""
+    if trusted := options.get("trusted"):
+        os.environ["SSL_CERT_FILE"] = trusted
+    logging.basicConfig(
+        level=logging.DEBUG if options.get("debug") else logging.INFO,
+        format="%(asctime)s.%(msecs)03d %(message)s",
+        datefmt="%H:%M:%S",
+    )
     logging.getLogger("libp2p").setLevel(logging.CRITICAL)
     trio.run(main, options)
 

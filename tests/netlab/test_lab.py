@@ -81,17 +81,39 @@ def test_a_forwarded_port_leads_to_the_first_host(lab: Lab) -> None:
         assert accepted.getpeername()[0] == public.public
 
 
-def test_only_port_443_gets_out_of_a_strict_network(lab: Lab) -> None:
+def test_nothing_but_tls_to_port_443_gets_out_of_a_strict_network(lab: Lab) -> None:
     public, office = lab.site(Kind.PUBLIC), lab.site(Kind.ONLY_443)
     with listen(public.host):
         assert refused(office.host, public.public)
+    assert office.host.run("ping", "-c", "1", "-W", "1", public.public).returncode
     with public.host.namespace.inside():
         listener = socket.create_server(("0.0.0.0", 443))
-    with office.host.namespace.inside():
+        datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        datagrams.bind(("0.0.0.0", 443))
+    with listener, datagrams:
+        datagrams.settimeout(0.5)
+        with office.host.namespace.inside(), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.sendto(b"\x16\x03\x01", (public.public, 443))
+        with pytest.raises(TimeoutError):
+            datagrams.recv(8)
+        assert said(office.host, public.public, listener, b"\x16\x03\x01 and whatever follows")
+        assert not said(office.host, public.public, listener, b"\x13/multistream/1.0.0\n")
+
+
+def said(host: Host, address: str, listener: socket.socket, first: bytes) -> bool:
+    """Whether the first bytes of a connection to port 443 arrive."""
+    with host.namespace.inside():
         sock = socket.socket()
     sock.settimeout(60)
-    with listener, sock:
-        sock.connect((public.public, 443))
+    with sock:
+        sock.connect((address, 443))
+        with listener.accept()[0] as accepted:
+            sock.sendall(first)
+            accepted.settimeout(1.5)
+            try:
+                return accepted.recv(100) == first
+            except TimeoutError:
+                return False
 
 
 def test_hosts_of_one_lan_reach_each_other_and_private_addresses_lead_nowhere_else(lab: Lab) -> None:
