@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import select
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -186,6 +187,11 @@ async def test_a_lost_connection_resets_the_sockets() -> None:
             with pytest.raises(trio.BrokenResourceError):
                 await client.receive_some()
         await client.aclose()
+
+
+async def test_bytes_cross_where_there_is_no_epoll(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(select, "epoll", raising=False)
+    await test_any_pattern_of_writes_arrives_unchanged(5)
 
 
 @pytest.mark.parametrize("seed", range(5))
