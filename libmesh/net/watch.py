@@ -16,6 +16,7 @@ from collections.abc import Callable
 import trio
 
 from libmesh.net import tcp
+from libmesh.net.netlink import NetlinkNews
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +47,13 @@ async def _watch_netlink(changed: Callable[[], None]) -> None:
         sock = trio.socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         with sock:
             await sock.bind((0, _LINK | _IPV4_ADDRESS | _IPV4_ROUTE | _IPV6_ADDRESS))
+            news = NetlinkNews()
             while True:
-                await _news(sock)
+                await _change(sock, news)
                 quiet = False
                 while not quiet:
                     with trio.move_on_after(SETTLE) as scope:
-                        await _news(sock)
+                        await _change(sock, news)
                     quiet = scope.cancelled_caught
                 changed()
     except OSError as exc:  # a sandbox without netlink
@@ -59,11 +61,13 @@ async def _watch_netlink(changed: Callable[[], None]) -> None:
         await _watch_interfaces(changed)
 
 
-async def _news(sock: trio.socket.SocketType) -> None:
+async def _change(sock: trio.socket.SocketType, news: NetlinkNews) -> None:
+    """Wait for the next change."""
     try:
-        await sock.recv(65536)
+        while not news.told(await sock.recv(65536)):
+            pass
     except OSError as exc:
-        if exc.errno != errno.ENOBUFS:  # more than the socket holds: news all the same
+        if exc.errno != errno.ENOBUFS:  # more than the socket holds: there must be one among it
             raise
 
 
