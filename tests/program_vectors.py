@@ -24,6 +24,7 @@ from libmesh_node.llama.rpc.opening import (
     MAX_DEVICES,
     MAX_MESSAGE,
     UNSAID,
+    Neighbour,
     Refusal,
     SessionRequest,
     decode_answer,
@@ -119,6 +120,9 @@ def session_request() -> Iterator[Case]:
     first = dataclasses.replace(alone, next=WORKER, next_token=bytes(range(16)))
     yield Case("the first of two", first)
     yield Case("the second of two", dataclasses.replace(alone, previous=HOST, token=bytes(range(16))))
+    known = (Neighbour(50001, HOST, bytes(16)), Neighbour(65535, WORKER, bytes(range(16))))
+    yield Case("the fork's, and all of its host's workers",
+               SessionRequest(digest=DIGEST, memory_bytes=1, protocol=(4, 1, 0), token=bytes(16), neighbours=known))  # fmt: skip
     yield Case(
         "the largest numbers", SessionRequest(digest=DIGEST, memory_bytes=2**64 - 1, protocol=(255,) * 3)
     )
@@ -141,6 +145,13 @@ def session_request() -> Iterator[Case]:
     for number in (5, 8):
         yield Case(f"field {number} of 15 bytes", raw=head + version + field(number, bytes(15)),
                    reason="a token has 16 bytes")  # fmt: skip
+    for name, inner in {
+        "no port": field(3, bytes(16)),
+        "a port above 65535": field(1, 65536) + field(3, bytes(16)),
+        "a token of 15 bytes": field(1, 1) + field(3, bytes(15)),
+    }.items():
+        yield Case(f"a neighbour with {name}", raw=head + version + field(9, inner),
+                   reason="a neighbour has a port from 1 to 65535 and a token of 16 bytes")  # fmt: skip
     yield Case("over 4 KiB", raw=head + version + field(99, bytes(MAX_MESSAGE)), reason="at most 4096 bytes")
     yield Case("not protobuf", raw=b"\xff\xff", reason="not a protobuf message")
 

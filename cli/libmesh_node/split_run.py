@@ -25,7 +25,7 @@ from libmesh_node.llama.restart import RestartConfig, RestartPolicy
 from libmesh_node.llama.rpc.ahead import Chain
 from libmesh_node.llama.rpc.borrower import Borrowed, SessionRefused
 from libmesh_node.llama.rpc.frames import TOKEN, ProtocolError
-from libmesh_node.llama.rpc.opening import SessionRequest, read_protocol
+from libmesh_node.llama.rpc.opening import Neighbour, SessionRequest, is_fork, read_protocol
 from libmesh_node.llama.rpc.weights import LearnedHashes, open_weights
 from libmesh_node.llama.server import DraftPlan, ServerPlan, SplitPlan
 from libmesh_node.llama.supervisor import LlamaServer
@@ -103,6 +103,7 @@ class SplitRun:
         self.scope = trio.CancelScope()
         self._setting, self._memory, self._on_change = setting, memory, on_change
         self._context = _context(setting, placement, memory)
+        self._fork = is_fork(read_protocol(setting.binary.rpc_protocol or "0.0.0"))
         self._failure: SplitFailed | None = None
 
     @property
@@ -130,7 +131,8 @@ class SplitRun:
         )
         with open_weights(setting.model.parts) as weights:
             shares = self.placement.workers
-            chain = Chain(len(shares)) if len(shares) > 1 and not setting.shape.recurrent else None
+            foreseeable = len(shares) > 1 and not setting.shape.recurrent and not self._fork
+            chain = Chain(len(shares)) if foreseeable else None
             workers = [
                 Borrowed(
                     partial(setting.mesh.open_service, PeerId(share.peer), SERVICE, lasting=True),
@@ -143,6 +145,8 @@ class SplitRun:
                 for place, (share, request) in enumerate(zip(shares, self._requests(chain), strict=True))
             ]
             try:
+                if self._fork:
+                    await self._introduce(workers)
                 async with trio.open_nursery() as nursery:
                     for worker, share in zip(workers, self.placement.workers, strict=True):
                         nursery.start_soon(self._open, worker, share.peer, nursery.cancel_scope)
@@ -151,6 +155,15 @@ class SplitRun:
             finally:
                 for worker in workers:
                     worker.close()
+
+    async def _introduce(self, workers: list[Borrowed]) -> None:
+        """The fork's workers reach each other by what they are told before they work."""
+        for worker in workers:
+            await worker.bind()
+        pairs = zip(workers, self.placement.workers, strict=True)
+        neighbours = tuple(Neighbour(worker.port, share.peer, worker.token) for worker, share in pairs)
+        for worker in workers:
+            worker.introduce(neighbours)
 
     async def _open(self, worker: Borrowed, peer: str, scope: trio.CancelScope) -> None:
         try:
@@ -209,6 +222,8 @@ class SplitRun:
     def _requests(self, chain: Chain | None) -> list[SessionRequest]:
         """What each worker is asked for; with a chain, also whom it gets results from, and passes its own on to."""
         requests = [self._request(share) for share in self.placement.workers]
+        if self._fork:
+            return [replace(request, token=os.urandom(TOKEN)) for request in requests]
         if chain is None:
             return requests
         tokens = [os.urandom(TOKEN) for _ in requests]

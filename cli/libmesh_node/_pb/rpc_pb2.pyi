@@ -20,6 +20,12 @@ what was sent ahead unless it was carried out (u32 ticket). From the worker: 3 i
 (u32 ticket, data). A worker opens a stream to the next one's "rpc" with 0x86 (the token), and fills holes by 0x87
 (u32 ticket, data). At most 4 tickets wait at a time; what has no hole is kept for as long as there is room, then dropped.
 
+The fork. Where SessionRequest.rpc_protocol is 4.x, from 4.1 on, everything behind the two first frames is the plain
+protocol of the first mesh's patched llama.cpp, of one connection to one rpc-server. Its host tells each worker where the
+others are (REGISTER_PEER, command 18), by addresses of the host's machine; the worker replaces the ports of its host's
+`neighbours` by ports of its own. A connection to one of these is a stream to that neighbour's "rpc" that begins with 0x88
+(the neighbour's token) and is then a further connection to that session's rpc-server. Only neighbours may.
+
 The host itself answers HELLO, DEVICE_COUNT, GET_ALIGNMENT, GET_MAX_SIZE, GET_DEVICE_MEMORY, BUFFER_GET_BASE and
 SET_TENSOR_HASH; on a session these are errors.
 """
@@ -53,6 +59,7 @@ class SessionRequest(_message.Message):
     PREVIOUS_FIELD_NUMBER: _builtins.int
     NEXT_FIELD_NUMBER: _builtins.int
     NEXT_TOKEN_FIELD_NUMBER: _builtins.int
+    NEIGHBOURS_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """the model's, as in ModelStatus; the worker must have the same"""
     memory_bytes: _builtins.int
@@ -69,6 +76,10 @@ class SessionRequest(_message.Message):
     """peer id of the worker after this one; empty: there is none, or nothing is passed on"""
     next_token: _builtins.bytes
     """its token"""
+    @_builtins.property
+    def neighbours(self) -> _containers.RepeatedCompositeFieldContainer[Global___Neighbour]:
+        """for protocol 4.1: all workers of this host; at most 16"""
+
     def __init__(
         self,
         *,
@@ -80,14 +91,45 @@ class SessionRequest(_message.Message):
         previous: _builtins.str = ...,
         next: _builtins.str = ...,
         next_token: _builtins.bytes = ...,
+        neighbours: _abc.Iterable[Global___Neighbour] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "memory_bytes", b"memory_bytes", "model", b"model", "next", b"next", "next_token", b"next_token", "previous", b"previous", "rpc_protocol", b"rpc_protocol", "token", b"token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "memory_bytes", b"memory_bytes", "model", b"model", "neighbours", b"neighbours", "next", b"next", "next_token", b"next_token", "previous", b"previous", "rpc_protocol", b"rpc_protocol", "token", b"token"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SessionRequest: _TypeAlias = SessionRequest  # noqa: Y015
+
+@_typing.final
+class Neighbour(_message.Message):
+    """A worker, and where the host's own programs reach it: for the first mesh's fork of llama.cpp, see above."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: _builtins.int
+    PEER_FIELD_NUMBER: _builtins.int
+    TOKEN_FIELD_NUMBER: _builtins.int
+    port: _builtins.int
+    """on the host's loopback, 1 to 65535"""
+    peer: _builtins.str
+    """peer id"""
+    token: _builtins.bytes
+    """of its sessions; 16 bytes"""
+    def __init__(
+        self,
+        *,
+        port: _builtins.int = ...,
+        peer: _builtins.str = ...,
+        token: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer", "port", b"port", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Neighbour: _TypeAlias = Neighbour  # noqa: Y015
 
 @_typing.final
 class SessionAnswer(_message.Message):

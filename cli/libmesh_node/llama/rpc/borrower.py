@@ -12,6 +12,7 @@ import socket
 import struct
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 
 import trio
@@ -19,14 +20,17 @@ import trio
 from libmesh import MeshError, Stream
 from libmesh_node.llama.rpc.ahead import Chain, Foreseen
 from libmesh_node.llama.rpc.facts import WorkerFacts
+from libmesh_node.llama.rpc.fork import converse
 from libmesh_node.llama.rpc.frames import Frame, FrameParser, Link, ProtocolError, Reply, frame
 from libmesh_node.llama.rpc.host import Effect, HostEnd, ToClient
 from libmesh_node.llama.rpc.opening import (
     MAX_MESSAGE,
+    Neighbour,
     Refusal,
     SessionRequest,
     decode_answer,
     encode_request,
+    is_fork,
     protocol_mismatch,
 )
 from libmesh_node.llama.rpc.outbox import Outbox, SocketSink, receive
@@ -83,6 +87,7 @@ class Borrowed:
         self.weights, self._hashes = weights, hashes
         self._spare: Stream | None = None
         self._turn = trio.Lock()
+        self._listeners: list[trio.SocketListener] = []
         self.facts = WorkerFacts((0, 0, 0), ())
         self.port = 0
         self.lost = trio.Event()
@@ -117,6 +122,9 @@ class Borrowed:
 
     async def serve(self, sock: trio.SocketStream) -> None:
         """One connection of llama-server's, from its beginning to its end."""
+        if is_fork(self._request.protocol):
+            await self._pass_on(sock)
+            return
         end = HostEnd(self.facts, self.weights, self._hashes, self.chain, self.place)
         async with sock:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -134,15 +142,31 @@ class Borrowed:
                 log.info("a connection of llama-server's ended: %s", exc)
                 _abort(sock)
 
-    async def _engage(self, sock: trio.SocketStream, end: HostEnd, effects: list[Effect]) -> None:
-        stream, self._spare = self._spare, None
-        if stream is None:
-            try:
-                stream = await self._session()
-            except Exception as exc:  # noqa: BLE001 - whatever the worker or the way to it did, this session is over
-                self._lose(str(exc))
-                _abort(sock)
+    async def _pass_on(self, sock: trio.SocketStream) -> None:
+        """As the fork has it: each connection a session, and its bytes as they are."""
+        async with self._turn, sock:
+            if (stream := await self._take_session(sock)) is None:
                 return
+            try:
+                if not await converse(sock, stream):
+                    self._lose("the worker ended the session")
+                    _abort(sock)
+            finally:
+                stream.reset()
+
+    async def _take_session(self, sock: trio.SocketStream) -> Stream | None:
+        """The one that was opened beforehand, or another; `None` if there is none: then that is told, and `sock` done with."""
+        stream, self._spare = self._spare, None
+        try:
+            return stream or await self._session()
+        except Exception as exc:  # noqa: BLE001 - whatever the worker or the way to it did, this session is over
+            self._lose(str(exc))
+            _abort(sock)
+            return None
+
+    async def _engage(self, sock: trio.SocketStream, end: HostEnd, effects: list[Effect]) -> None:
+        if (stream := await self._take_session(sock)) is None:
+            return
         conversation = _Conversation(self, sock, stream, end)
         try:
             why = await conversation.run(effects)
@@ -161,14 +185,30 @@ class Borrowed:
             self.why = why
             self.lost.set()
 
+    async def bind(self) -> None:
+        """Have a `port`. Connections to it wait for `listen`. Raises `OSError`."""
+        if not self._listeners:
+            self._listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            self.port = self._listeners[0].socket.getsockname()[1]
+
     async def listen(self, nursery: trio.Nursery) -> None:
         """Serve connections in `nursery` from now on, at `port`. Raises `OSError`."""
-        listeners = await trio.open_tcp_listeners(0, host="127.0.0.1")
-        self.port = listeners[0].socket.getsockname()[1]
-        nursery.start_soon(trio.serve_listeners, self.serve, listeners)
+        await self.bind()
+        nursery.start_soon(trio.serve_listeners, self.serve, self._listeners)
+
+    def introduce(self, neighbours: tuple[Neighbour, ...]) -> None:
+        """Tell the worker, when a session is opened, of all workers of this llama-server."""
+        self._request = replace(self._request, neighbours=neighbours)
+
+    @property
+    def token(self) -> bytes:
+        """Of its sessions."""
+        return self._request.token
 
     def close(self) -> None:
         """End a session that nobody came to use."""
+        for listener in self._listeners:
+            listener.socket.close()
         if self._spare is not None:
             self._spare.reset()
 

@@ -72,6 +72,7 @@ class Link(IntEnum):
     DROP = 0x85  # forget what was sent ahead, if it has not been carried out: u32 ticket
     PUSH_OPEN = 0x86  # from another worker: the first frame of a stream that fills holes; the session's token
     PUSH = 0x87  # on such a stream: u32 ticket, the data
+    REACH = 0x88  # from another worker, of the fork: a further connection to this session's server; its token
 
 
 class Reply(IntEnum):

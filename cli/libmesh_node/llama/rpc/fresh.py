@@ -14,8 +14,8 @@ import trio
 from libmesh_node.llama.engine import Binary
 from libmesh_node.llama.process import GuardedProcess, Lines, open_guarded
 from libmesh_node.llama.rpc.facts import Device, WorkerFacts
-from libmesh_node.llama.rpc.frames import HELLO_ANSWER, Command, ProtocolError, frame
-from libmesh_node.llama.rpc.opening import MAX_DEVICES
+from libmesh_node.llama.rpc.frames import HELLO_ANSWER, MAJOR, Command, ProtocolError, frame
+from libmesh_node.llama.rpc.opening import MAX_DEVICES, Protocol
 from libmesh_node.llama.supervisor import free_port
 
 log = logging.getLogger(__name__)
@@ -66,10 +66,17 @@ async def _connect(child: GuardedProcess, port: int) -> trio.SocketStream:
             return sock
 
 
-async def ask_facts(sock: trio.SocketStream, granted: int, *, cpu: bool) -> WorkerFacts:
-    """Say HELLO and learn of the devices. Their free memory is what was granted, shared in their proportion."""
-    hello = await _exchange(sock, Command.HELLO, bytes(24))
-    major, minor, patch, _ = HELLO_ANSWER.unpack(hello)
+async def ask_facts(
+    sock: trio.SocketStream, granted: int, *, cpu: bool, protocol: Protocol = (MAJOR, 0, 0)
+) -> WorkerFacts:
+    """Say HELLO and learn of the devices. Their free memory is what was granted, shared in their proportion.
+
+    `protocol` is what the program is known to speak: old ones take no payload with HELLO, and answer with three bytes.
+    """
+    hello = await _exchange(sock, Command.HELLO, bytes(24) if protocol[0] >= MAJOR else b"")
+    if not 3 <= len(hello) <= HELLO_ANSWER.size:
+        raise ProtocolError("rpc-server's answer to HELLO makes no sense")
+    major, minor, patch = hello[:3]
     (count,) = struct.unpack("<I", await _exchange(sock, Command.DEVICE_COUNT))
     if not 1 <= count <= MAX_DEVICES:
         raise ProtocolError(f"rpc-server has {count} devices")

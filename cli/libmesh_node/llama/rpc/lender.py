@@ -17,6 +17,7 @@ import trio
 from libmesh import Stream
 from libmesh_node.errors import NodeError
 from libmesh_node.llama.engine import Binary
+from libmesh_node.llama.rpc.fork import Doors, Neighbourhood, converse
 from libmesh_node.llama.rpc.frames import (
     TOKEN,
     Link,
@@ -32,6 +33,7 @@ from libmesh_node.llama.rpc.opening import (
     SessionRequest,
     decode_request,
     encode_answer,
+    is_fork,
     protocol_mismatch,
 )
 from libmesh_node.llama.rpc.passing import Passer, receive_results
@@ -87,6 +89,7 @@ class Lender:
         self._identify = identify
         self._open_stream = open_stream
         self._opened = trio.Event()
+        self._neighbourhood, self._doors = Neighbourhood(open_stream), Doors()
         self._fillable: dict[bytes, tuple[str, Working]] = {}
         self.models: dict[str, LentModel] = {}
         self._binary, self._memory, self._device, self._cpu = binary, memory, device, cpu
@@ -107,10 +110,14 @@ class Lender:
     async def serve(self, stream: Stream) -> None:
         """One session, from its first frame to its end. Never raises for what the host does."""
         try:
-            request, rest = await _receive_request(stream)
-            if isinstance(request, bytes):
-                await self._be_filled(stream, request, rest)
+            kind, said, rest = await _receive_first(stream)
+            if kind == Link.PUSH_OPEN:
+                await self._be_filled(stream, said, rest)
                 return
+            if kind == Link.REACH:
+                await self._doors.serve(stream, said, rest)
+                return
+            request = decode_request(said)
         except (ProtocolError, trio.BrokenResourceError) as exc:
             log.info("the peer %s asked for a session and made no sense: %s", stream.peer, exc)
             stream.reset()
@@ -181,7 +188,9 @@ class Lender:
             server = fresh_rpc_server(self._binary, self._environment, self._device)
             async with server as (child, sock, port):
                 with trio.fail_after(START_LIMIT):
-                    facts = await ask_facts(sock, request.memory_bytes, cpu=self._cpu)
+                    facts = await ask_facts(
+                        sock, request.memory_bytes, cpu=self._cpu, protocol=request.protocol
+                    )
                 mismatch = protocol_mismatch(request.protocol, facts.protocol)
                 if mismatch is not None:  # another program than the one that was asked before
                     await _refuse(stream, mismatch)
@@ -193,6 +202,10 @@ class Lender:
                     "working for the peer %s on %s, with %.2f GB", stream.peer, model.name, granted / 1e9
                 )
                 if not await say(stream, frame(Reply.OPENED, encode_answer(facts)), last=False):
+                    return
+                if is_fork(facts.protocol):
+                    await sock.aclose()  # HELLO is said once on each connection, and now the host will say it
+                    await self._pass_on(stream, request, rest, port)
                     return
                 end = WorkerEnd(granted, len(facts.devices), weights.holds)
                 session = Working(stream, sock, end, weights)
@@ -207,6 +220,28 @@ class Lender:
                 finally:
                     self._fillable.pop(request.token, None)
                 log.info("no longer working for the peer %s on %s: %s", stream.peer, model.name, reason)
+
+    async def _pass_on(self, stream: Stream, request: SessionRequest, rest: bytes, port: int) -> None:
+        """A session of the fork's."""
+        async with (
+            self._neighbourhood.open(stream.peer, request.token, request.neighbours),
+            await trio.open_tcp_stream("127.0.0.1", port) as sock,
+        ):
+            rewriter = self._neighbourhood.rewriter(stream.peer)
+            self._doors.add(request.token, request.neighbours, port)
+            try:
+                await converse(stream, sock, rewriter.from_host, rewriter.from_server, rest)
+            except ProtocolError as exc:
+                log.warning(
+                    "the peer %s speaks to the fork's rpc-server and makes no sense: %s", stream.peer, exc
+                )
+            finally:
+                self._doors.remove(request.token, port)
+                stream.reset()
+        if rewriter.unknown:
+            log.warning(
+                "the peer %s named ports %s, which lead nowhere from here", stream.peer, rewriter.unknown
+            )
 
     async def _be_filled(self, stream: Stream, token: bytes, data: bytes) -> None:
         """A stream from the worker before one of ours: results for the holes of that session, which may still be starting."""
@@ -232,8 +267,8 @@ class _Lent:
         self.scope, self.over = trio.CancelScope(), trio.Event()
 
 
-async def _receive_request(stream: Stream) -> tuple[SessionRequest | bytes, bytes]:
-    """The first frame, and what came behind it; of another worker its token. Raises `ProtocolError`, or as the stream."""
+async def _receive_first(stream: Stream) -> tuple[int, bytes, bytes]:
+    """The first frame, and what came behind it. Raises `ProtocolError`, or as the stream."""
     data = b""
     with trio.move_on_after(ASK_LIMIT):
         while len(data) < 9 or len(data) < 9 + _first_size(data):
@@ -242,13 +277,14 @@ async def _receive_request(stream: Stream) -> tuple[SessionRequest | bytes, byte
                 raise ProtocolError("it ended before it asked")
             data += received
         end = 9 + _first_size(data)
-        return data[9:end] if data[0] == Link.PUSH_OPEN else decode_request(data[9:end]), data[end:]
+        return data[0], data[9:end], data[end:]
     raise ProtocolError(f"it did not ask within {ASK_LIMIT:g} s")
 
 
 def _first_size(data: bytes) -> int:
     kind, size = data[0], int.from_bytes(data[1:9], "little")
-    if not (kind == Link.OPEN and size <= MAX_MESSAGE) and not (kind == Link.PUSH_OPEN and size == TOKEN):
+    by_token = kind in (Link.PUSH_OPEN, Link.REACH) and size == TOKEN
+    if not by_token and not (kind == Link.OPEN and size <= MAX_MESSAGE):
         raise ProtocolError("its first frame is no request for a session")
     return size
 

@@ -18,11 +18,21 @@ MAX_MESSAGE = 4096
 """Bytes of either message."""
 
 MAX_DEVICES = 16
+MAX_NEIGHBOURS = 16
 UNSAID = "it gave no reason"
 _MAX_TEXT = 500
 _PROTOCOL = re.compile(r"(\d{1,3})\.(\d{1,3})\.(\d{1,3})", re.ASCII)
 
 Protocol = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbour:
+    """A worker of the same host's, and the port by which the host's own programs reach it."""
+
+    port: int
+    peer: str
+    token: bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +47,7 @@ class SessionRequest:
     previous: str = ""
     next: str = ""
     next_token: bytes = b""
+    neighbours: tuple[Neighbour, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,9 @@ def encode_request(request: SessionRequest) -> bytes:
         previous=request.previous,
         next=request.next,
         next_token=request.next_token,
+        neighbours=[
+            pb.Neighbour(port=each.port, peer=each.peer, token=each.token) for each in request.neighbours
+        ],
     )
     return message.SerializeToString(deterministic=True)
 
@@ -79,6 +93,7 @@ def decode_request(data: bytes) -> SessionRequest:
         previous=printable(message.previous),
         next=printable(message.next),
         next_token=message.next_token,
+        neighbours=_neighbours(message),
     )
 
 
@@ -127,6 +142,11 @@ def read_protocol(text: str) -> Protocol:
     return int(match[1]), int(match[2]), int(match[3])
 
 
+def is_fork(protocol: tuple[int, ...]) -> bool:
+    """Whether this is the first mesh's fork of llama.cpp: 4.x, from 4.1 on. Stock llama.cpp's 4 had no minor version."""
+    return protocol[0] == 4 and protocol[1] >= 1
+
+
 def protocol_mismatch(host: Protocol, worker: Protocol) -> str | None:
     """Why a host's llama-server and a worker's rpc-server cannot work together, in words; `None` if they can.
 
@@ -135,9 +155,18 @@ def protocol_mismatch(host: Protocol, worker: Protocol) -> str | None:
     ours, theirs = _text(host), _text(worker)
     if host[0] != worker[0] or worker[1] > host[1]:
         return f"the host speaks llama.cpp's RPC protocol {ours}, the worker {theirs}; both need the same llama.cpp"
-    if host[0] != MAJOR:
-        return f"llama.cpp's RPC protocol {ours} is not known here, only {MAJOR}.x"
+    if host[0] != MAJOR and not is_fork(host):
+        return f"llama.cpp's RPC protocol {ours} is not known here, only {MAJOR}.x and the fork's 4.1"
     return None
+
+
+def _neighbours(message: pb.SessionRequest) -> tuple[Neighbour, ...]:
+    found = tuple(Neighbour(each.port, printable(each.peer), each.token) for each in message.neighbours)
+    if len(found) > MAX_NEIGHBOURS or len({each.port for each in found}) < len(found):
+        raise ProtocolError("neighbours that cannot be told apart")
+    if any(not 0 < each.port < 1 << 16 or len(each.token) != TOKEN for each in found):
+        raise ProtocolError("a neighbour that is none")
+    return found
 
 
 def _text(protocol: Protocol) -> str:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 
 from libmesh import FrameRewriter
 from libmesh_node.llama.rpc.frames import ProtocolError
+from libmesh_node.llama.rpc.opening import is_fork
 
 REGISTER_PEER = 18
 SIZE = 132
@@ -65,7 +66,7 @@ class RegisterPeerRewriter:
     @property
     def is_fork(self) -> bool:
         """Whether the server has said that it is the fork."""
-        return self._version is not None and self._version[0] == 4 and self._version[1] >= 1
+        return self._version is not None and is_fork(self._version)
 
     def close(self) -> bytes:
         """At the host's end of file: a message that was cut off passes as far as it came."""
