@@ -10,7 +10,8 @@ lane     ways                          begins
 ======== ============================= =========================================================================
 direct   its addresses, near ones      at once
          first (`ways`)
-relay    its circuits                  `head_start` later, or as soon as the direct lane is at its end
+relay    its circuits                  `head_start` later, `near_start` or at once where the direct lane has little
+                                       hope (`PathsConfig`), or as soon as that is at its end
 punch    a hole punch                  while there is a relayed path: at once on the side that was dialled (DCUtR has
                                        it start, libp2p specs `relay/DCUtR`), `courtesy` later on the side that dialled
 ======== ============================= =========================================================================
@@ -49,7 +50,7 @@ from libmesh.core.paths_io import (
     Wanted,
 )
 from libmesh.core.timers import INFINITY, Timers
-from libmesh.core.ways import PUNCH, ways_to
+from libmesh.core.ways import PUNCH, Ways, ways_to
 from libmesh.peers import Attempt, PathKind, PeerId
 
 MAX_REASONS = 32
@@ -158,8 +159,13 @@ class Paths:
             search.reasons.clear()
             ways = ways_to(peer, search.addresses, me=self._me, mine=self._mine)
             search.direct.begin(ways.direct, now)
-            search.relay.begin(ways.circuits, now + self._config.head_start if ways.direct else now)
+            search.relay.begin(ways.circuits, now + self._head_start(ways))
         return self._go_on(peer, now)
+
+    def _head_start(self, ways: Ways) -> float:
+        if ways.far:
+            return self._config.head_start
+        return self._config.near_start if ways.near else 0.0
 
     def _unwant(self, peer: PeerId) -> list[Effect]:
         search = self._searches.get(peer)

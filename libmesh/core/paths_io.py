@@ -25,6 +25,7 @@ class PathsConfig:
 
     stagger: float = 0.2
     head_start: float = 0.3
+    near_start: float = 0.1
     courtesy: float = 2.0
     retry_min: float = 5.0
     retry_max: float = 300.0

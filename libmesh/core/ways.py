@@ -24,10 +24,16 @@ CIRCUIT = "/p2p-circuit"
 
 @dataclass(frozen=True, slots=True)
 class Ways:
-    """What can be dialled, best first: `direct` addresses, and `circuits` through relays."""
+    """What can be dialled, best first: `direct` addresses, and `circuits` through relays.
+
+    `near` and `far` say what there is hope for: that some of `direct` are on a network which we seem to share, and that
+    some are public ones or names. Where there is neither, they are of other networks or machines.
+    """
 
     direct: tuple[str, ...]
     circuits: tuple[str, ...]
+    near: bool = False
+    far: bool = False
 
 
 def is_circuit(address: str) -> bool:
@@ -78,7 +84,8 @@ def ways_to(peer: PeerId, addresses: Iterable[str], *, me: PeerId, mine: Sequenc
         for address in circuits
         if (relay := relay_of(address)) is not None and relay[0] not in (me, peer)
     ]
-    return Ways(tuple(chain.from_iterable(map(_in_order, classes))), tuple(through))
+    direct_first = tuple(chain.from_iterable(map(_in_order, classes)))
+    return Ways(direct_first, tuple(through), near=bool(classes[0]), far=bool(classes[1]))
 
 
 def to_announce(addresses: Sequence[str], limit: int) -> tuple[str, ...]:

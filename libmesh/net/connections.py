@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,6 +26,7 @@ from multiaddr import Multiaddr
 from libmesh.errors import NetworkError
 from libmesh.net import tcp
 from libmesh.net.base import NetworkEvent, PathChanged, PeerConnected, PeerDisconnected, Stream
+from libmesh.net.eager import was_refused
 from libmesh.net.gossip import Gossip
 from libmesh.net.muxer import YamuxConnection
 from libmesh.net.raw import StreamFace
@@ -142,6 +143,25 @@ class Connections:
 
     # ── how they come ────────────────────────────────────────────────────────────────────────────────────────────
 
+    async def make(
+        self,
+        bytes_to: Callable[[], Awaitable[trio.SocketStream | Stream]],
+        *,
+        peer: PeerId,
+        address: str,
+        kind: PathKind,
+    ) -> Path:
+        """See `Underlay.make`."""
+        try:
+            return await self.adopt(
+                await bytes_to(), peer=peer, initiator=True, address=address, kind=kind, eager=True
+            )
+        except NetworkError as exc:
+            if not was_refused(exc):
+                raise
+            log.debug("%s does not take Noise at once: %s", peer, exc)
+        return await self.adopt(await bytes_to(), peer=peer, initiator=True, address=address, kind=kind)
+
     async def adopt(
         self,
         stream: trio.SocketStream | Stream,
@@ -150,13 +170,15 @@ class Connections:
         initiator: bool,
         address: str,
         kind: PathKind,
+        eager: bool = False,
     ) -> Path:
-        """See `Underlay.adopt`."""
+        """See `Underlay.adopt`. `eager`: speak Noise without asking whether the other side has it."""
         with _Owned(stream) as owned:
             try:
                 raw = _raw_of(stream, initiator=initiator, address=address, kind=kind)
             except OSError as exc:  # reset by the other end already, so that nobody is there
                 raise NetworkError(tcp.reason(exc)) from exc
+            raw.libmesh_eager = eager
             peer_id = None if peer is None else libp2p_id(peer)
             if initiator and peer_id is None:
                 raise NetworkError(f"{peer!r} is no peer id")
@@ -307,9 +329,7 @@ class _Owned:
             self._stream.reset()
 
 
-def _raw_of(
-    stream: trio.SocketStream | Stream, *, initiator: bool, address: str, kind: PathKind
-) -> RawConnection:
+def _raw_of(stream: trio.SocketStream | Stream, *, initiator: bool, address: str, kind: PathKind) -> Any:
     face = TrioTCPStream(stream) if isinstance(stream, trio.SocketStream) else StreamFace(stream)
     how = ConnectionType.RELAYED if kind is PathKind.RELAYED else ConnectionType.DIRECT
     raw: Any = RawConnection(face, initiator, how, [Multiaddr(address)] if address else [])
@@ -318,4 +338,4 @@ def _raw_of(
         raw.libmesh_port = stream.socket.getsockname()[1]
         remote = tuple(stream.socket.getpeername()[:2])
         raw.get_remote_address = lambda: remote  # py-libp2p's own tells of no IPv6 address
-    return raw  # type: ignore[no-any-return]
+    return raw

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from functools import partial
 
@@ -198,14 +198,23 @@ class Libp2pNetwork(Network):
             return await self.relaying.dial(peer, address)
         try:
             with trio.fail_after(tcp.DIAL_LIMIT):
-                stream = await websocket.dial(address)
-                return await self.adopt(
-                    stream, peer=peer, initiator=True, address=address, kind=PathKind.DIRECT
-                )
+                opener = partial(websocket.dial, address)
+                return await self.make(opener, peer=peer, address=address, kind=PathKind.DIRECT)
         except trio.TooSlowError as exc:
             raise NetworkError(f"no answer within {tcp.DIAL_LIMIT:.0f} s") from exc
         except (OSError, ValueError) as exc:
             raise NetworkError(tcp.reason(exc)) from exc
+
+    async def make(
+        self,
+        bytes_to: Callable[[], Awaitable[trio.SocketStream | Stream]],
+        *,
+        peer: PeerId,
+        address: str,
+        kind: PathKind,
+    ) -> Path:
+        """See `Underlay.make`."""
+        return await self._connections.make(bytes_to, peer=peer, address=address, kind=kind)
 
     async def adopt(
         self,

@@ -21,6 +21,7 @@ import hashlib
 import hmac
 from collections.abc import Sequence
 from struct import Struct
+from typing import Any
 
 import trio
 from cryptography.exceptions import InvalidTag
@@ -37,6 +38,7 @@ from libp2p.security.noise.exceptions import NoiseFailure, PeerIDMismatchesPubke
 
 from libmesh._pb.noise_pb2 import NoiseExtensions, NoisePayload
 from libmesh.net.ciphers import CHACHA, fast_ciphers
+from libmesh.net.eager import Proposed
 from libmesh.net.pipes import BufferPool, pipe_of
 from libmesh.net.records import BUFFER_BYTES, RecordChannel
 from libmesh.net.session import Session
@@ -146,8 +148,17 @@ class Noise(ISecureTransport):
         """Start a handshake with `peer_id`. Raises `NoiseFailure`, also when somebody else answers."""
         return await self._secure(conn, peer_id, initiator=True)
 
-    async def _secure(self, conn: IRawConnection, expected: ID | None, *, initiator: bool) -> ISecureConn:
-        handshake = _Handshake(conn, self._static, self._static_public, self._payload)
+    async def secure_eagerly(self, conn: IRawConnection, peer_id: ID) -> ISecureConn:
+        """As `secure_outbound`, on a connection on which nothing has been agreed yet: proposes Noise and speaks it at once.
+
+        Raises `ProposalRefused`, too.
+        """
+        return await self._secure(conn, peer_id, initiator=True, speak_on=Proposed(conn, PROTOCOL_ID))
+
+    async def _secure(
+        self, conn: IRawConnection, expected: ID | None, *, initiator: bool, speak_on: Any = None
+    ) -> ISecureConn:
+        handshake = _Handshake(speak_on or conn, self._static, self._static_public, self._payload)
         try:
             with trio.fail_after(self._timeout):
                 received = await (handshake.initiate() if initiator else handshake.respond())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import trio
 
@@ -68,11 +69,9 @@ class Relaying:
         """See `Network.dial`, for a circuit address."""
         try:
             with trio.fail_after(tcp.DIAL_LIMIT):
-                stream = await self.client.open_circuit(peer, address)
+                opener = partial(self.client.open_circuit, peer, address)
                 where = address.partition(CIRCUIT)[0] + CIRCUIT
-                return await self._underlay.adopt(
-                    stream, peer=peer, initiator=True, address=where, kind=PathKind.RELAYED
-                )
+                return await self._underlay.make(opener, peer=peer, address=where, kind=PathKind.RELAYED)
         except trio.TooSlowError as exc:
             raise NetworkError(f"no answer within {tcp.DIAL_LIMIT:.0f} s") from exc
         except ValueError as exc:

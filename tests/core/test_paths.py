@@ -63,6 +63,19 @@ def test_the_relay_is_asked_after_a_head_start() -> None:
     assert world.told == [(0.7, Reached(THEM))]
 
 
+@pytest.mark.parametrize(
+    ("mine", "asked"), [(HOME.replace(".7/", ".8/"), CONFIG.near_start), ("/ip4/10.9.9.9/tcp/1", 0.0)]
+)
+def test_the_less_hope_there_is_for_a_direct_way_the_sooner_the_relay_is_asked(
+    mine: str, asked: float
+) -> None:
+    world = World({HOME: (NEVER, None), R: (0.1, None)})
+    world.tell(HereChanged((mine,)))
+    world.want(HOME, R)
+    world.run(1)
+    assert world.tried[:2] == [(0.0, HOME), (asked, R)]
+
+
 def test_the_relay_is_asked_at_once_when_no_direct_way_is_left() -> None:
     world = World({A: (0.01, "refused"), R: (0.4, None)})
     world.want(A, R)

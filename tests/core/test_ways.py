@@ -101,7 +101,7 @@ def test_circuits_are_apart_and_never_through_the_ends_themselves() -> None:
     through_them = f"/ip4/8.8.8.8/tcp/1/p2p/{THEM}/p2p-circuit"
     nobodys = "/p2p-circuit"
     found = ways_to(THEM, [through_me, CIRCUIT, PUBLIC_4, through_them, nobodys], me=ME, mine=[CIRCUIT])
-    assert found == Ways((PUBLIC_4,), (CIRCUIT,))
+    assert found == Ways((PUBLIC_4,), (CIRCUIT,), far=True)
 
 
 def test_a_circuit_names_its_relay_and_the_way_to_it() -> None:

@@ -6,7 +6,14 @@ import pytest
 from libp2p.custom_types import TProtocol
 from libp2p.protocol_muxer.exceptions import MultiselectClientError, MultiselectCommunicatorError
 
-from libmesh.net.eager import HEADER, EagerClient
+from libmesh.net import swarm
+from libmesh.net.eager import HEADER, EagerClient, ProposalRefused, Proposed, was_refused
+from libmesh.net.libp2p import open_libp2p_network
+from libmesh.net.negotiate import encode_line
+from libmesh.net.tls import PROTOCOL_ID as TLS_ID
+from libmesh.peers import PathKind
+from tests.members import seed
+from tests.net.hosts import LOCAL
 
 NOISE, TLS = TProtocol("/noise"), TProtocol("/tls/1.0.0")
 
@@ -61,3 +68,63 @@ async def test_the_next_one_is_proposed_when_the_first_is_refused() -> None:
 async def test_anything_else_ends_it(lines: tuple[str, ...]) -> None:
     with pytest.raises(MultiselectClientError):
         await selected(Script(*lines))
+
+
+class Bytes:
+    """The other side: its bytes, as far as they go. Notes each write."""
+
+    def __init__(self, said: bytes) -> None:
+        self._said = said
+        self.written: list[bytes] = []
+
+    async def write(self, data: bytes) -> None:
+        self.written.append(data)
+
+    async def read(self, n: int | None = None) -> bytes:
+        data, self._said = self._said[:n], self._said[n:] if n is not None else b""
+        return data
+
+
+HELLO = encode_line(HEADER) + encode_line(NOISE)
+
+
+async def test_what_is_proposed_is_spoken_at_once_and_read_after_the_consent() -> None:
+    raw = Bytes(HELLO + b"their words")
+    proposed = Proposed(raw, NOISE)  # type: ignore[arg-type]
+    await proposed.write(b"our words")
+    await proposed.write(b"more")
+    assert raw.written == [HELLO + b"our words", b"more"]
+    assert await proposed.read(5) == b"their"
+    assert await proposed.read(100) == b" words"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        HELLO[:-1],
+        encode_line(HEADER) + encode_line("na"),
+        b"HTTP/1.1 400 Bad Request",
+        b"\xff" * 200,
+        bytes(50),
+    ],
+)
+async def test_anything_but_consent_is_a_refusal(said: bytes) -> None:
+    proposed = Proposed(Bytes(said), NOISE)  # type: ignore[arg-type]
+    await proposed.write(b"")
+    with pytest.raises(ProposalRefused) as failed:
+        await proposed.read(1)
+    assert was_refused(failed.value)
+
+
+def test_other_failures_are_no_refusals() -> None:
+    failed = ValueError()
+    failed.__cause__ = OSError()
+    assert not was_refused(failed)
+
+
+async def test_a_peer_without_noise_is_dialled_once_more_and_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_libp2p_network(seed(1), LOCAL) as one:
+        monkeypatch.setattr(swarm, "SECURITY", tuple(each for each in swarm.SECURITY if each[0] == TLS_ID))
+        async with open_libp2p_network(seed(2), LOCAL) as other:
+            assert (await one.connect(other.peer, other.addresses())).kind is PathKind.DIRECT
