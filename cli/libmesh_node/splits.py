@@ -289,6 +289,8 @@ class _Host:
             self.entry.servers.remove(run.server)
         if failure is not None:
             self._failed(run, failure)
+        if run.server is not None and run.server.plan.draft is None:
+            self.entry.plan = replace(self.entry.plan, draft=None)  # given up, and not to be tried again
         if run is self._coming:
             self._coming = None
         if run is self._run:

@@ -9,9 +9,8 @@ What a life looks like, in the words of `snapshot.Process.status`:
 *starting*: the process runs and does not answer. *loading*: it answers that it is loading (503). *ready*: it answers
 200, and serves the right model under the right name. *restarting*: it ended, and waits for its next start.
 
-Once ready, health is not asked again; only the end of the process counts. Each streaming answer holds one of
-llama-server's HTTP threads, so a busy server may well leave a health check waiting, and to kill it for that would be the
-only failure there was.
+Once ready, health is not asked again. What ends a server besides its own end is a stall (`stall.py`): health says "ok"
+then as before. One whose draft model makes it slower (`drafting.py`) is started again without, when it has nothing to do.
 """
 
 from __future__ import annotations
@@ -28,12 +27,14 @@ from pathlib import Path
 
 import trio
 
+from libmesh_node.llama.drafting import DraftTrial, measure_costs, read_guesses
 from libmesh_node.llama.engine import Binary
 from libmesh_node.llama.load import IDLE, read_load, read_work
 from libmesh_node.llama.logfile import BoundedLog
 from libmesh_node.llama.process import GuardedProcess, Lines, ProgramNotStarted, open_guarded
 from libmesh_node.llama.restart import Effect, Ended, GiveUp, Launch, Ready, RestartPolicy, Wake
 from libmesh_node.llama.server import ServerPlan, child_environment, server_args
+from libmesh_node.llama.stall import Progress, cpu_seconds
 from libmesh_node.snapshot import Process
 
 logger = logging.getLogger(__name__)
@@ -45,6 +46,9 @@ LOAD_POLL = 2.0
 
 POLL_LIMIT = 2.0
 """Seconds one health check may take."""
+
+STALLED_AFTER = 60.0
+"""Seconds without any sign of life after which a server that computes on this machine only is ended."""
 
 TERM_AGAIN_AFTER = 0.8
 KILL_AFTER = 1.6
@@ -79,6 +83,7 @@ class LlamaServer:
         environment: Mapping[str, str],
         on_change: Callable[[Process], None] | None = None,
         policy: RestartPolicy | None = None,
+        stalled_after: float = STALLED_AFTER,
     ) -> None:
         """Prepare, and start nothing yet.
 
@@ -89,6 +94,7 @@ class LlamaServer:
             environment: the node's own; see `child_environment`.
             on_change: called with each new state, in trio's thread. Must neither block nor raise.
             policy: when to restart.
+            stalled_after: seconds without a sign of life before it is ended: more where it may have to wait for others.
         """
         self.plan = plan
         self.process = Process(
@@ -103,6 +109,10 @@ class LlamaServer:
         self._on_change = on_change
         self._policy = policy or RestartPolicy()
         self._settled = trio.Event()
+        self._stalled_after = stalled_after
+        self._lines = 0
+        self._cause = ""
+        self._again = False
 
     @property
     def base_url(self) -> str | None:
@@ -129,7 +139,10 @@ class LlamaServer:
             while True:
                 match effects:
                     case [Launch()]:
-                        effects = self._policy.handle(await self._live(log), trio.current_time())
+                        self._cause, self._again = "", False
+                        ended = await self._live(log)
+                        if not self._again:
+                            effects = self._policy.handle(ended, trio.current_time())
                     case [GiveUp(reason=reason)]:
                         logger.error(
                             "llama-server for %s: %s. Its log: %s", self.plan.model.name, reason, log.path
@@ -158,15 +171,15 @@ class LlamaServer:
         except ProgramNotStarted as exc:
             return self._ended(str(exc).rstrip("."), False)
         said = [line for line in log.tail if line.strip()]
-        return self._ended(_in_words(status, said), any(_PORT_TAKEN in line for line in said))
+        return self._ended(self._cause or _in_words(status, said), any(_PORT_TAKEN in line for line in said))
 
     async def _attend(self, process: GuardedProcess, port: int, log: BoundedLog) -> int:
         """Log and watch the process until it has ended, and end it when cancelled. Returns as `wait` does."""
         async with trio.open_nursery() as nursery:
             # Shielded: a server that nobody listens to any more stalls as soon as the pipe is full, also while ending.
             copying = trio.CancelScope(shield=True)
-            nursery.start_soon(_copy_output, process, log, copying)
-            nursery.start_soon(self._watch, port)
+            nursery.start_soon(self._copy_output, process, log, copying)
+            nursery.start_soon(self._watch, process, port)
             try:
                 return await process.wait()
             except trio.Cancelled:
@@ -178,22 +191,62 @@ class LlamaServer:
                 copying.deadline = trio.current_time() + LAST_WORDS_LIMIT
                 nursery.cancel_scope.cancel()
 
+    async def _copy_output(self, process: GuardedProcess, log: BoundedLog, scope: trio.CancelScope) -> None:
+        lines = Lines(process.output)
+        with scope:
+            while (line := await lines.receive()) is not None:
+                self._lines += 1
+                log.write(line)
+
     def _ended(self, reason: str, port_taken: bool) -> Ended:
-        logger.warning("llama-server for %s: %s", self.plan.model.name, reason)
+        logger.log(
+            logging.INFO if self._again else logging.WARNING,
+            "llama-server for %s: %s",
+            self.plan.model.name,
+            reason,
+        )
         self.process = replace(self.process, pid=None, failure=reason)
         return Ended(reason, port_taken)
 
-    async def _watch(self, port: int) -> None:
+    async def _watch(self, process: GuardedProcess, port: int) -> None:
         await self._watch_health(port)
+        progress, answers = Progress(self._stalled_after), 0
+        trial = DraftTrial() if self.plan.draft is not None else None
         while True:
             metrics = await _get(port, "/metrics")
+            answers += bool(metrics)
+            now, used = trio.current_time(), cpu_seconds(process.pid)
+            if progress.stalled(now, answers, self._lines, now if used is None else used):
+                self._cause = f"it stood still for {self._stalled_after:g} s, and was ended"
+                await process.send_signal(signal.SIGKILL)
+                return
             load, done = read_load(metrics, self.load), read_work(metrics)
             if load.busy or done != self._done:
                 self.used_at, self._done = trio.current_time(), done
             if load != self.load:
                 self.load = load
                 self._tell()
+            if trial is not None and metrics and await self._try_draft(trial, metrics, port):
+                await _end(process)
+                return
             await trio.sleep(LOAD_POLL)
+
+    async def _try_draft(self, trial: DraftTrial, metrics: bytes, port: int) -> bool:
+        """Whether the server is to be started again without its draft; it has nothing to do then."""
+        trial.saw(read_guesses(metrics))
+        if not trial.due or self.load.busy:
+            return False
+        if trial.costs is None:
+            trial.costs = await measure_costs(port)
+        why = trial.verdict()
+        if why is None:
+            return False
+        self._cause, self._again = f"{why}; it goes on without", True
+        self.plan = replace(self.plan, draft=None)
+        self._change("restarting")  # nothing new comes; what came in the meantime is answered
+        while await busy(port):  # noqa: ASYNC110 - another process is asked
+            await trio.sleep(0.2)
+        return True
 
     async def _watch_health(self, port: int) -> None:
         pause = FIRST_POLL
@@ -236,13 +289,6 @@ async def _end(process: GuardedProcess) -> None:
             return
     await process.send_signal(signal.SIGKILL)
     await process.wait()
-
-
-async def _copy_output(process: GuardedProcess, log: BoundedLog, scope: trio.CancelScope) -> None:
-    lines = Lines(process.output)
-    with scope:
-        while (line := await lines.receive()) is not None:
-            log.write(line)
 
 
 async def _serves(port: int, alias: str) -> bool:

@@ -1,0 +1,99 @@
+"""When a draft is given up: by counts and costs, and with the real llama-server."""
+
+from __future__ import annotations
+
+import pytest
+from libmesh_node.llama.drafting import (
+    LEAST_STEPS,
+    DraftTrial,
+    Guesses,
+    StepCosts,
+    _seconds_per_step,
+    read_guesses,
+    worth,
+)
+
+METRICS = b"""# TYPE llamacpp:spec_decode_num_drafts_total counter
+llamacpp:spec_decode_num_draft_tokens_total 231
+llamacpp:spec_decode_num_accepted_tokens_total 200
+llamacpp:spec_decode_num_drafts_total 31
+llamacpp:spec_decode_num_accepted_tokens_per_pos_total{position="0"} 31
+"""
+
+
+def test_counts_are_read_where_the_server_tells_them() -> None:
+    assert read_guesses(METRICS) == Guesses(31, 231, 200)
+    assert read_guesses(METRICS.replace(b"drafts_total 31", b"drafts_total 3e+e")) is None
+    assert read_guesses(b"llamacpp:requests_processing 1\n") is None
+    assert read_guesses(b"") is None
+
+
+@pytest.mark.parametrize(
+    ("accepted", "plain", "drafted", "value"),
+    [(0, 1.0, 1.5, 1 / 1.5), (500, 1.0, 1.5, 4.0), (100, 1.0, 2.0, 1.0), (0, 1.0, 1.0, 1.0)],
+)
+def test_worth_is_tokens_in_the_same_time(accepted: int, plain: float, drafted: float, value: float) -> None:
+    assert worth(Guesses(100, 800, accepted), StepCosts(plain, drafted)) == pytest.approx(value)
+
+
+def trial(steps: float, accepted: float, costs: StepCosts) -> DraftTrial:
+    found = DraftTrial()
+    found.saw(Guesses(1000, 9000, 5000))
+    found.saw(Guesses(1000 + steps, 9000 + 4 * steps, 5000 + accepted))
+    found.costs = costs
+    return found
+
+
+def test_no_verdict_before_enough_was_seen() -> None:
+    assert not trial(LEAST_STEPS - 1, 0, StepCosts(1, 2)).due
+    assert trial(LEAST_STEPS, 0, StepCosts(1, 2)).due
+
+
+def test_a_draft_that_guesses_badly_is_given_up_and_it_is_said_why() -> None:
+    why = trial(400, 160, StepCosts(0.1, 0.2)).verdict()
+    assert why == "its draft guesses right 10 % of the time, which makes it 0.70 times as fast as without"
+
+
+def test_a_good_draft_is_judged_again_by_what_follows() -> None:
+    found = trial(400, 1200, StepCosts(0.1, 0.2))
+    assert found.verdict() is None
+    assert not found.due
+    found.saw(Guesses(2000, 20000, 9000))
+    found.saw(Guesses(2000 + LEAST_STEPS, 20000 + 8 * LEAST_STEPS, 9000))
+    assert found.due
+    assert found.verdict() is not None
+
+
+def test_nothing_is_given_up_where_costs_are_not_known() -> None:
+    found = trial(400, 0, StepCosts(0.1, 0.2))
+    found.costs = None
+    assert found.verdict() is None
+    assert not found.due
+
+
+def test_a_server_that_does_not_count_is_never_judged() -> None:
+    found = DraftTrial()
+    for _ in range(3):
+        found.saw(None)
+    assert not found.due
+
+
+@pytest.mark.parametrize(
+    ("timings", "tokens", "seconds"),
+    [
+        (b'{"predicted_n": 2, "predicted_ms": 40}', 2, 0.04),
+        (b'{"predicted_n": 16, "predicted_ms": 300, "draft_n": 20, "draft_n_accepted": 12}', 16, 0.1),
+        (b'{"predicted_n": 16, "predicted_ms": 300, "draft_n": 20, "draft_n_accepted": 15}', 16, None),
+        (b'{"predicted_n": 16, "predicted_ms": 300}', 16, None),
+        (b'{"predicted_n": 1, "predicted_ms": 40}', 2, None),
+        (b'{"predicted_n": 2, "predicted_ms": 0}', 2, None),
+        (b'{"predicted_n": "x"}', 2, None),
+        (b"[]", 2, None),
+        (b"{", 2, None),
+    ],
+)
+def test_a_try_counts_only_if_it_was_what_it_should_be(
+    timings: bytes, tokens: int, seconds: float | None
+) -> None:
+    answer = b'HTTP/1.0 200 OK\r\n\r\n{"timings": ' + timings + b"}"
+    assert _seconds_per_step(answer, tokens) == (None if seconds is None else pytest.approx(seconds))
