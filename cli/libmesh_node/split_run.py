@@ -188,6 +188,7 @@ class SplitRun:
                 environment=os.environ,
                 on_change=self._changed,
                 policy=RestartPolicy(RestartConfig(failures=1)),
+                stalled_after=STALLED_AFTER * 1.2,  # a worker's silence is told by its own task, which comes first
             )
             await self.server.run()
             await trio.sleep(0.2)  # the loss of a worker, if that was the cause, is told by its own task
