@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
@@ -24,7 +25,7 @@ from libmesh.errors import (
 )
 from libmesh.invites import check_invite
 from libmesh.net.base import Stream
-from libmesh.peers import MeshId, PeerId, Reaching, Scope, Service, View
+from libmesh.peers import MeshId, PathKind, PeerId, Reaching, Scope, Service, View
 from libmesh.posts import Post
 from libmesh.resuming import NearTunnel, Resumption
 from libmesh.wire_pieces import WireError, valid_service_name
@@ -52,6 +53,7 @@ class Mesh:
         self._driver, self._authority = driver, authority
         self._offers: dict[str, _Offer] = {}
         self._attributes = b""
+        self._tunnelled: Counter[tuple[PathKind, str]] = Counter()
         driver.network.set_handler(tunnel.PROTOCOL, self._answer_open)
 
     # ── what applications ask ────────────────────────────────────────────────────────────────────────────────────
@@ -234,6 +236,21 @@ class Mesh:
         stream = await self._driver.network.open_stream(peer, tunnel.PROTOCOL)
         lifeline = self.resumption.near(peer)
         return await tunnel.request(stream, service, wait=wait, lifeline=lifeline), lifeline
+
+    @property
+    def tunnelled(self) -> Mapping[tuple[PathKind, str], int]:
+        """Bytes that `serve_tunnel` and `expose` have carried since the mesh was opened, by path and `sent` or `received`.
+
+        Each connection counts when it is over, for the path to its peer at that moment.
+        """
+        return self._tunnelled
+
+    def count_tunnelled(self, peer: PeerId, sent: int, received: int) -> None:
+        """For `tunnel.py`: a connection with `peer` is over."""
+        path = self._driver.network.path(peer)
+        if path is not None:
+            self._tunnelled[path.kind, "sent"] += sent
+            self._tunnelled[path.kind, "received"] += received
 
     def invite(self, *, scope: Scope, not_after_unix: float | None) -> str:
         """A token that lets its holder join with `scope` until `not_after_unix` (cut to this node's own end).

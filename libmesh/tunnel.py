@@ -216,12 +216,13 @@ async def expose(
             lifeline = mesh.resumption.far(stream.peer, accept.session)
             if lifeline is None:
                 await accept()
-                await splice(stream, sock)
-                return
-            lifeline.carried_by(stream)
-            with lifeline:
-                await accept(resumable=True)
-                await splice(stream, sock, lifeline)
+                carried = await splice(stream, sock)
+            else:
+                lifeline.carried_by(stream)
+                with lifeline:
+                    await accept(resumable=True)
+                    carried = await splice(stream, sock, lifeline)
+        mesh.count_tunnelled(stream.peer, carried.bytes_sent, carried.bytes_received)
 
     with mesh.offer_raw(service, serve, scope=scope):
         task_status.started()
@@ -262,7 +263,8 @@ async def _carry(mesh: Mesh, peer: PeerId, service: str, sock: trio.SocketStream
             return
         try:
             with lifeline or nullcontext():
-                await splice(stream, sock, lifeline)
+                carried = await splice(stream, sock, lifeline)
+            mesh.count_tunnelled(peer, carried.bytes_sent, carried.bytes_received)
         except MeshError as exc:
             log.info("tunnel to %r: %s", service, exc)
             _abort(sock)
