@@ -217,8 +217,11 @@ class Mesh:
         """
         if lasting:
             stream, lifeline = await self.open_tunnel(peer, service, wait=wait)
-            lasts = lifeline is not None and (not wait or lifeline.journal.kept)
-            return self.resumption.lasting(stream, lifeline) if lifeline is not None and lasts else stream
+            if lifeline is not None and (not wait or lifeline.journal.kept):
+                return self.resumption.lasting(stream, lifeline)
+            if lifeline is not None:
+                lifeline.end()
+            return stream
         await self._driver.reach(peer)
         stream = await self._driver.network.open_stream(peer, tunnel.PROTOCOL)
         return await tunnel.request(stream, service, wait=wait)
@@ -235,7 +238,12 @@ class Mesh:
         await self._driver.reach(peer)
         stream = await self._driver.network.open_stream(peer, tunnel.PROTOCOL)
         lifeline = self.resumption.near(peer)
-        return await tunnel.request(stream, service, wait=wait, lifeline=lifeline), lifeline
+        try:
+            return await tunnel.request(stream, service, wait=wait, lifeline=lifeline), lifeline
+        except BaseException:
+            if lifeline is not None:
+                lifeline.end()
+            raise
 
     @property
     def tunnelled(self) -> Mapping[tuple[PathKind, str], int]:

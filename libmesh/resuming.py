@@ -73,11 +73,18 @@ class Resumption:
         self._tasks: trio.Nursery | None = None
 
     def near(self, peer: PeerId) -> NearTunnel | None:
-        """The lifeline of a tunnel that is being opened to `peer`; `None` if it shall not be resumed."""
+        """The lifeline of a tunnel that is being opened to `peer`; `None` if it shall not be resumed.
+
+        It has begun, so that its place is taken while the peer is asked; whoever gives up has to `end` it.
+        """
         path = self.network.path(peer)
         if path is None or path.address.startswith(("/ip4/127.", "/ip6/::1/")):
             return None  # within one machine a connection is lost when a process is
-        return NearTunnel(self, peer, os.urandom(resume_wire.SESSION_BYTES)) if self._room() else None
+        if not self._room():
+            return None
+        tunnel = NearTunnel(self, peer, os.urandom(resume_wire.SESSION_BYTES))
+        tunnel.begin()
+        return tunnel
 
     def far(self, peer: PeerId, session: bytes | None) -> FarTunnel | None:
         """The lifeline of a tunnel that `peer` opens; `None` if it shall not be resumed."""
@@ -136,8 +143,12 @@ class Resumption:
                 lines, teller.owed = teller.owed, {}
                 try:
                     await stream.send_all(b"".join(map(_line, lines.values())))
-                except _LOST:
+                except (
+                    BaseException
+                ) as exc:  # also if cancelled: a tunnel that is over here is not told of again
                     teller.owed = {**lines, **teller.owed}
+                    if not isinstance(exc, _LOST):
+                        raise
                     break
                 with trio.move_on_after(self.limit):
                     await teller.changed.wait()

@@ -6,16 +6,18 @@ import random
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
 
 import pytest
 import trio
+import trio.testing
 
-from libmesh import Mesh, PathKind, expose, serve_tunnel
+from libmesh import Mesh, PathKind, ServiceRefused, expose, serve_tunnel
 from libmesh.framing import frame, receive_frame
 from libmesh.net import journal as books
 from libmesh.net.journal import Journal
 from libmesh.resume_wire import Progress, decode_resumed, encode_progress
-from libmesh.resuming import ACKS_PROTOCOL, MAX_TUNNELS, RESUME_PROTOCOL, FarTunnel
+from libmesh.resuming import ACKS_PROTOCOL, MAX_TUNNELS, RESUME_PROTOCOL, FarTunnel, _Teller
 from tests.test_pathing import kind
 from tests.town import Town, client_invite, settled, town
 
@@ -245,6 +247,51 @@ async def test_beyond_the_bound_tunnels_are_carried_without_a_lifeline(
         assert len(near.resumption.tunnels) == 1
         for stream in streams:
             await stream.aclose()
+
+
+async def test_the_bound_holds_for_tunnels_that_are_opened_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("libmesh.resuming.MAX_TUNNELS", 2)
+    async with town() as place, tunnel(place) as (near, far, _):
+        opened = []
+
+        async def open_one() -> None:
+            opened.append(await near.open_tunnel(far.peer, "web"))
+
+        async with trio.open_nursery() as nursery:
+            for _ in range(8):
+                nursery.start_soon(open_one)
+        lifelines = [lifeline for _, lifeline in opened if lifeline is not None]
+        assert len(lifelines) == len(near.resumption.tunnels) == 2
+        for stream, _ in opened:
+            stream.reset()
+        for lifeline in lifelines:
+            lifeline.end()
+
+
+async def test_who_gives_up_opening_a_tunnel_gives_its_place_back() -> None:
+    async with town() as place, tunnel(place) as (near, far, _):
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await near.open_tunnel(far.peer, "web")
+        with pytest.raises(ServiceRefused):
+            await near.open_tunnel(far.peer, "nothing", wait=True)
+        with pytest.raises(ServiceRefused):
+            await near.open_service(far.peer, "nothing", lasting=True)
+        assert near.resumption.tunnels == {}
+
+
+async def test_what_was_being_told_when_a_stream_ended_is_told_on_the_next() -> None:
+    async with town() as place, tunnel(place) as (near, far, _), trio.open_nursery() as nursery:
+        ours, theirs = trio.testing.lockstep_stream_pair()
+        last = Progress(bytes(16), 5, True)  # of a tunnel that is over here: nobody else knows of it
+        teller = _Teller({last.session: last})
+        stream: Any = ours
+        nursery.start_soon(near.resumption._tell_over, far.peer, teller, stream)
+        await trio.testing.wait_all_tasks_blocked()
+        assert not teller.owed
+        await theirs.send_eof()
+        await trio.testing.wait_all_tasks_blocked()
+        assert teller.owed == {last.session: last}
 
 
 async def test_a_sender_waits_when_as_much_is_kept_as_may_be(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,6 +29,11 @@ SMALL_BYTES = 16 * 1024
 OUTBOX_BYTES = 128 * 1024
 """Small messages that wait for the socket. When full, their senders queue like bulk."""
 
+OVERFULL_BYTES = 1024 * 1024
+"""What may wait for the socket besides, none of which can be refused: the lines and ends of streams. More ends the
+connection. Of our own streams, a few hundred KiB at most come together (`Options.max_unacknowledged` lines of 1 KiB);
+so it is a peer that opens streams without end and does not read the answers."""
+
 FULL_TIME = 0.1
 """Seconds that a channel which is no socket took for a write, from which on it was full, and the peer made room.
 
@@ -118,11 +123,18 @@ class Outbound:
             self.flush_later()
 
     def append(self, *pieces: bytes) -> None:
-        """Queue frames behind what is queued already. They leave with the next batch."""
+        """Queue frames behind what is queued already. They leave with the next batch.
+
+        Ends the connection when more than `OVERFULL_BYTES` wait.
+        """
+        if self._stopped:
+            return
         for piece in pieces:
             if piece:
                 self._outbox.append(piece)
                 self._outbox_size += len(piece)
+        if self._outbox_size > OVERFULL_BYTES:
+            self._fail("the peer does not read the answers that it causes")
 
     def queue(self, stream: YamuxStream) -> None:
         """Send the rest of `stream.view` as the socket and the window allow; then tell the stream."""
@@ -252,4 +264,5 @@ class Outbound:
         self._stopped = True
         self._ready.clear()
         self._outbox.clear()
+        self._outbox_size = 0
         self._drained.unpark_all()

@@ -118,7 +118,9 @@ class StreamServer:
             connection.nameless -= 1
         if protocol is None:
             self._give_up(muxed, f"no protocol was named within {NEGOTIATION_TIME} s")
-        elif self.tasks is not None:
+        elif self.tasks is None:
+            muxed.reset_nowait()
+        else:
             self._serve(self.tasks, muxed, protocol)
 
     def _serve(self, tasks: trio.Nursery, muxed: YamuxStream, protocol: str) -> None:

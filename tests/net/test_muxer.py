@@ -23,6 +23,7 @@ from libmesh.core.yamux_frames import (
     WINDOW_UPDATE,
     Options,
 )
+from libmesh.net import outbound
 from libmesh.net.base import StreamReset
 from libmesh.net.muxed_stream import YamuxStream
 from libmesh.net.muxer import YamuxConnection
@@ -225,6 +226,28 @@ async def test_a_peer_that_never_reads_holds_up_only_its_own_senders() -> None:
         with pytest.raises(StreamReset):
             await fill(stream)
         await connection.event_closed.wait()
+
+
+async def test_answers_that_nobody_reads_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outbound, "OVERFULL_BYTES", 200_000)
+    async with against() as (connection, peer), trio.open_nursery() as nursery:
+        bulk, stream = await connection.open_stream(), await connection.open_stream()
+        grants = [frame(WINDOW_UPDATE, 0, one.stream_id, 2**30) for one in (bulk, stream)]
+        peer.channel.put([b"".join(grants)])
+        assert peer.channel.flush_nowait()
+
+        async def send() -> None:
+            with pytest.raises(StreamReset, match="does not read"):
+                await bulk.send_all(bytes(64 << 20))
+
+        nursery.start_soon(send)
+        await trio.testing.wait_all_tasks_blocked()
+        for _ in range(190):
+            stream.post(bytes(1000))
+        assert not connection.is_closed
+        for _ in range(20):
+            stream.post(bytes(1000))
+        assert connection.is_closed
 
 
 async def test_pings_without_end_make_no_answers_without_end() -> None:

@@ -138,3 +138,16 @@ async def test_streams_that_come_while_a_network_closes_are_reset() -> None:
         await stream.send_all(b"x")
         with trio.fail_after(60), pytest.raises(StreamReset):
             await stream.receive_some()
+
+
+async def test_a_stream_that_names_its_protocol_while_a_network_closes_is_reset() -> None:
+    async with networks(2) as (one, two):
+        two.set_handler(PROTOCOL, echo)
+        await join(one, two)
+        stream = await raw_stream(one, two)
+        await stream.send_all(HEADER)
+        assert await read(stream, len(HEADER)) == HEADER
+        two._server.tasks = None
+        await stream.send_all(PROPOSAL)
+        with trio.fail_after(60), pytest.raises(StreamReset):
+            await read_all(stream)
