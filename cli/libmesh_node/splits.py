@@ -50,6 +50,9 @@ DRAIN_LIMIT = 120.0
 """Seconds that a replaced server may take to finish what it is answering."""
 
 
+Launch = Callable[[SplitSetting, Placement, dict[str, int], Callable[[], None]], SplitRun]
+
+
 class Splits:
     """Lends and hosts. `run` until cancelled; `look` whenever the view or this node's status changed.
 
@@ -58,11 +61,18 @@ class Splits:
         models: this node's own; what is hosted here is entered there.
         options: the command line.
         status: what this node announces at the moment.
+        launch: makes what runs a placement.
     """
 
     def __init__(
-        self, mesh: Mesh, models: LocalModels, options: NodeOptions, status: Callable[[], NodeStatus]
+        self,
+        mesh: Mesh,
+        models: LocalModels,
+        options: NodeOptions,
+        status: Callable[[], NodeStatus],
+        launch: Launch = SplitRun,
     ) -> None:
+        self._launch = launch
         self._options, self._status = options, status
         self._mesh, self._models = mesh, models
         self._hosts: dict[str, _Host] = {}
@@ -125,7 +135,8 @@ class Splits:
                 self._hosts.pop(name).scope.cancel()
         for name, entry in entries.items():
             if not entry.alone and name not in self._hosts:
-                host = self._hosts[name] = _Host(self._mesh, self._models, entry, self._options, self._status)
+                host = _Host(self._mesh, self._models, entry, self._options, self._status, self._launch)
+                self._hosts[name] = host
                 self._tasks.start_soon(host.run)
         if self._lender is None and self._mesh.scope >= Scope.WORKER:
             self._lender = _lender(self._mesh, self._models, self._options)
@@ -168,7 +179,9 @@ class _Host:
         entry: Entry,
         options: NodeOptions,
         status: Callable[[], NodeStatus],
+        launch: Launch,
     ) -> None:
+        self._launch = launch
         self.name, self.entry = entry.name, entry
         self.scope = trio.CancelScope()
         self.missing = ""
@@ -280,7 +293,7 @@ class _Host:
             draft=self.entry.plan.draft,
         )
         memory = {machine.peer: machine.memory for machine in machines}
-        self._coming = run = SplitRun(setting, placement, memory, partial(self._changed, nursery))
+        self._coming = run = self._launch(setting, placement, memory, partial(self._changed, nursery))
         nursery.start_soon(self._live, run)
 
     async def _live(self, run: SplitRun) -> None:

@@ -1,0 +1,95 @@
+"""Peers that come and go while a model is served over several, in virtual time: no needless change, no needless outage."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import trio
+import trio.testing
+from libmesh_node import splits
+
+from tests.placement.hosting import LOAD, Machine, World, world
+
+TURN = 60.0  # longer than a better placement must be better, and its load
+
+
+@pytest.fixture(autouse=True)
+def nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def idle(_server: object) -> bool:
+        return False
+
+    monkeypatch.setattr(splits, "_is_busy", idle)
+
+
+async def settled(place: World) -> None:
+    await trio.sleep(TURN)
+    assert len(place.runs) == len(place.serving) == 1
+
+
+async def test_who_is_not_needed_changes_nothing(autojump_clock: trio.testing.MockClock) -> None:
+    """Neither by coming nor by going."""
+    async with world(force=False) as place:
+        place.join("a", Machine(24))
+        place.join("b", Machine(24))
+        await settled(place)
+        (run,) = place.serving
+        for number in range(10):
+            place.join(f"c{number}", Machine(24, rtt=0.05))
+            await settled(place)
+        for number in range(10):
+            place.leave(f"c{number}")
+            await settled(place)
+        assert place.serving == [run]
+    assert (place.launched, place.most, place.outages) == (1, 1, [])
+
+
+async def test_ten_better_ones_take_over_without_an_outage(autojump_clock: trio.testing.MockClock) -> None:
+    """Each is faster and nearer, and memory allows both: the new one answers before the old one ends."""
+    async with world(force=True) as place:
+        place.join("a", Machine(100))
+        place.join("b", Machine(100))
+        await settled(place)
+        speeds = [place.serving[0].placement.tokens_per_second]
+        for number in range(10):
+            place.join(f"c{number}", Machine(100, 40 * 2**number, 0.0016 * 0.8**number))
+            await settled(place)
+            speeds.append(place.serving[0].placement.tokens_per_second)
+    assert place.outages == []
+    assert place.most == 2
+    assert speeds[-1] > 10 * speeds[0]
+    assert all(later > sooner for sooner, later in pairwise(speeds))
+
+
+async def test_after_each_of_ten_leaves_the_rest_serve_again(autojump_clock: trio.testing.MockClock) -> None:
+    """Who had a part is gone with it: for as long as a load takes nothing answers. Never are there two for longer."""
+    async with world(force=True) as place:
+        for number in range(12):
+            place.join(f"c{number}", Machine(100, bandwidth=20 + number))
+        await settled(place)
+        for left in range(10):
+            members = place.serving[0].placement.members
+            place.leave(members[left % 2])
+            await settled(place)
+            assert members[left % 2] not in place.serving[0].placement.members
+    assert len(place.outages) == 10
+    assert max(place.outages) <= LOAD + 2.5
+    assert place.most <= 2
+
+
+async def test_where_memory_does_not_allow_both_the_old_one_makes_room(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """The host finds that its worker has no memory left: it ends its own split for a better one, and only then."""
+    async with world(force=False) as place:
+        place.join("a", Machine(25))
+        place.join("b", Machine(25))
+        await settled(place)
+        slow = place.serving[0].placement
+        place.nodes["b"].machine.bandwidth = 20.0
+        place.join("c", Machine(25, bandwidth=400))
+        await trio.sleep(4 * TURN)
+        assert len(place.runs) == len(place.serving) == 1
+        assert place.serving[0].placement.tokens_per_second >= slow.tokens_per_second
+    assert place.most <= 2
+    assert all(outage <= LOAD + 2.5 for outage in place.outages)
