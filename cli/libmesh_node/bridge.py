@@ -20,7 +20,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from typing import Generic, Protocol, TypeVar
 
@@ -80,6 +80,9 @@ class NodeCommands(Protocol):
 
     async def connect(self, peer: str, name: str, port: int) -> int:
         """Forward a local TCP port to `name` at `peer` and return it. Port 0 lets the system choose."""
+
+    async def tunnelled(self) -> Mapping[tuple[str, str], int]:
+        """Bytes that tunnels have carried, by path and `sent` or `received`."""
 
     async def plan(self, model: str) -> dict[str, object]:
         """How a model, named as for `--model`, would be served now; see `planning.plan_json`."""

@@ -17,6 +17,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Mapping
 from functools import partial
 
 import trio
@@ -365,6 +366,11 @@ class Node:
     async def connect(self, peer: str, name: str, port: int) -> int:
         """See `NodeCommands.connect`."""
         return await self._present_session().connect(peer, name, port)
+
+    async def tunnelled(self) -> Mapping[tuple[str, str], int]:
+        """See `NodeCommands.tunnelled`."""
+        carried = self._session.mesh.tunnelled if self._session is not None else {}
+        return {(kind.value, direction): count for (kind, direction), count in carried.items()}
 
     async def plan(self, model: str) -> dict[str, object]:
         """See `NodeCommands.plan`."""

@@ -175,6 +175,9 @@ class Commands:
     async def revoke(self, name: str) -> str:
         return f"revoked {name}"
 
+    async def tunnelled(self) -> dict[tuple[str, str], int]:
+        return {("relayed", "sent"): 7}
+
     async def stop(self) -> None:
         await self._note("stop")
 

@@ -25,7 +25,7 @@ def samples(text: str) -> dict[str, float]:
 
 
 def scrape(metrics: Metrics, **changes: object) -> dict[str, float]:
-    return samples(metrics.text(snapshot_of(**changes), {}, 0, {}))
+    return samples(metrics.text(snapshot_of(**changes), {}, 0, {}, {}))
 
 
 def model(name: str) -> Model:
@@ -81,7 +81,9 @@ def test_streams_that_another_server_went_on_with_are_counted() -> None:
 
 
 def test_lines_are_shown_by_model_also_the_empty_ones() -> None:
-    found = samples(Metrics().text(snapshot_of(model("busy"), model("calm")), {}, 0, {"busy": 3, "gone": 1}))
+    found = samples(
+        Metrics().text(snapshot_of(model("busy"), model("calm")), {}, 0, {"busy": 3, "gone": 1}, {})
+    )
     assert found['libmesh_requests_queued{model="busy"}'] == 3
     assert found['libmesh_requests_queued{model="calm"}'] == 0
     assert found['libmesh_requests_queued{model="gone"}'] == 1
@@ -136,6 +138,7 @@ def test_real_requests_leave_their_marks(llamas: dict[str, Llama]) -> None:
     assert found['libmesh_server_bytes_total{direction="received",path="local"}'] > 0
     assert found['libmesh_requests_in_flight{model="tiny",node="peer-a"}'] == 0
     assert found["libmesh_requests_waiting"] == 0
+    assert found['libmesh_tunnel_bytes_total{direction="sent",path="relayed"}'] == 7
 
 
 def test_metrics_are_not_shown_to_strangers_pages(two_models: Node) -> None:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing, suppress
 from functools import cache
 from importlib.resources import files
 
@@ -120,8 +120,12 @@ class Console:
 
     async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
         proxy = self._proxy
+        tunnelled: Mapping[tuple[str, str], int] = {}
+        with suppress(CommandFailed, TimeoutError):  # a busy node tells the rest
+            async with asyncio.timeout(1):
+                tunnelled = await self._bridge.call(lambda commands: commands.tunnelled())
         text = self._api.metrics.text(
-            self._bridge.snapshot, proxy.in_flight, proxy.waiting, proxy.queues.lengths
+            self._bridge.snapshot, proxy.in_flight, proxy.waiting, proxy.queues.lengths, tunnelled
         )
         return web.Response(body=text.encode(), headers={"Content-Type": CONTENT_TYPE})
 

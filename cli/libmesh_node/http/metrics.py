@@ -125,12 +125,17 @@ class Metrics:
         return name
 
     def text(
-        self, snapshot: NodeSnapshot, in_flight: Mapping[str, int], waiting: int, queued: Mapping[str, int]
+        self,
+        snapshot: NodeSnapshot,
+        in_flight: Mapping[str, int],
+        waiting: int,
+        queued: Mapping[str, int],
+        tunnelled: Mapping[tuple[str, str], int],
     ) -> str:
         """All of it, with what `snapshot` shows now.
 
         `in_flight` counts requests by base URL, `waiting` those that a server has not begun to answer, and `queued` those
-        that no server has room for, by model.
+        that no server has room for, by model. `tunnelled` are bytes by path and direction.
         """
         lines: list[str] = []
 
@@ -176,6 +181,11 @@ class Metrics:
             {(): self._resumed},
         )
         count("libmesh_server_bytes_total", "Bytes of bodies to and from servers, by path.", self._bytes)
+        carried: dict[Labels, float] = {
+            (("direction", direction), ("path", path)): count
+            for (path, direction), count in tunnelled.items()
+        }
+        count("libmesh_tunnel_bytes_total", "Bytes of ended connections in tunnels, by path.", carried)
         gauge("libmesh_requests_in_flight", "Requests under way by server.", _by_server(snapshot, in_flight))
         gauge("libmesh_requests_waiting", "Requests without a byte of an answer yet.", {(): waiting})
         lines_by_model: Counter[Labels] = Counter({(("model", model.name),): 0 for model in snapshot.models})
