@@ -16,9 +16,12 @@ from libmesh_node.announced import (
     NodeStatus,
     OnDisk,
     Wish,
+    decode_demand,
     decode_status,
+    encode_demand,
     encode_status,
 )
+from libmesh_node.asked import Asked
 from libmesh_node.llama.rpc.facts import Device, WorkerFacts
 from libmesh_node.llama.rpc.opening import (
     MAX_DEVICES,
@@ -60,6 +63,7 @@ def _decode_outcome(data: bytes) -> Outcome:
 
 CODECS: dict[str, Codec] = {
     "node_status": Codec(encode_status, decode_status, NodeStatus, "NodeStatus"),
+    "demand": Codec(encode_demand, decode_demand, tuple[Asked, ...], "Demand: requests are whole ones"),
     "session_request": Codec(encode_request, decode_request, SessionRequest, "SessionRequest"),
     "session_answer": Codec(
         _encode_outcome, _decode_outcome, Outcome, "SessionAnswer: the refusal, or what the worker has"
@@ -112,6 +116,15 @@ def node_status() -> Iterator[Case]:
     yield Case(
         "more to spare than there is", NodeStatus(memory_bytes=5, spare_bytes=5), field(4, 5) + field(7, 6)
     )
+
+
+def demand() -> Iterator[Case]:
+    yield Case("nothing", ())
+    one = Asked(digest=DIGEST, name="Qwen3-8B", requests=3, waiting=1)
+    yield Case("two models", (one, Asked(digest="cd" * 32, name="small", waiting=7)))
+    yield Case("what cannot be read says nothing", (), b"\xff\xff")
+    many = field(1, field(1, DIGEST) + field(3, 100_000_000) + field(4, 2**31))
+    yield Case("more than anybody asks", (Asked(digest=DIGEST, name="", requests=1000, waiting=65536),), many)
 
 
 def session_request() -> Iterator[Case]:
@@ -181,6 +194,7 @@ def session_answer() -> Iterator[Case]:
 
 TABLE: dict[str, Callable[[], Iterator[Case]]] = {
     "node_status": node_status,
+    "demand": demand,
     "session_request": session_request,
     "session_answer": session_answer,
 }

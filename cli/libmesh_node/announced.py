@@ -6,11 +6,13 @@ Decoding takes bytes from other members, of any version: what cannot be read is 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
 from libmesh_node._pb import node_pb2 as pb
+from libmesh_node.asked import Asked
 
 SERVICE_PREFIX = "api/"
 """A model's service is this and the model's name."""
@@ -20,6 +22,7 @@ MAX_DISTANCES = 64
 MAX_WORKERS = 16
 MAX_WISHES = 64
 MAX_ON_DISK = 64
+MAX_TOLD = 1000
 _MAX_TEXT = 200
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -190,6 +193,39 @@ def decode_status(attributes: bytes) -> NodeStatus:
         rests=message.rests,
         wishes=tuple(map(_wish, filter(_identified, message.wishes[:MAX_WISHES]))),
         on_disk=tuple(map(_on_disk, filter(_identified, message.on_disk[:MAX_ON_DISK]))),
+    )
+
+
+def encode_demand(asked: Iterable[Asked]) -> bytes:
+    """What a client tells a member; see `Demand` in node.proto."""
+    wishes = [
+        pb.Wish(
+            digest=one.digest,
+            name=one.name,
+            centi_requests=min(one.requests, MAX_TOLD) * 100,
+            waiting=min(one.waiting, 65536),
+        )
+        for one in asked
+    ]
+    return pb.Demand(wishes=wishes[:MAX_WISHES]).SerializeToString(deterministic=True)
+
+
+def decode_demand(data: bytes) -> tuple[Asked, ...]:
+    """What a client told; nothing if it cannot be read."""
+    message = pb.Demand()
+    try:
+        message.ParseFromString(data)
+    except DecodeError:
+        return ()
+    wishes = map(_wish, filter(_identified, message.wishes[:MAX_WISHES]))
+    return tuple(
+        Asked(
+            digest=wish.digest,
+            name=wish.name,
+            requests=min(int(wish.requests), MAX_TOLD),
+            waiting=wish.waiting,
+        )
+        for wish in wishes
     )
 
 

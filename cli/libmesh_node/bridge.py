@@ -87,6 +87,18 @@ class NodeCommands(Protocol):
     async def plan(self, model: str) -> dict[str, object]:
         """How a model, named as for `--model`, would be served now; see `planning.plan_json`."""
 
+    async def load(self, model: str) -> dict[str, object]:
+        """Serve a model, named as for `--model`, from now on; returns as soon as that has begun.
+
+        `model` is its name, `status` a word of `snapshot.LocalModel`, `alone` whether this machine has room for all of it.
+        """
+
+    async def unload(self, name: str, *, forget: bool) -> dict[str, object]:
+        """Serve a model no more, after the answers under way; `forget` it: want it no more, either.
+
+        `model` is its name, `wanted` whether this node's operator still wants it of the mesh.
+        """
+
     def asked(self, asked: tuple[Asked, ...]) -> None:
         """Clients of this node asked for models. Must neither block nor raise."""
 

@@ -37,9 +37,13 @@ class NodeClient:
         """The JSON object at `path`."""
         return self._call("GET", path, None)
 
-    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    def post(self, path: str, body: dict[str, Any], patience: float = ANSWER_TIMEOUT) -> dict[str, Any]:
         """Carry out the command at `path`. On a timeout it is not known whether it was carried out."""
-        return self._call("POST", path, body)
+        return self._call("POST", path, body, patience)
+
+    def delete(self, path: str, body: dict[str, Any], patience: float = ANSWER_TIMEOUT) -> dict[str, Any]:
+        """As `post`, for what goes."""
+        return self._call("DELETE", path, body, patience)
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The status now, and again on each change, until the node ends (then it just stops).
@@ -53,15 +57,17 @@ class NodeClient:
         except (ConnectionError, http.client.HTTPException):
             return
 
-    def _call(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
-        connection = self._connection(ANSWER_TIMEOUT)
+    def _call(
+        self, method: str, path: str, body: dict[str, Any] | None, patience: float = ANSWER_TIMEOUT
+    ) -> dict[str, Any]:
+        connection = self._connection(patience)
         try:
             with connection.request_answered(method, path, body) as response:
                 _raise_for_refusal(response)
                 return _json_object(response.read(_ANSWER_LIMIT))
         except TimeoutError as error:
             raise NodeError(
-                f"The node at console port {self.port} did not answer within {ANSWER_TIMEOUT:g} s."
+                f"The node at console port {self.port} did not answer within {patience:g} s."
             ) from error
         except (ConnectionError, http.client.HTTPException) as error:
             raise NodeNotRunning(

@@ -27,14 +27,17 @@ from libmesh_node.errors import NodeError, UsageError
 COMMANDS = {
     "demo": "two nodes on this machine, one serving a tiny model, one using it",
     "doctor": "tell how this node is reached, and what to do for direct paths",
+    "drop": "serve a model no more, and want it no more",
     "engine": "find llama.cpp's programs, or build them",
     "invite": "make an invite for the next machine",
+    "load": "serve a model from now on, on the running node",
     "peers": "show who is in the mesh, and who let whom in",
     "ping": "show the path to a peer, its round-trip time, and each change",
     "relay": "relay for nodes that cannot reach each other",
     "plan": "show who would serve a model, and how fast",
     "status": "show peers, paths, models and processes",
     "stop": "end the running node",
+    "unload": "serve a model no more on this node",
     "tunnel": "forward TCP ports through the mesh",
     "rotate-key": "give up this node's identity and mesh for new ones",
 }

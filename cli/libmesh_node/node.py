@@ -50,6 +50,7 @@ from libmesh_node.options import NodeOptions
 from libmesh_node.placement.rows import asks_of, on_disks
 from libmesh_node.placement.seen import distances
 from libmesh_node.renewing import Renewal
+from libmesh_node.runtime import Runtime
 from libmesh_node.serving import LocalModels
 from libmesh_node.session import Session
 from libmesh_node.shelf import Shelf
@@ -88,14 +89,9 @@ class Node:
         self._introduced: set[MeshId] = set()
         self._distances: tuple[Distance, ...] = ()
         self._announced: NodeStatus | None = None
-        self._standby = Standby(
-            self._key.peer,
-            self._models,
-            Shelf(model_folders(folder.path), self._models.equipment, self._models_changed),
-            options,
-            self._seen,
-            self._view_changed,
-        )
+        shelf = Shelf(model_folders(folder.path), self._models.equipment, self._models_changed)
+        self._standby = Standby(self._key.peer, self._models, shelf, options, self._seen, self._view_changed)
+        self._runtime = Runtime(self._models, shelf, self._standby, options)
         self._stays = Stays(
             options, folder, self._key, opened=self._opened, entered=self._entered, closed=self._closed
         )
@@ -137,7 +133,9 @@ class Node:
     # ── stays ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _opened(self, mesh: Mesh, membership: Membership, nursery: trio.Nursery) -> None:
-        self._session = Session(mesh, self._models, self._options, self._view_changed, self._status)
+        self._session = Session(
+            mesh, self._models, self._options, self._view_changed, self._status, self._standby.told
+        )
         self._inviting = Inviting(mesh, self._folder, self._options)
         self._invited = membership.token is not None
         self._renewal = Renewal(
@@ -279,6 +277,7 @@ class Node:
             peers=picture.peers(view, session.mesh.admission_of)
             if session is not None and view is not None
             else (),
+            local_models=self._runtime.local(),
             processes=self._models.processes + (session.splits.processes if session is not None else ()),
             tunnels=session.forwards if session is not None else (),
             notices=self._notices(view),
@@ -302,7 +301,10 @@ class Node:
 
     def asked(self, asked: tuple[Asked, ...]) -> None:
         """See `NodeCommands.asked`."""
-        self._standby.told("", asked)
+        if self._options.client and self._session is not None:
+            self._session.teller.tell(asked)
+        else:
+            self._standby.told("", asked)
 
     # ── commands from the console ────────────────────────────────────────────────────────────────────────────────
 
@@ -380,6 +382,14 @@ class Node:
         except (NodeError, OSError) as exc:
             raise CommandFailed("invalid", sentence(str(exc))) from exc
         return session.splits.plan(name, shape)
+
+    async def load(self, model: str) -> dict[str, object]:
+        """See `NodeCommands.load`."""
+        return await self._runtime.load(model)
+
+    async def unload(self, name: str, *, forget: bool) -> dict[str, object]:
+        """See `NodeCommands.unload`."""
+        return await self._runtime.unload(name, forget=forget)
 
     def _present_session(self) -> Session:
         if self._session is None:

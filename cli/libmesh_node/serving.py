@@ -239,6 +239,12 @@ class LocalModels:
         digest = await model_digest(model.parts)
         return model.name, shape_of(headers, digest, least_context(model))
 
+    async def need_of(self, model: ModelFile) -> int:
+        """Bytes that a model takes here. Raises `NodeError`."""
+        await self.equipment.set_up()
+        headers = await trio.to_thread.run_sync(read_headers, model)
+        return needed(shape_of(headers, "", least_context(model)))
+
     def log_of(self, name: str) -> Path:
         """The file for the output of a model's llama-server."""
         return self._folder.llama_log(name)

@@ -22,10 +22,12 @@ from libmesh import (
     PeerState,
     PeerView,
     Scope,
+    Stream,
     expose,
     serve_tunnel,
 )
 from libmesh_node.announced import SERVICE_PREFIX, AnnouncedModel, NodeStatus, decode_status, encode_status
+from libmesh_node.asked import Asked
 from libmesh_node.bridge import CommandFailed
 from libmesh_node.door import Door
 from libmesh_node.options import NodeOptions
@@ -33,6 +35,8 @@ from libmesh_node.picture import server
 from libmesh_node.serving import LocalModels
 from libmesh_node.snapshot import Server, Tunnel
 from libmesh_node.splits import Splits
+from libmesh_node.telling import SERVICE as DEMAND
+from libmesh_node.telling import Teller, hear
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +61,11 @@ class Session:
         options: the command line.
         on_change: called in trio's thread when a tunnel came or went, or the view changed.
         status: what this node announces at the moment.
+        told: told of what clients that only follow are asked for.
 
     Attributes:
         splits: its part in models that are split over nodes.
+        teller: of a client, tells a member what is asked for here.
     """
 
     def __init__(
@@ -69,8 +75,11 @@ class Session:
         options: NodeOptions,
         on_change: Callable[[], None],
         status: Callable[[], NodeStatus],
+        told: Callable[[str, tuple[Asked, ...]], None],
     ) -> None:
         self.mesh = mesh
+        self.teller = Teller(mesh)
+        self._options, self._told = options, told
         self.splits = Splits(mesh, models, options, status)
         self._offering: dict[str, trio.Lock] = {}
         self._models, self._on_change = models, on_change
@@ -91,6 +100,7 @@ class Session:
             self._tasks = nursery
             self.sync_offers()
             nursery.start_soon(self.splits.run)
+            nursery.start_soon(self.teller.run if self._options.client else self._hear)
             try:
                 async for _ in views:
                     self._sync_tunnels()
@@ -106,6 +116,13 @@ class Session:
             self.mesh.announce(encode_status(status))
         except ValueError as exc:
             log.warning("the other nodes cannot be told of all that this one serves: %s", exc)
+
+    async def _hear(self) -> None:
+        async def serve(stream: Stream) -> None:
+            await hear(stream, self._told)
+
+        with self.mesh.offer(DEMAND, serve):
+            await trio.sleep_forever()
 
     # ── what we offer ────────────────────────────────────────────────────────────────────────────────────────────
 

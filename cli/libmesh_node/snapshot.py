@@ -105,6 +105,22 @@ class Process:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LocalModel:
+    """A model that this node has a part in, or that lies in its folders.
+
+    `status`: starting, loading, ready, restarting, failed or stopping, as its server's; unloading, while that finishes
+    what it is answering; asleep, until it is asked for; waiting, for the nodes that it takes to serve it; on disk.
+    `named`: the operator did, so the mesh wants it.
+    """
+
+    name: str
+    digest: str
+    size_bytes: int
+    status: str
+    named: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tunnel:
     """A TCP forward that a person asked for. `direction`: `expose` or `connect`; `target` is HOST:PORT."""
 
@@ -166,6 +182,7 @@ class NodeSnapshot:
     reachability: Reachability = Reachability()
     models: tuple[Model, ...] = ()
     peers: tuple[Peer, ...] = ()
+    local_models: tuple[LocalModel, ...] = ()
     processes: tuple[Process, ...] = ()
     tunnels: tuple[Tunnel, ...] = ()
     invites: tuple[Invite, ...] = ()

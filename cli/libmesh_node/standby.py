@@ -36,6 +36,9 @@ MAX_TELLERS = 256
 """Who may tell of waiting requests at once: this node's API and clients that follow. Further ones' are counted, but
 not that they wait."""
 
+TOO_SOON = 0.25
+"""Seconds after what a client told within which nothing more is heard of it."""
+
 _CALM = 0.05  # seconds between two looks, however much happens
 
 
@@ -65,6 +68,7 @@ class Standby:
         self._demand = Demand(me)
         self._names: dict[str, str] = {}
         self._waiting: dict[str, tuple[float, dict[str, int]]] = {}
+        self._heard: dict[str, float] = {}
         self._declined: set[str] = set()
         self._news = trio.Event()
 
@@ -73,6 +77,11 @@ class Standby:
     def told(self, source: str, asked: tuple[Asked, ...]) -> None:
         """Requests came in at `source`, this node's API or a client that only follows; and so many of them wait."""
         now = trio.current_time()
+        heard_at = self._heard.get(source, -math.inf)
+        if source and (now - heard_at < TOO_SOON or len(self._heard) > MAX_TELLERS):
+            self._heard = {peer: when for peer, when in self._heard.items() if now - when < TOO_SOON}
+            return
+        self._heard[source] = now
         for one in asked[:MAX_WISHES]:
             self._names[one.digest] = one.name
             if one.requests:
@@ -116,7 +125,7 @@ class Standby:
         if not self._takes:
             return ()
         refused = self._demand.announced(Row(peer=self._me), trio.current_time()).refused
-        offered = [held for held in self._shelf.models.values() if held.digest not in self._declined]
+        offered = [held for held in self._shelf.models.values() if held.model.name not in self._declined]
         return tuple(
             OnDisk(
                 digest=held.digest,
@@ -144,15 +153,17 @@ class Standby:
 
     # ── what its operator says ───────────────────────────────────────────────────────────────────────────────────
 
-    def accept(self, digest: str) -> None:
+    def accept(self, name: str) -> None:
         """The operator wants this model here: if it was declined, it is no more."""
-        self._declined.discard(digest)
+        self._declined.discard(name)
 
-    def decline(self, digest: str, *, forget: bool) -> None:
-        """Take this model no more; with `forget`, its requests so far count no more, either."""
-        self._declined.add(digest)
-        if forget:
-            self._demand.handle(Forgotten(digest), trio.current_time())
+    def decline(self, name: str) -> None:
+        """Take this model no more, until the operator loads it, or the node is started again."""
+        self._declined.add(name)
+
+    def forget(self, digest: str) -> None:
+        """The requests for this model that came in here count no more."""
+        self._demand.handle(Forgotten(digest), trio.current_time())
 
     # ── acting ───────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -184,6 +184,14 @@ class Commands:
     async def expose(self, name: str, host: str, port: int, scope: str) -> None:
         await self._note("expose", name, host, port, scope)
 
+    async def load(self, model: str) -> dict[str, object]:
+        await self._note("load", model)
+        return {"model": model, "status": "loading", "alone": True}
+
+    async def unload(self, name: str, *, forget: bool) -> dict[str, object]:
+        await self._note("unload", name, forget)
+        return {"model": name, "wanted": not forget}
+
     async def connect(self, peer: str, name: str, port: int) -> int:
         await self._note("connect", peer, name, port)
         if peer == "nobody":

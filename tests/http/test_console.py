@@ -67,12 +67,22 @@ def test_commands_reach_the_node(node: Node) -> None:
     assert command(node, "/api/tunnels", expose) == (200, {"ok": True, "port": 22})
     connect = {"direction": "connect", "peer": "p", "name": "ssh"}
     assert command(node, "/api/tunnels", connect) == (200, {"ok": True, "port": 40_000})
+    model = {"ok": True, "model": "m"}
+    assert command(node, "/api/runtime/models", {"model": "m"}) == (
+        200,
+        model | {"status": "loading", "alone": True},
+    )
+    unload = {"model": "m", "forget": True}
+    answered, _, answer = call(node.console_port, "DELETE", "/api/runtime/models", unload, JSON)
+    assert (answered, json.loads(answer)) == (200, model | {"wanted": False})
     assert command(node, "/api/stop", {}) == (200, {"ok": True})
     assert node.commands.calls == [
         ("join", "t"),
         ("invite", "worker", 60),
         ("expose", "ssh", "::1", 22, "worker"),
         ("connect", "p", "ssh", 0),
+        ("load", "m"),
+        ("unload", "m", True),
         ("stop",),
     ]
     assert get_json(node.console_port, "/api/tunnels") == {"tunnels": []}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import httpx
 import pytest
 
-from tests.node.nodes import Json, Machine, Node, chat
+from tests.node.nodes import PATIENCE, Json, Machine, Node, chat, served
 
 pytestmark = pytest.mark.llama
 
@@ -42,3 +43,47 @@ def test_model_whose_last_server_dies_is_served_by_a_standby(machine: Machine, s
         assert answer.status_code == 200, answer.text
         assert answer.headers["X-Libmesh-Node"] == spare.node_id
     assert "nobody serves it" in spare.words
+
+
+def test_models_are_loaded_and_unloaded_while_a_node_runs(machine: Machine, small_model: Path) -> None:
+    """`unload` leaves what the operator named wanted by the mesh, `drop` does not."""
+    node = machine.serving()
+    other = machine.joining("--client").sees("demo")
+    done = node.run("load", str(small_model))
+    assert (done.returncode, done.stdout) == (0, "second is ready.\n"), done.stderr
+    other.sees("demo", "second")
+    assert chat(other, "second").status_code == 200
+    assert {entry["name"]: entry["status"] for entry in local_models(node)} == {
+        "demo": "ready",
+        "second": "ready",
+    }
+
+    assert node.run("unload", "demo").returncode == 0
+    status = other.until(lambda status: served(status) == {"second"}, what="demo is gone")
+    assert [entry["name"] for entry in local_models(node)] == ["second"]
+    assert node.run("unload", "demo").returncode == 1
+    assert node.run("drop", "demo").returncode == 0
+    assert node.run("load", "demo").returncode == 0
+    other.sees("demo", "second")
+    assert node.run("drop", "second").stdout == "second is not served by this node any more.\n"
+    status = node.until(lambda status: len(status["processes"]) == 1)
+    assert [model["name"] for model in status["models"]] == ["demo"]
+    done = node.run("load", str(machine.root / "nothing.gguf"))
+    assert done.returncode == 1
+    assert "There is no file" in done.stderr
+
+
+def local_models(node: Node) -> list[Json]:
+    """What `/api/runtime/models` lists."""
+    return list(httpx.get(f"{node.console}/api/runtime/models", timeout=PATIENCE).json()["models"])
+
+
+@pytest.mark.slow
+def test_idle_model_leaves_its_memory_and_comes_back_when_asked_from_anywhere(machine: Machine) -> None:
+    node = machine.serving("--idle-unload", "3")
+    member, client = machine.joining().sees("demo"), machine.joining("--client").sees("demo")
+    for asking in (node, member, client):
+        node.until(lambda status: not status["processes"], what="the server is ended")
+        assert local_models(node)[0]["status"] == "asleep"
+        answer = chat(asking)
+        assert answer.status_code == 200, answer.text

@@ -145,6 +145,33 @@ class Wish(_message.Message):
 Global___Wish: _TypeAlias = Wish  # noqa: Y015
 
 @_typing.final
+class Demand(_message.Message):
+    """What a client that only follows the mesh, and so announces nothing, tells one member of: by a stream to its service
+    "demand", scope CLIENT, that holds this message, at most 16 KiB, and is then closed. The member counts the requests as if
+    they had come in at itself. At most four a second are heard of one client.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WISHES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def wishes(self) -> _containers.RepeatedCompositeFieldContainer[Global___Wish]:
+        """at most 64 models; requests since the last message, at most 1000; named is ignored"""
+
+    def __init__(
+        self,
+        *,
+        wishes: _abc.Iterable[Global___Wish] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["wishes", b"wishes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Demand: _TypeAlias = Demand  # noqa: Y015
+
+@_typing.final
 class OnDisk(_message.Message):
     """A model that the announcing node has and could serve alone, whether it does so now or not."""
 

@@ -11,6 +11,8 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from libmesh_node.bridge import Bridge
 
+Command = Callable[[Bridge, Mapping[str, object]], Awaitable[dict[str, object]]]
+
 SCOPES = ("client", "worker", "invite")
 
 MAX_TTL = 10 * 365 * 86400.0
@@ -78,14 +80,36 @@ async def plan(bridge: Bridge, arguments: Mapping[str, object]) -> dict[str, obj
     return await bridge.call(lambda node: node.plan(model))
 
 
-COMMANDS: Mapping[str, Callable[[Bridge, Mapping[str, object]], Awaitable[dict[str, object]]]] = {
+async def load(bridge: Bridge, arguments: Mapping[str, object]) -> dict[str, object]:
+    """`{"model"}`, named as for `--model` → `{"model", "status", "alone"}`, as `NodeCommands.load` says."""
+    model = _text(arguments, "model")
+    return await bridge.call(lambda node: node.load(model))
+
+
+async def unload(bridge: Bridge, arguments: Mapping[str, object]) -> dict[str, object]:
+    """`{"model", "forget"}` → `{"model", "wanted"}`, as `NodeCommands.unload` says."""
+    name = _text(arguments, "model")
+    forget = arguments.get("forget", False)
+    if not isinstance(forget, bool):
+        raise _invalid("`forget` must be true or false.")
+    return await bridge.call(lambda node: node.unload(name, forget=forget))
+
+
+COMMANDS: Mapping[str, Command] = {
     "/api/join": join,
     "/api/invite": invite,
     "/api/revoke": revoke,
     "/api/stop": stop,
     "/api/tunnels": tunnel,
     "/api/plan": plan,
+    "/api/runtime/models": load,
 }
+"""By path, for POST."""
+
+REMOVALS: Mapping[str, Command] = {
+    "/api/runtime/models": unload,
+}
+"""By path, for DELETE."""
 
 
 def _invalid(message: str) -> Refusal:

@@ -20,11 +20,11 @@ from aiohttp import web
 from libmesh_node.bridge import Bridge, CommandFailed
 from libmesh_node.http.access import is_loopback, is_private_host
 from libmesh_node.http.api import Api, refuse
-from libmesh_node.http.commands import COMMANDS, Refusal
+from libmesh_node.http.commands import COMMANDS, REMOVALS, Command, Refusal
 from libmesh_node.http.errors import ApiError
 from libmesh_node.http.metrics import CONTENT_TYPE
 from libmesh_node.http.proxy import Proxy
-from libmesh_node.http.status import status_json, tunnels_json
+from libmesh_node.http.status import local_models_json, status_json, tunnels_json
 
 log = logging.getLogger("libmesh_node.http")
 
@@ -51,6 +51,8 @@ STATUS_OF = {
     "internal": 500,
 }
 """HTTP status of each `CommandFailed.code`."""
+
+_TABLES = {"POST": COMMANDS, "DELETE": REMOVALS}
 
 _PAGE_HEADERS = {
     "Cache-Control": "no-cache",
@@ -81,6 +83,7 @@ class Console:
             "/api/status": self._status,
             "/api/events": self._events,
             "/api/tunnels": self._tunnels,
+            "/api/runtime/models": self._models,
             "/metrics": self._metrics,
         }
 
@@ -94,8 +97,8 @@ class Console:
                 raise Refusal(
                     403, "host_refused", "This console answers on this machine only: use localhost."
                 )
-            if request.method == "POST" and path in COMMANDS:
-                return await self._command(request)
+            if (table := _TABLES.get(request.method)) is not None and path in table:
+                return await self._command(request, table[path])
             if request.method not in ("GET", "HEAD"):
                 raise Refusal(
                     405 if path in self._reads or path in _ASSETS else 404,
@@ -117,6 +120,9 @@ class Console:
 
     async def _tunnels(self, request: web.BaseRequest) -> web.StreamResponse:
         return _reply(200, {"tunnels": tunnels_json(self._bridge.snapshot.tunnels)})
+
+    async def _models(self, request: web.BaseRequest) -> web.StreamResponse:
+        return _reply(200, {"models": local_models_json(self._bridge.snapshot.local_models)})
 
     async def _metrics(self, request: web.BaseRequest) -> web.StreamResponse:
         proxy = self._proxy
@@ -159,7 +165,7 @@ class Console:
                     await response.write(b"data: " + _encode(self._document(request)) + b"\n\n")
                     await asyncio.sleep(UPDATE_PAUSE)
 
-    async def _command(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def _command(self, request: web.BaseRequest, command: Command) -> web.StreamResponse:
         self._check_commander(request)
         try:
             arguments = json.loads(await _short_body(request) or b"{}")
@@ -168,10 +174,10 @@ class Console:
         if not isinstance(arguments, dict):
             raise Refusal(400, "invalid", "The body must be a JSON object.")
         try:
-            answer = await COMMANDS[request.path](self._bridge, arguments)
+            answer = await command(self._bridge, arguments)
         except CommandFailed as failure:
             raise Refusal(STATUS_OF.get(failure.code, 500), failure.code, str(failure)) from failure
-        log.info("%s done", request.path)
+        log.info("%s %s done", request.method, request.path)
         return _reply(200, {"ok": True, **answer})
 
     def _check_commander(self, request: web.BaseRequest) -> None:

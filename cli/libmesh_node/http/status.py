@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 
-from libmesh_node.snapshot import Model, NodeSnapshot, Peer, Process, Server, Tunnel
+from libmesh_node.snapshot import LocalModel, Model, NodeSnapshot, Peer, Process, Server, Tunnel
 
 SCHEMA_VERSION = 1
 
@@ -48,11 +48,17 @@ def status_json(
         "peers": [_peer(peer) for peer in snapshot.peers],
         "mesh_models": [_mesh_model(model) for model in snapshot.models],
         "models": [_model(model, in_flight) for model in snapshot.models],
+        "local_models": local_models_json(snapshot.local_models),
         "processes": [_process(process) for process in snapshot.processes],
         "tunnels": tunnels_json(snapshot.tunnels),
         "invites": [asdict(invite) for invite in snapshot.invites] if with_token else [],
         "notices": list(snapshot.notices),
     }
+
+
+def local_models_json(models: tuple[LocalModel, ...]) -> list[dict[str, object]]:
+    """This node's models, as `/api/runtime/models` lists them."""
+    return [asdict(model) for model in models]
 
 
 def tunnels_json(tunnels: tuple[Tunnel, ...]) -> list[dict[str, object]]:
