@@ -29,7 +29,7 @@ from libmesh_node.placement.electing import elect, predict
 from libmesh_node.placement.machine import Machine, short
 from libmesh_node.placement.seen import SERVICE, host_elsewhere, machines_with
 from libmesh_node.placement.shape import ModelShape
-from libmesh_node.placement.splitting import Placement, Share, Shortage, SplitRules
+from libmesh_node.placement.splitting import Placement, Share, Shortage, SplitRules, fit_beside
 from libmesh_node.placement.steering import Abandon, Adopt, Broken, Looked, Steering
 from libmesh_node.planning import plan_json
 from libmesh_node.serving import LocalModels
@@ -253,7 +253,10 @@ class _Host:
         for effect in self._steering.handle(Looked(best, running, lives), now):
             match effect:
                 case Adopt(placement) if placement.host == self._mesh.view.me:
-                    self._start(placement, machines, nursery)
+                    if self._run is None or fit_beside(self._run.placement, placement, machines):
+                        self._start(placement, machines, nursery)
+                    else:
+                        self._make_room(self._run, now)
                 case Adopt():  # another one's to start; ours ends when that one answers
                     self._steering.current = self._run.placement if self._run is not None else None
                 case Abandon(why):
@@ -319,9 +322,7 @@ class _Host:
             "%s: the split %s: %s%s", self.name, "ended" if run is self._run else "failed", who, failure
         )
         if failure.later and self._run is not None and run is self._coming:
-            log.info("%s: memory is only free once the running split has ended; ending it", self.name)
-            self._stop(self._run)
-            self._steering.handle(Broken(), now)
+            self._make_room(self._run, now)
             return
         if failure.peer:
             self._refused[failure.peer] = str(failure), now + REFUSED_FOR
@@ -332,6 +333,12 @@ class _Host:
             self._steering.handle(Broken(), now)
         else:
             self._steering.current = self._run.placement
+
+    def _make_room(self, run: SplitRun, now: float) -> None:
+        """What is to come has no room beside `run`. Requests wait meanwhile."""
+        log.info("%s: memory is only free once the running split has ended; ending it", self.name)
+        self._stop(run)
+        self._steering.handle(Broken(), now)
 
     def _changed(self, nursery: trio.Nursery) -> None:
         """A server's state changed: when the coming one answers, it takes over."""

@@ -124,6 +124,14 @@ def fits_alone(shape: ModelShape, machine: Machine) -> bool:
     return not machine.excluded and machine.memory >= needed(shape)
 
 
+def fit_beside(one: Placement, other: Placement, machines: Sequence[Machine]) -> bool:
+    """Whether every machine has the memory for its part in both."""
+    taken = dict.fromkeys((*one.members, *other.members), 0)
+    for share in (*one.workers, one.home, *other.workers, other.home):
+        taken[share.peer] += share.granted
+    return all(taken.get(machine.peer, 0) <= machine.memory for machine in machines)
+
+
 def split_from(
     shape: ModelShape, host: Machine, others: Sequence[Machine], rules: SplitRules
 ) -> Placement | Shortage:
