@@ -19,7 +19,7 @@ from aiohttp import web
 
 from libmesh_node.http.answers import refined_error
 from libmesh_node.http.balance import Balance, Seat
-from libmesh_node.http.continuing import NobodyGoesOn, Succession
+from libmesh_node.http.continuing import PATIENCE, NobodyGoesOn, Succession
 from libmesh_node.http.errors import ApiError, encode_stream_error
 from libmesh_node.http.exchange import Exchange
 from libmesh_node.http.exposure import returned_headers
@@ -108,6 +108,7 @@ class _Carrier:
     ) -> None:
         self._exchange, self._transcript, self._response = exchange, transcript, response
         self._succession, self._balance, self._seat = succession, balance, seat
+        self._told = False
 
     async def carry(self, upstream: aiohttp.ClientResponse, start: bytes) -> None:
         """Until the client has the whole. Raises what stopped it if nobody can go on."""
@@ -168,7 +169,14 @@ class _Carrier:
             chunk = b""
 
     async def _keep_waiting(self) -> None:
-        await self._response.write(comment("the server broke off; waiting for another that goes on"))
+        """Say once what is waited for and how long at most; after that only what keeps the connection."""
+        said = (
+            ""
+            if self._told
+            else f"the server broke off; waiting up to {PATIENCE:g} s for another that goes on"
+        )
+        self._told = True
+        await self._response.write(comment(said))
 
 
 async def _tell_of_the_end(exchange: Exchange, response: web.StreamResponse) -> None:
