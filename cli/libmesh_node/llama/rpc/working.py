@@ -19,7 +19,7 @@ from libmesh_node.llama.rpc.weights import Place, Weights
 from libmesh_node.llama.rpc.worker import Effect, FileToServer, Push, ToHost, ToServer, WorkerEnd
 
 ASK_LIMIT = 10.0
-"""Seconds that a host has for its first frame, and for each further one once it has begun."""
+"""Seconds that a host has for its first frame; later, once a frame has begun, for each next piece of it."""
 
 READ_BYTES = 256 * 1024
 _FILE_STEP = 4 << 20
