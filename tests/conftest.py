@@ -5,11 +5,16 @@ from __future__ import annotations
 import signal
 from pathlib import Path
 
+import hypothesis
 import pytest
 import trio
 from libmesh_node.llama.build import BuildProgress, install
 from libmesh_node.llama.engine import Engine, find_engine
 from libmesh_node.models.demo import demo_model
+
+# No test fails for being slow: a machine may have other things to do.
+hypothesis.settings.register_profile("patient", deadline=None)
+hypothesis.settings.load_profile("patient")
 
 # A shell that runs the suite in the background has it ignore Ctrl-C, and all that it starts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

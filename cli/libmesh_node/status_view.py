@@ -142,7 +142,15 @@ def _peers(peers: Iterable[Json], now_unix: float, narrow: bool) -> Table:
 
 def _models(models: Iterable[Json], names: Mapping[str, str], narrow: bool) -> Table:
     table = _Columns(
-        "model", "state", ">size", ">context", ">in flight", "served by", "?digest", narrow=narrow
+        "model",
+        "state",
+        ">size",
+        ">context",
+        ">in flight",
+        "?>asked",
+        "served by",
+        "?digest",
+        narrow=narrow,
     )
     for model in models:
         servers = _objects(model, "servers")
@@ -151,14 +159,24 @@ def _models(models: Iterable[Json], names: Mapping[str, str], narrow: bool) -> T
         where = [names.get(_text(server, "peer")) or short_id(_text(server, "peer")) for server in servers]
         table.add(
             _text(model, "name"),
-            _state("warm" if servers else "cold"),
+            _state("warm" if servers else "loading" if model.get("coming") else "cold"),
             size(bytes_ / 1e9 if isinstance(bytes_, (int, float)) else None),
             f"{context:,}" if isinstance(context, int) and context > 0 else "–",
             str(sum(count for server in servers if isinstance(count := server.get("in_flight"), int))),
-            ", ".join(dict.fromkeys(where)) or "nobody",
+            f"{asked:g}" if isinstance(asked := model.get("asked"), (int, float)) and asked else "–",
+            ", ".join(dict.fromkeys(where)) or _nobody(model),
             _text(model, "digest")[:12] or "–",
         )
     return table.rich
+
+
+def _nobody(model: Json) -> str:
+    standbys = model.get("standbys")
+    if model.get("coming"):
+        return "nobody yet"
+    if isinstance(standbys, int) and standbys > 0:
+        return f"nobody; {standbys} would" if standbys > 1 else "nobody; 1 node would"
+    return "nobody, but it is wanted" if model.get("wanted") else "nobody"
 
 
 def _processes(processes: Iterable[Json]) -> Table:

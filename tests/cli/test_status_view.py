@@ -34,6 +34,7 @@ STATUS: dict[str, Any] = {
         {
             "name": "demo", "digest": "0123456789abcdef", "size_bytes": 4_100_000, "context_length": 4096,
             "servers": [{"peer": ME, "in_flight": 2}, {"peer": PEER, "in_flight": 1}, {"peer": "1234567890"}],
+            "asked": 12.0,
         },
         {"name": "wanted", "digest": "", "size_bytes": 17_200_000_000, "context_length": 0, "servers": []},
     ],
@@ -79,8 +80,13 @@ def test_everything_that_a_person_asks_for_is_there() -> None:
             "min",
         ]
     )
-    assert " ".join(row(text, "demo")) == "demo warm 4.1 MB 4,096 3 this node, cellar, …34567890 0123456789ab"
-    assert " ".join(row(text, "wanted")) == "wanted cold 17 GB – 0 nobody –"
+    assert (
+        " ".join(row(text, "demo")) == "demo warm 4.1 MB 4,096 3 12 this node, cellar, …34567890 0123456789ab"
+    )
+    assert " ".join(row(text, "wanted")) == "wanted cold 17 GB – 0 – nobody –"
+    text = shown(STATUS | {"models": [{"name": "wanted", "wanted": True}, {"name": "near", "standbys": 1}]})
+    assert "nobody, but it is wanted" in text
+    assert "nobody; 1 node would" in text
     assert row(text, "llama-server") == [
         "llama-server",
         "demo",

@@ -63,15 +63,19 @@ function showStatus(status) {
     return [element("dt", name), shown];
   }));
   const hosts = Object.fromEntries(status.peers.map((peer) => [peer.id, peer.hostname || short(peer.id)]));
-  fillTable($("models"), ["Name", "Size", "Context", "Served by"], status.models.map((model) => [
-    model.name, gigabytes(model.size_bytes), model.context_length || "–",
+  fillTable($("models"), ["Name", "Size", "Context", "Asked", "Served by"], status.models.map((model) => [
+    model.name, gigabytes(model.size_bytes), model.context_length || "–", model.asked ? Math.round(model.asked) : "–",
     model.servers.map((server) => (server.peer === status.node_id ? "this node" : hosts[server.peer] || short(server.peer))).join(", ") ||
-      element("span", "nobody now", "warn"),
+      element("span", model.coming ? "nobody yet" : model.standbys ? "nobody: comes when asked for" : "nobody now", "warn"),
   ]), "No model in this mesh yet. Start a node with --model demo, or join a mesh that has one.");
   fillTable($("peers"), ["Peer", "State", "Path", "Round trip", "Serves"], status.peers.map((peer) => [
     named(peer.hostname || peer.id, `${peer.id}\n${peer.address}`), element("span", peer.state, STATE_CLASS[peer.state] || ""),
     peer.path || "–", ms(peer.rtt_ms), peer.serving_models.join(", ") || peer.role,
   ]), "No other node yet. Invite one below.");
+  $("local-section").hidden = status.local_models.length === 0;
+  fillTable($("local"), ["Model", "Status", ""], status.local_models.map((model) => [
+    model.name, element("span", model.status, PROCESS_CLASS[model.status] || ""), runtimeButton(model),
+  ]), "");
   $("process-section").hidden = status.processes.length === 0;
   fillTable($("processes"), ["Process", "Model", "Status", "Restarts"], status.processes.map((process) => {
     const state = element("span", process.status, PROCESS_CLASS[process.status] || "");
@@ -80,7 +84,25 @@ function showStatus(status) {
   }), "");
   $("invite-section").hidden = status.scope !== "invite";
   $("base-url").textContent = `http://localhost:${status.api_port}/v1`;
-  showModels(status.models.filter((model) => model.servers.length > 0).map((model) => model.name));
+  showModels(status.models.filter((model) => model.servers.length > 0 || model.coming || model.standbys > 0).map((model) => model.name));
+}
+
+function runtimeButton(model) {
+  const isHere = !["on disk", "failed"].includes(model.status);
+  const button = element("button", isHere ? "Unload" : "Load", "quiet");
+  button.type = "button";
+  button.disabled = model.status === "unloading";
+  button.addEventListener("click", async () => {
+    button.disabled = true;
+    $("local-error").textContent = "";
+    try {
+      await command("/api/runtime/models", { model: model.name }, isHere ? "DELETE" : "POST");
+    } catch (failure) {
+      $("local-error").textContent = failure.message;
+      button.disabled = false;
+    }
+  });
+  return button;
 }
 
 function showModels(names) {
@@ -104,8 +126,8 @@ function watch() {
 
 // Commands
 
-async function command(path, body) {
-  const response = await fetch(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
+async function command(path, body, method = "POST") {
+  const response = await fetch(path, { method, headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
   const answer = await response.json();
   if (!response.ok) throw new Error(answer.error || response.statusText);
   return answer;
