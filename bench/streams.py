@@ -5,7 +5,8 @@
 Three tables; all of them without `--only`. Runs are interleaved, so that what else the machine does falls on all alike;
 figures are medians over the rounds, with the lowest and highest, and ×: our figure divided by the peer's.
 
-tunnels: client → near end → far end → target, four processes over loopback. Peers: raw TCP, a bare two-hop relay,
+tunnels: client → near end → far end → target, four processes over loopback. Ours is between two members of a mesh
+    (`serve_tunnel`, `expose`), also with what it takes to outlive its connection. Peers: raw TCP, a bare two-hop relay,
     py-libp2p as it comes (Noise, TLS), iroh (where importable), js-libp2p (where DIR has it in `node_modules`), `ssh -L`
     and stunnel (where installed). iroh is the PyPI package, tuned: relays off, pieces of 1 MiB read and written, and one
     method of its generated binding replaced, which copies a buffer byte by byte (6 MiB/s with it; see `tune_iroh`).
@@ -40,7 +41,7 @@ import streams_load  # noqa: E402
 Results = dict[str, dict[str, list[float]]]
 """By peer and measure, a figure for each round."""
 
-PYTHON_KINDS = ("libmesh", "stock", "stock-tls", "iroh")
+PYTHON_KINDS = ("stock", "stock-tls", "iroh")
 
 
 def python_env() -> dict[str, str]:
@@ -87,6 +88,10 @@ def tunnel(programs: Programs, kind: str, target: str, js: str | None) -> int:
                 "streams_ends.py", kind, "near", programs.python("streams_ends.py", kind, "near", target)
             )
         )
+    if kind in ("libmesh", "resumable"):
+        more = ["--resumable"] if kind == "resumable" else []
+        invite = programs.python("streams_mesh.py", "far", target, *more)
+        return int(programs.python("streams_mesh.py", "near", invite))
     if kind in PYTHON_KINDS:
         return int(
             programs.python(
@@ -159,7 +164,7 @@ def stunnel(programs: Programs, target: str) -> int:
 
 def available(js: str | None) -> Iterator[str]:
     """Names of the peers that can be had here."""
-    yield from ("direct", "relay", "libmesh", "stock", "stock-tls")
+    yield from ("direct", "relay", "libmesh", "resumable", "stock", "stock-tls")
     with contextlib.suppress(ImportError):
         import iroh  # noqa: F401
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import socket
 import statistics
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
 HOLD, ECHO, SINK = "/bench/hold/1", "/bench/echo/1", "/bench/sink/1"
 STREAMS = 10_000
 CONNECTIONS = 40
+TUNNELS = 2000
 IDLE_SECONDS = 10.0
 BULK = 8
 REQUEST = bytes(1024)
@@ -152,6 +154,48 @@ async def near(name: str, where: str, peer: str, far_pid: int) -> dict[str, floa
         return await beside_bulk(network, peer)
 
 
+def idle_tunnels() -> dict[str, float]:
+    """Between two members of a mesh; the target and the clients are other processes."""
+    here = Path(__file__).resolve().parent
+    children: list[subprocess.Popen] = []
+
+    def start(script: str, *arguments: str) -> tuple[str, int]:
+        command = [sys.executable, str(here / script), *arguments]
+        children.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        return children[-1].stdout.readline().strip(), children[-1].pid
+
+    clients: list[socket.socket] = []
+    try:
+        target, _ = start("streams_load.py")
+        invite, far_pid = start("streams_mesh.py", "far", target)
+        port, near_pid = start("streams_mesh.py", "near", invite)
+
+        def use() -> None:
+            clients.append(socket.create_connection(("127.0.0.1", int(port)), timeout=60))
+            clients[-1].sendall(b"E?")
+            clients[-1].recv(1)
+
+        for _ in range(100):  # what is there once, whatever comes
+            use()
+        before = resident(near_pid) + resident(far_pid)
+        for _ in range(TUNNELS):
+            use()
+        grown = resident(near_pid) + resident(far_pid) - before
+        burnt = processor(near_pid) + processor(far_pid)
+        time.sleep(IDLE_SECONDS)
+        burnt = processor(near_pid) + processor(far_pid) - burnt
+    finally:
+        for client in clients:
+            client.close()
+        for child in children:
+            child.kill()
+            child.wait()
+    return {
+        f"KiB per idle tunnel, both ends ({TUNNELS:,} open)": grown / TUNNELS / 1024,
+        f"ms of CPU per second, both ends, {TUNNELS:,} idle tunnels": burnt / IDLE_SECONDS * 1e3,
+    }
+
+
 def measure() -> dict[str, float]:
     """Name of each cost, with its unit, and the figure. Fresh processes for each: memory that was freed is not given back."""
     found: dict[str, float] = {}
@@ -164,7 +208,7 @@ def measure() -> dict[str, float]:
         finally:
             child.kill()
             child.wait()
-    return found
+    return found | idle_tunnels()
 
 
 def main() -> None:

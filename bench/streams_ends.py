@@ -1,4 +1,4 @@
-"""The two ends of a tunnel, by several libraries, for `streams.py`.
+"""The two ends of a tunnel, or of streams alone, by several libraries, for `streams.py`. Our tunnels are in `streams_mesh.py`.
 
 python bench/streams_ends.py KIND far TARGET_PORT     prints an address
 python bench/streams_ends.py KIND near ADDRESS        prints a local port that leads to the target
@@ -31,13 +31,8 @@ def say(text: str) -> None:
 # ---- libmesh ----------------------------------------------------------------------------------------------------
 
 
-async def libmesh_far(target: str) -> None:
+async def libmesh_far() -> None:
     from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
-    from libmesh.net.splice import splice
-    from libmesh.net.tcp import connect
-
-    async def tunnel(stream) -> None:
-        await splice(stream, await connect("127.0.0.1", int(target)))
 
     async def sink(stream) -> None:
         total = 0
@@ -50,50 +45,41 @@ async def libmesh_far(target: str) -> None:
             await stream.send_all(data)
 
     async with open_libp2p_network(secrets.token_bytes(32), Libp2pConfig(hosts=("127.0.0.1",))) as network:
-        network.set_handler(PROTOCOL, tunnel, admitted_only=False)
         network.set_handler(SINK, sink, admitted_only=False)
         network.set_handler(ECHO, echo, admitted_only=False)
         say(f"{network.addresses()[0]} {network.peer}")
         await trio.sleep_forever()
 
 
-async def libmesh_near(address: str, measure: bool) -> None:
+async def libmesh_near(address: str) -> None:
     from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
-    from libmesh.net.splice import splice
 
     where, peer = address.split()
     async with open_libp2p_network(secrets.token_bytes(32), Libp2pConfig(hosts=("127.0.0.1",))) as network:
         await network.connect(peer, [where])
-        if measure:
 
-            async def send(size: int) -> None:
-                stream = await network.open_stream(peer, SINK)
-                block = bytes(min(size, 1 << 20))
-                for _ in range(size // len(block)):
-                    await stream.send_all(block)
-                await stream.send_eof()
-                assert int.from_bytes(await stream.receive_some(8), "big") == size
-                await stream.aclose()
+        async def send(size: int) -> None:
+            stream = await network.open_stream(peer, SINK)
+            block = bytes(min(size, 1 << 20))
+            for _ in range(size // len(block)):
+                await stream.send_all(block)
+            await stream.send_eof()
+            assert int.from_bytes(await stream.receive_some(8), "big") == size
+            await stream.aclose()
 
-            @asynccontextmanager
-            async def echo():
-                async with await network.open_stream(peer, ECHO) as stream:
+        @asynccontextmanager
+        async def echo():
+            async with await network.open_stream(peer, ECHO) as stream:
 
-                    async def ping(data: bytes) -> None:
-                        await stream.send_all(data)
-                        left = len(data)
-                        while left:
-                            left -= len(await stream.receive_some())
+                async def ping(data: bytes) -> None:
+                    await stream.send_all(data)
+                    left = len(data)
+                    while left:
+                        left -= len(await stream.receive_some())
 
-                    yield ping
+                yield ping
 
-            await report(send, echo)
-            return
-
-        async def accept(sock: trio.SocketStream) -> None:
-            await splice(await network.open_stream(peer, PROTOCOL), sock)
-
-        await listen(accept)
+        await report(send, echo)
 
 
 async def report(send, echo) -> None:
@@ -364,7 +350,7 @@ def main() -> None:
     kind, role, argument = sys.argv[1:4]
     measure = role == "source"
     if kind == "libmesh":
-        trio.run(libmesh_far, argument) if role == "far" else trio.run(libmesh_near, argument, measure)
+        trio.run(libmesh_far) if role == "far" else trio.run(libmesh_near, argument)
     elif kind in ("stock", "stock-tls"):
         security = "tls" if kind.endswith("tls") else "noise"
         if role == "far":
