@@ -46,7 +46,7 @@ def peer(name: str, status: NodeStatus = STATUS, **changes: object) -> PeerView:
         since_unix=0.0,
         incarnation=1,
     )
-    return replace(made, **changes)
+    return replace(made, **changes)  # type: ignore[arg-type]
 
 
 def view(*peers: PeerView, scope: Scope = Scope.WORKER) -> View:
