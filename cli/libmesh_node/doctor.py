@@ -51,8 +51,9 @@ def examine(status: Json, clock_set: bool | None = None) -> list[Finding]:
         _mesh(status, peers),
         _address(status, reach),
         _port(reach),
-        _router(reach),
+        _router(reach, only_web=_only_web(peers)),
         _mapping(reach),
+        *_web(status, peers),
         *_relays(status),
         *_clock(clock_set),
         *(_peer(peer) for peer in peers),
@@ -138,7 +139,7 @@ def _port(reach: Json) -> Finding:
     )
 
 
-def _router(reach: Json) -> Finding:
+def _router(reach: Json, *, only_web: bool) -> Finding:
     nat = reach.get("nat")
     if nat == "none":
         return Finding("router", Grade.GOOD, "None in between: this machine has the address that others see.")
@@ -153,7 +154,8 @@ def _router(reach: Json) -> Finding:
             "It changes ports (symmetric), so holes can hardly be punched.",
             "Forward a port on it, or rely on nodes that can be dialled and on relays.",
         )
-    return Finding("router", Grade.NOTE, "Its kind is not known: nobody far away is connected.")
+    why = "who is reached by WebSocket only cannot tell" if only_web else "nobody far away is connected"
+    return Finding("router", Grade.NOTE, f"Its kind is not known: {why}.")
 
 
 def _mapping(reach: Json) -> Finding:
@@ -165,6 +167,27 @@ def _mapping(reach: Json) -> Finding:
     failure = str(reach.get("mapping_failure") or "not tried yet")
     advice = "" if reach.get("standing") == "public" else "Switch UPnP on in the router's settings if it may."
     return Finding("forwarding", Grade.NOTE, f"No router forwards a port by itself ({failure}).", advice)
+
+
+def _is_web(address: str) -> bool:
+    return "/p2p-circuit" not in address and bool({"ws", "wss"} & set(address.split("/")[5:]))
+
+
+def _only_web(peers: list[Json]) -> bool:
+    """Whether all that this node is connected to without a relay it is connected to by WebSocket."""
+    ways = [str(peer.get("address") or "") for peer in peers if peer.get("path") in ("direct", "punched")]
+    return bool(ways) and all(map(_is_web, ways))
+
+
+def _web(status: Json, peers: list[Json]) -> list[Finding]:
+    if _only_web(peers):
+        text = "All direct connections are WebSockets: as it seems, nothing but the web gets out of this network."
+        advice = "Others are reached through a relay with --bind-ws; let outgoing TCP through the firewall for more."
+        return [Finding("web", Grade.NOTE, text, advice)]
+    own = [address for address in map(str, status.get("addresses") or []) if _is_web(address)]
+    if own:
+        return [Finding("web", Grade.GOOD, f"WebSockets are accepted, at {own[0]} first.")]
+    return []
 
 
 def _relays(status: Json) -> list[Finding]:

@@ -19,6 +19,7 @@ DIRECT = {
     "address": "/ip4/11.0.0.1/tcp/1",
     "rtt_ms": 12.3,
 }
+WEB = "/dns4/mesh.example.org/tcp/443/wss"
 
 
 def reach(**values: Any) -> dict[str, Any]:
@@ -63,6 +64,9 @@ def finding(topic: str, **status: Any) -> Finding:
         ("router", {"reachability": reach(nat="keeps ports")}, Grade.GOOD, "cone"),
         ("router", {"reachability": reach(nat="changes ports")}, Grade.NOTE, "symmetric"),
         ("router", {}, Grade.NOTE, "not known"),
+        ("router", {"peers": [{**DIRECT, "address": WEB}]}, Grade.NOTE, "by WebSocket only"),
+        ("web", {"peers": [{**DIRECT, "address": WEB}]}, Grade.NOTE, "nothing but the web"),
+        ("web", {"addresses": ["/ip4/11.0.0.1/tcp/1", "/ip4/11.0.0.1/tcp/80/ws"]}, Grade.GOOD, "/tcp/80/ws"),
         ("forwarding", {"reachability": reach(mapping="PCP", addresses=[candidate("mapped", None)])}, Grade.GOOD, "PCP"),
         ("forwarding", {}, Grade.NOTE, "No router"),
         ("relay", {"addresses": [f"/ip4/11.0.0.1/tcp/1/p2p/{PEER}/p2p-circuit"]}, Grade.GOOD, "12 ms away"),
@@ -76,6 +80,12 @@ def test_each_situation_has_its_words(topic: str, status: dict[str, Any], grade:
     found = finding(topic, **status)
     assert said in found.text
     assert found.grade is grade
+
+
+def test_circuits_through_web_relays_are_no_websockets_of_this_node() -> None:
+    circuit = f"{WEB}/p2p/{PEER}/p2p-circuit"
+    found = examine({"peers": [{**DIRECT, "path": "relayed", "address": circuit}], "addresses": [circuit]})
+    assert not any(each.topic == "web" for each in found)
 
 
 def test_a_slow_relay_is_told() -> None:
