@@ -33,8 +33,7 @@ FORGET_WAITING = 4.0
 """Seconds after which requests that were said to wait count no more, unless that was said again."""
 
 MAX_TELLERS = 256
-"""Who may tell of waiting requests at once: this node's API and clients that follow. Further ones' are counted, but
-not that they wait."""
+"""Who may tell at a time: this node's API and clients that follow. Further ones are not heard."""
 
 TOO_SOON = 0.25
 """Seconds after what a client told within which nothing more is heard of it."""
@@ -77,9 +76,10 @@ class Standby:
     def told(self, source: str, asked: tuple[Asked, ...]) -> None:
         """Requests came in at `source`, this node's API or a client that only follows; and so many of them wait."""
         now = trio.current_time()
-        heard_at = self._heard.get(source, -math.inf)
-        if source and (now - heard_at < TOO_SOON or len(self._heard) > MAX_TELLERS):
-            self._heard = {peer: when for peer, when in self._heard.items() if now - when < TOO_SOON}
+        if len(self._heard) >= MAX_TELLERS:
+            self._heard = {teller: when for teller, when in self._heard.items() if now - when < TOO_SOON}
+        too_soon = now - self._heard.get(source, -math.inf) < TOO_SOON
+        if source and (too_soon or len(self._heard) >= MAX_TELLERS):
             return
         self._heard[source] = now
         for one in asked[:MAX_WISHES]:
