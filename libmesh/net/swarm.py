@@ -151,11 +151,17 @@ def is_open(connection: Any) -> bool:
     return not connection.is_closed and not connection.muxed_conn.is_closed
 
 
+@lru_cache(maxsize=1024)
+def _text_of(address: bytes) -> str:
+    """A multiaddr as text. It is asked for with each stream, and to make it anew costs as much as all else that asks."""
+    return str(Multiaddr(address))
+
+
 def path_of(connection: Any) -> Path:
     """The way that a swarm's connection takes."""
     muxed = connection.muxed_conn
     addresses = connection.get_transport_addresses()
-    address = str(addresses[0]) if addresses else ""
+    address = _text_of(addresses[0].to_bytes()) if addresses else ""
     kind = getattr(getattr(muxed.secured_conn, "raw", None), "libmesh_kind", None)
     if kind is None:
         kind = PathKind.RELAYED if "/p2p-circuit" in address else PathKind.DIRECT
