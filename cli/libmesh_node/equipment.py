@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import trio
 
+from libmesh_node.errors import NodeError
 from libmesh_node.hardware import Hardware, detect, memory_bandwidth
 from libmesh_node.llama.engine import Binary, Engine, cache_root, find_engine
 from libmesh_node.llama.gguf import ModelError, read_header
@@ -17,6 +18,8 @@ from libmesh_node.models.reference import ModelFile
 from libmesh_node.options import NodeOptions
 
 log = logging.getLogger(__name__)
+
+_PROCESSOR = {"cpu", "none"}
 
 
 class Equipment:
@@ -66,11 +69,12 @@ class Equipment:
                 log.warning("%s", note)
             devices = await trio.to_thread.run_sync(list_devices, binary.path)
             draft, vocabulary = await trio.to_thread.run_sync(_draft, self._options)
+            chosen = self._chosen(devices)
             self.memory_bytes = self._hardware.model_memory(
-                gpu_usable=bool(devices), max_vram_gb=self._options.max_vram_gb
+                devices=chosen, max_vram_gb=self._options.max_vram_gb
             )
-            self.own_devices = self._chosen(devices)
-            self.bandwidth = await self._bandwidth(self._hardware)
+            self.own_devices = tuple(map(_name_of, chosen))
+            self.bandwidth = await self._bandwidth(self._hardware, chosen)
             self._draft, self._vocabulary, self.engine = draft, vocabulary, engine
             return binary
 
@@ -86,17 +90,28 @@ class Equipment:
         return plan
 
     def _chosen(self, devices: Sequence[str]) -> tuple[str, ...]:
-        names = [device.partition(":")[0] for device in devices]
-        chosen = self._options.device
-        if chosen is not None:
-            wanted = {name.lower() for name in chosen.split(",")}
-            names = [name for name in names if name.lower() in wanted]
-        return tuple(names)
+        if self._options.device is None:
+            return tuple(devices)
+        wanted = {name.strip().lower() for name in self._options.device.split(",")} - _PROCESSOR
+        chosen = tuple(device for device in devices if _name_of(device).lower() in wanted)
+        if missing := wanted - {_name_of(device).lower() for device in chosen}:
+            have = ", ".join(map(_name_of, devices)) or "none"
+            raise NodeError(
+                f"There is no device {', '.join(sorted(missing))} for --device. Besides cpu, llama-server has: {have}."
+            )
+        return chosen
 
-    async def _bandwidth(self, hardware: Hardware) -> int:
-        if self.own_devices:
-            return int(max((gpu.bandwidth for gpu in hardware.gpus), default=0.0))
+    async def _bandwidth(self, hardware: Hardware, chosen: Sequence[str]) -> int:
+        """Of GPUs as their driver tells. Apple's share the processor's memory, whose speed can be measured."""
+        if chosen and not any(gpu.kind == "apple" for gpu in hardware.gpus):
+            named = [gpu for gpu in hardware.gpus if any(gpu.name in device for device in chosen)]
+            return int(max((gpu.bandwidth for gpu in named or hardware.gpus), default=0.0))
         return int(await trio.to_thread.run_sync(memory_bandwidth, cache_root() / "hardware.json"))
+
+
+def _name_of(device: str) -> str:
+    """`CUDA0` of `CUDA0: NVIDIA …`."""
+    return device.partition(":")[0]
 
 
 def _draft(options: NodeOptions) -> tuple[DraftPlan | None, int]:

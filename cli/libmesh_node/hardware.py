@@ -12,9 +12,11 @@ import json
 import math
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,9 @@ CPU_SHARE = 0.75
 _PROBE_BYTES = 64 << 20
 _MEMORY_CLOCK = 2  # NVML_CLOCK_MEM
 _AMD = "0x1002"
+_DEVICE_MEMORY = re.compile(
+    r"\((\d{1,9}) MiB, \d+ MiB free\)$"
+)  # llama.cpp, common/arg.cpp, `--list-devices`
 _NAME_LENGTH = 96  # NVML_DEVICE_NAME_V2_BUFFER_SIZE
 
 
@@ -55,14 +60,17 @@ class Hardware:
     cpu: str
     cores: int
 
-    def model_memory(self, *, gpu_usable: bool = True, max_vram_gb: float | None = None) -> int:
+    def model_memory(self, *, devices: Sequence[str] | None = None, max_vram_gb: float | None = None) -> int:
         """Bytes for models: the GPUs' memory, or `CPU_SHARE` of main memory if there are none.
 
         Args:
-            gpu_usable: whether the llama-server at hand was built for these GPUs (`probe.list_devices`).
+            devices: what llama-server says of those it shall compute on (`probe.list_devices`), empty for the processor
+                alone; `None` while it has not been asked. What it says of their memory counts: it knows what it can use.
             max_vram_gb: the owner's limit, in units of 10^9 bytes.
         """
-        gpus = sum(gpu.memory_bytes for gpu in self.gpus) if gpu_usable else 0
+        told = sum(int(found[1]) << 20 for found in map(_DEVICE_MEMORY.search, devices or ()) if found)
+        usable = self.gpus if devices is None or devices else ()
+        gpus = told or sum(gpu.memory_bytes for gpu in usable)
         memory = gpus or int(self.ram_bytes * CPU_SHARE)
         return memory if max_vram_gb is None else min(memory, int(max_vram_gb * 1e9))
 

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 DEFAULT_BANDWIDTH = 20e9
 """Bytes per second of a machine that does not say: two channels of DDR4, less what is lost."""
 
+DEFAULT_GPU_BANDWIDTH = 300e9
+"""The same for a GPU whose driver does not tell, as AMD's: what a card of the middle class has."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
@@ -36,7 +39,7 @@ class Machine:
     @property
     def speed(self) -> float:
         """Bytes of weights per second."""
-        return self.bandwidth or DEFAULT_BANDWIDTH
+        return self.bandwidth or (DEFAULT_GPU_BANDWIDTH if self.accelerated else DEFAULT_BANDWIDTH)
 
 
 def rtt_between(one: Machine, other: Machine) -> float | None:
