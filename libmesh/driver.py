@@ -18,6 +18,7 @@ import trio
 from libmesh import following, hello, probing, syncing, wire
 from libmesh.admission import Admission, AdmissionConfig
 from libmesh.alarm import Alarm
+from libmesh.clock import Clock
 from libmesh.core import membership as core
 from libmesh.core import membership_io as io
 from libmesh.core.announcement import Announcement, Record
@@ -103,7 +104,8 @@ class Driver:
     ) -> None:
         self.network = network
         self._config, self._rng, self._key = config, rng, key
-        self._wall_base = wall_clock() - trio.current_time()
+        self._clock = Clock(wall_clock)
+        self.now = self._clock.now
         self.credential = authority.admit(key.public)
         self.membership = core.Membership(
             Announcement(
@@ -183,12 +185,11 @@ class Driver:
             except WireError as exc:
                 log.warning("a kept revocation is damaged: %s", exc)
 
-    def now(self) -> float:
-        """Seconds since the epoch, from a clock that does not jump."""
-        return self._wall_base + trio.current_time()
-
     def handle(self, event: io.Event) -> None:
         """Tell the membership machine, and do what it asks."""
+        if slept := self._clock.woke():
+            log.info("this machine slept for %.0f s", slept)
+            self.handle(io.Slept(slept))
         changed = isinstance(event, io.Connected | io.Disconnected)
         for effect in self.membership.handle(event, self.now()):
             match effect:

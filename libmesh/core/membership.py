@@ -31,8 +31,8 @@ table has a row of it. Its plan has few neighbours, which tell it what it would 
 The machine asks for connections with `Dial` and hears `Connected` or `DialFailed`. Of two peers that learn of each
 other at once, the one with the lower id dials first.
 
-The driver calls `handle` for everything that happens and again at `deadline()`. `now` is seconds since the epoch,
-from a clock that never jumps.
+The driver calls `handle` for everything that happens and again at `deadline()`. `now` is seconds since the epoch, from
+a clock that jumps at a `Slept` only.
 """
 
 from __future__ import annotations
@@ -121,9 +121,7 @@ class Membership(Table):
                 return self._speak(now)
             case io.Renewed(credential):
                 self._voice.renew(credential)
-                renewed = self._voice.speak(now)  # also while following: `me` tells what we may do
-                self._roster.my_record_changed()
-                return [] if renewed is None else [Publish(renewed)]
+                return self._say(now)  # while following to nobody, but `me` tells what we may do
             case io.ContactNamed(peer, addresses):
                 if peer not in self._peers:
                     self._lost.add(peer, addresses, None, now)
@@ -137,6 +135,9 @@ class Membership(Table):
                 said = Publish(self._voice.leave())
                 self._roster.my_record_changed()
                 return [said]
+            case io.Slept(seconds):
+                self._roster.postpone(seconds)
+                return []
             case io.Wake():
                 return self._wake(now)
 
@@ -156,8 +157,9 @@ class Membership(Table):
         return [*self._replan(changed, now), *self._speak(now)]
 
     def _speak(self, now: float) -> list[Effect]:
-        if self.following:
-            return []
+        return [] if self.following else self._say(now)
+
+    def _say(self, now: float) -> list[Effect]:
         said = self._voice.speak(now)
         if said is None:
             return []

@@ -213,6 +213,13 @@ class Leave:
 
 
 @dataclass(frozen=True, slots=True)
+class Slept:
+    """This machine slept: `now` is `seconds` later than it would be, and nobody could speak for itself meanwhile."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class Wake:
     """`deadline()` has come."""
 
@@ -232,6 +239,7 @@ Event = (
     | ContactNamed
     | TakePart
     | Leave
+    | Slept
     | Wake
 )
 

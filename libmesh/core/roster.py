@@ -170,6 +170,14 @@ class Roster:
         self.my_record_changed()
         return list(self._believed)
 
+    def postpone(self, seconds: float) -> None:
+        """Nothing counted for that long: whoever was in doubt has as much time left as before."""
+        for entry in self.entries.values():
+            if entry.believed:
+                entry.state_ends += seconds
+                entry.told_at, entry.tell_at = entry.told_at + seconds, entry.tell_at + seconds
+                entry.doubted_at, entry.reach_by = entry.doubted_at + seconds, entry.reach_by + seconds
+
     # ── questions ────────────────────────────────────────────────────────────────────────────────────────────────
 
     @property
