@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import tempfile
+from collections import Counter
 from collections.abc import Awaitable
 from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass, field
@@ -29,7 +30,7 @@ class Tally:
 
     whole: int = 0
     cut: int = 0
-    refused: int = 0
+    refused: Counter[int] = field(default_factory=Counter)  # by status
     gaps: list[float] = field(default_factory=list)
 
     def line(self) -> str:
@@ -39,8 +40,9 @@ class Tally:
             if self.gaps
             else ["-"] * 3
         )
+        statuses = f" ({', '.join(map(str, sorted(self.refused)))})" if self.refused else ""
         return (
-            f"{self.whole} whole, {self.cut} cut off, {self.refused} refused; "
+            f"{self.whole} whole, {self.cut} cut off, {self.refused.total()} refused{statuses}; "
             f"longest gap between tokens p50 {gaps[0]} ms, p99 {gaps[1]} ms, worst {gaps[2]} ms"
         )
 
@@ -72,8 +74,8 @@ async def measure(machine: Machine, ways: dict[str, str], options: argparse.Name
     for way in ways:
         print(f"{way:5} in peace:      {calm[way].line()}")
         print(f"{way:5} among deaths:  {deaths[way].line()}", flush=True)
-    asked = {way: tally.whole + tally.cut + tally.refused for way, tally in deaths.items()}
-    lost = {way: (tally.cut + tally.refused) / max(asked[way], 1) for way, tally in deaths.items()}
+    asked = {way: tally.whole + tally.cut + tally.refused.total() for way, tally in deaths.items()}
+    lost = {way: (tally.cut + tally.refused.total()) / max(asked[way], 1) for way, tally in deaths.items()}
     print("answers lost among deaths: " + ", ".join(f"{way} {share:.1%}" for way, share in lost.items()))
 
 
@@ -97,8 +99,8 @@ async def stream(
             try:
                 tally.gaps.append((await client.ask(request)).gap)
                 tally.whole += 1
-            except aiohttp.ClientResponseError:
-                tally.refused += 1
+            except aiohttp.ClientResponseError as exc:
+                tally.refused[exc.status] += 1
                 await asyncio.sleep(0.1)
             except (aiohttp.ClientError, Incomplete, TimeoutError):
                 tally.cut += 1

@@ -27,6 +27,7 @@ class Exchange:
         seeking: whether it waits for a server.
         broken: whether its answer broke off, and the client was told so.
         first: when the first bytes of a streamed answer came, by the same clock as `began`.
+        response: the answer, if it was begun before there was a server (`waiting.py`).
         received: bytes of the answer so far, and `tail` the last of them.
     """
 
@@ -44,6 +45,7 @@ class Exchange:
     model: str = ""
     server: Server | None = None
     first: float | None = None
+    response: web.StreamResponse | None = None
     received: int = 0
     tail: bytes = b""
 

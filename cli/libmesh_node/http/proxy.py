@@ -31,6 +31,7 @@ from libmesh_node.http.relay import relay
 from libmesh_node.http.routing import RETRY_AFTER, no_server
 from libmesh_node.http.transcript import track
 from libmesh_node.http.upstream import FAILURES, Overdue, Upstream, hung_up, in_words
+from libmesh_node.http.waiting import kept, refuse_late
 from libmesh_node.http.wanted import NOTHING, read_wanted
 from libmesh_node.snapshot import Model, Server
 
@@ -49,6 +50,10 @@ LOADING_PATIENCE = 300.0
 
 FALLING_SILENT = 5.0
 """Seconds until the mesh knows that a peer is gone which vanished without a word."""
+
+WAITING = f"no server has room yet; waiting up to {LOADING_PATIENCE:g} s for one that is being started"
+COMPUTING = "the server computes the prompt, or others go before"
+"""What a client is told that waits long for its first byte."""
 
 PAUSE = 0.1
 """Seconds between two looks at who serves a model."""
@@ -112,7 +117,10 @@ class Proxy:
         and none could answer; in all cases the client has been sent nothing.
         """
         with self._noted():
-            return await self._forward(exchange, find)
+            try:
+                return await self._forward(exchange, find)
+            except ApiError as error:
+                return await refuse_late(exchange, error)
 
     @contextmanager
     def _noted(self) -> Iterator[None]:
@@ -129,7 +137,7 @@ class Proxy:
         search = _Search(exchange, find)
         while True:
             exchange.seeking = True
-            server = await self._next(search)
+            server = await kept(exchange, self._next(search), WAITING)
             exchange.seeking = False
             exchange.attempts += 1
             exchange.server, exchange.model = server, search.model.name
@@ -137,7 +145,8 @@ class Proxy:
             began = time.monotonic()
             with self._occupied(server, exchange.model) as seat:
                 try:
-                    upstream, start = await self._open_in_time(search, server)
+                    opening = self._open_in_time(search, server)
+                    upstream, start = await kept(exchange, opening, COMPUTING, lambda got: got[0].close())
                 except FAILURES as exc:
                     self._note_failure(search, server, exc)
                     continue

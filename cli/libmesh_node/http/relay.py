@@ -26,6 +26,7 @@ from libmesh_node.http.exposure import returned_headers
 from libmesh_node.http.sse import EventTooLong, comment
 from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript
 from libmesh_node.http.upstream import STALL, Broken, read_on
+from libmesh_node.http.waiting import refuse_late
 
 log = logging.getLogger("libmesh_node.http")
 
@@ -58,10 +59,19 @@ async def relay(
     headers["X-Libmesh-Model"] = exchange.model
     headers["X-Libmesh-Attempts"] = str(exchange.attempts)
     status, reason, request = upstream.status, upstream.reason, exchange.request
-    transcript = (
-        exchange.transcript if upstream.content_type == "text/event-stream" and status == 200 else None
-    )
-    if transcript is None and upstream.content.at_eof() and request.method != "HEAD":
+    streams = upstream.content_type == "text/event-stream" and status == 200
+    transcript = exchange.transcript if streams else None
+    if exchange.response is not None and not streams:
+        error = ApiError(
+            502, "server_failed", f"The server answered {status}: {start[:500].decode(errors='replace')}"
+        )
+        return await refuse_late(exchange, error)
+    if (
+        exchange.response is None
+        and transcript is None
+        and upstream.content.at_eof()
+        and request.method != "HEAD"
+    ):
         headers.popall("Content-Length", None)
         exchange.saw(start)
         if status >= 400:
@@ -69,8 +79,10 @@ async def relay(
             reason = None
         return web.Response(status=status, reason=reason, headers=headers, body=start)
     exchange.first = time.perf_counter()
-    response = web.StreamResponse(status=status, reason=reason, headers=headers)
-    await response.prepare(request)
+    response = exchange.response
+    if response is None:
+        response = web.StreamResponse(status=status, reason=reason, headers=headers)
+        await response.prepare(request)
     if transcript is not None:
         carrier = _Carrier(exchange, transcript, response, succession, balance, seat)
         try:
