@@ -31,6 +31,7 @@ class Entry:
         workers: peers that the first one is split over, and `split_bytes` the memory of this machine that it takes.
         life: ends the server of one that is served alone; `None` while it has none.
         leaving: its server finishes what it is answering, and gets nothing new.
+        unloading: it is going to be no model of this node any more.
         asleep: it had nothing to do and was ended; it is started again when a request waits for it.
         door: what other nodes' requests for it come by; `None` while it is offered to nobody.
     """
@@ -47,6 +48,7 @@ class Entry:
     split_bytes: int = 0
     life: trio.CancelScope | None = None
     leaving: bool = False
+    unloading: bool = False
     asleep: bool = False
     door: Door | None = None
 

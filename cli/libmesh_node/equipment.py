@@ -62,7 +62,8 @@ class Equipment:
         async with self._setting_up:
             if self.engine is not None:
                 return self.engine.require_llama_server()
-            assert self._hardware is not None
+            if self._hardware is None:
+                raise NodeError("The node is still starting; try again in a moment.")
             engine = await trio.to_thread.run_sync(find_engine, self._options.bin_dir)
             binary = engine.require_llama_server()
             for note in engine.notes:

@@ -152,10 +152,11 @@ class LocalModels:
         if entry is None:
             have = ", ".join(self.entries) or "none"
             raise NodeError(f"This node serves no model named {name}; it has {have}.")
-        if not entry.leaving:
-            entry.leaving = True
+        if self._tasks is None:
+            raise NodeError("The node is still starting; try again in a moment.")
+        if not entry.unloading:
+            entry.unloading = entry.leaving = True
             self.on_change()
-            assert self._tasks is not None
             self._tasks.start_soon(self._unload, entry)
         while self.entries.get(name) is entry:  # noqa: ASYNC110 - one of two tasks may be the one that waits
             await trio.sleep(0.05)
@@ -178,10 +179,10 @@ class LocalModels:
         self.on_change()
         await trio.sleep(_HEARD)
         idle = not await self._is_busy(entry)
-        if idle and self.entries.get(entry.name) is entry:
+        if idle and not entry.unloading:
             entry.asleep = True
             await self._end(entry)
-        entry.leaving = False
+        entry.leaving = entry.unloading
         self.on_change()
         return idle
 
