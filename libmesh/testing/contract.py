@@ -17,8 +17,18 @@ from contextlib import AbstractAsyncContextManager, suppress
 import trio
 import trio.testing
 
-from libmesh.errors import ServiceRefused
-from libmesh.net.base import Network, Stream, StreamReset
+from libmesh.errors import NetworkError, ServiceRefused
+from libmesh.net.base import (
+    AddressesChanged,
+    Message,
+    Network,
+    NetworkEvent,
+    PathChanged,
+    PeerConnected,
+    PeerDisconnected,
+    Stream,
+    StreamReset,
+)
 from libmesh.testing.bench import (
     PROTOCOL,
     Bench,
@@ -287,3 +297,66 @@ async def a_dead_connection_fails_every_stream(bench: Bench) -> None:
             assert await far.receive_some() == b"", "only what was finished may end"
         if far is not pairs[0][1]:
             await expect_reset(far)
+
+
+# ---- paths ------------------------------------------------------------------------------------------------------
+
+
+@_rule
+async def another_dial_is_another_way_and_harms_none(bench: Bench) -> None:
+    """`dial` tells its path, streams that are open live on, and what the peer is told of fits together."""
+    near, far = bench.near, bench.far
+    here, there = await bench.open()
+    if not await _dialled(near, far):
+        return
+    assert near.path(far.peer) is not None
+    await here.send_all(b"over the connection that it began on")
+    assert await there.receive_some() == b"over the connection that it began on"
+    await still_works(bench)
+    await near.disconnect(far.peer)
+    assert near.path(far.peer) is None, "all connections are gone"
+    await expect_reset(here)
+    told: list[NetworkEvent] = []
+    async with near.events() as events:
+        async for event in events:
+            if not isinstance(event, Message | AddressesChanged) and event.peer == far.peer:
+                told.append(event)
+            if isinstance(event, PeerDisconnected) and event.peer == far.peer:
+                break
+    assert isinstance(told[0], PeerConnected), told
+    assert all(isinstance(event, PathChanged) for event in told[1:-1]), told
+
+
+@_rule
+async def a_dial_that_fails_or_is_given_up_leaves_what_there_was(bench: Bench) -> None:
+    """`NetworkError` in words, no connection more, and the path as it was."""
+    near, far = bench.near, bench.far
+    before = near.path(far.peer)
+    assert before is not None
+    for address in ("/ip4/127.0.0.1/tcp/1", "/ip4/127.0.0.1/udp/1/quic-v1", "nonsense", ""):
+        said = ""
+        try:
+            await near.dial(far.peer, address)
+        except NetworkError as exc:
+            said = str(exc)
+        assert said, f"{address!r} is no way, and it is said why"
+    lots = random.Random(bench.seed)
+    for _ in range(min(bench.rounds, 50)):
+        async with cancelled_after(lots.randrange(30)):
+            await _dialled(near, far)
+    after = near.path(far.peer)
+    assert after is not None
+    assert after.kind is before.kind
+    await still_works(bench)
+
+
+async def _dialled(near: Network, far: Network) -> bool:
+    """Whether there is another connection now. A transport that cannot dial by address is free to say so."""
+    for address in far.addresses():
+        try:
+            path = await near.dial(far.peer, address)
+        except NetworkError:
+            continue
+        assert path.address == address, "the path is the one that was asked for"
+        return True
+    return False
