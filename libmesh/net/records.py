@@ -27,7 +27,11 @@ from libmesh.net.pipes import TAKE_BYTES, BufferPool, Pipe, SocketPipe, guarded
 
 TAG_BYTES = 16
 MAX_PLAINTEXT = 65535 - TAG_BYTES
-BUFFER_BYTES = TAKE_BYTES + 65537
+_LARGEST = 65537
+_BATCH_BYTES = TAKE_BYTES + 4 * (2 + TAG_BYTES) + 2 * (2 + 12 + TAG_BYTES)
+"""Sealed, what a pump sends at once: four full records, and the headers of their two frames."""
+
+BUFFER_BYTES = _BATCH_BYTES + _LARGEST
 """A full read behind the largest unfinished record; also room for a usual batch of sealed records."""
 
 _LENGTH = Struct("!H")
@@ -117,9 +121,13 @@ class RecordChannel(Channel):
             buffer = pool.take()
             view = memoryview(buffer)
             try:
-                start = len(self._tail)
-                view[:start] = self._tail
-                rest = view[start:]
+                tail = self._tail
+                start = len(tail)
+                view[:start] = tail
+                # Where an unfinished record ends and no further than a batch, so that in bulk a read ends where a record
+                # does. Reading what fits left nearly a record over each time, and moving that was a tenth of all work.
+                missing = 2 + ((tail[0] << 8) | tail[1]) - start if start >= 2 else 0
+                rest = view[start : start + missing + _BATCH_BYTES]
                 count = pipe.receive_nowait(rest) if self._more else await pipe.receive_into(rest)
                 self._more = count == len(rest)
                 if count is None:
