@@ -188,7 +188,8 @@ class SplitRun:
                 environment=os.environ,
                 on_change=self._changed,
                 policy=RestartPolicy(RestartConfig(failures=1)),
-                stalled_after=STALLED_AFTER * 1.2,  # a worker's silence is told by its own task, which comes first
+                stalled_after=STALLED_AFTER
+                * 1.2,  # a worker's silence is told by its own task, which comes first
             )
             await self.server.run()
             await trio.sleep(0.2)  # the loss of a worker, if that was the cause, is told by its own task
@@ -200,14 +201,7 @@ class SplitRun:
             nursery.cancel_scope.cancel()
 
     async def _watch(self, worker: Borrowed, peer: str, scope: trio.CancelScope) -> None:
-        while not worker.lost.is_set():
-            with trio.move_on_after(STALLED_AFTER / 10):
-                await worker.lost.wait()
-            since = worker.waiting_since
-            if since is not None and trio.current_time() - since > STALLED_AFTER:
-                worker.why = f"it has not answered for {STALLED_AFTER:g} s"
-                break
-        self._fail(SplitFailed(worker.why, peer))
+        self._fail(SplitFailed(await lost_or_silent(worker), peer))
         scope.cancel()
 
     def _fail(self, failure: SplitFailed) -> None:
@@ -265,6 +259,17 @@ class SplitRun:
             ),
             draft=setting.draft,
         )
+
+
+async def lost_or_silent(worker: Borrowed) -> str:
+    """Wait until a worker is lost, or has owed an answer for `STALLED_AFTER`. Returns what happened, in words."""
+    while not worker.lost.is_set():
+        with trio.move_on_after(STALLED_AFTER / 10):
+            await worker.lost.wait()
+        since = worker.waiting_since
+        if since is not None and trio.current_time() - since > STALLED_AFTER:
+            return f"it has not answered for {STALLED_AFTER:g} s"
+    return worker.why
 
 
 def _over(layers: int, room: list[int]) -> list[int]:
