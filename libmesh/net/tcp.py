@@ -18,7 +18,6 @@ from collections.abc import Awaitable, Callable, Sequence
 import psutil
 import trio
 from multiaddr import Multiaddr
-from multiaddr.exceptions import Error as MultiaddrError
 
 from libmesh.errors import AddressUnavailable
 
@@ -41,14 +40,23 @@ log = logging.getLogger(__name__)
 
 
 def host_and_port(address: str) -> tuple[str, int]:
-    """The parts of a TCP multiaddr. Raises `ValueError`, saying why, if it is not one that we can dial."""
-    try:
-        parts = [(p.name, value) for p, value in Multiaddr(address).items()]
-    except (MultiaddrError, ValueError) as exc:
-        raise ValueError(f"not a multiaddr: {exc}") from exc
+    """The host and the port of a TCP multiaddr. Raises `ValueError`, saying why, if it is not one that we can dial."""
+    parts = parts_of(address)
     if [name for name, _ in parts[1:]] not in (["tcp"], ["tcp", "p2p"]) or parts[0][0] not in _HOST_PROTOCOLS:
         raise ValueError("not a TCP address of the form /ip4/HOST/tcp/PORT")
     return str(parts[0][1]), int(str(parts[1][1]))
+
+
+def parts_of(address: str) -> list[tuple[str, str | None]]:
+    """The protocols of a multiaddr, at least one, with their values. Raises `ValueError`, whatever is wrong with it."""
+    try:
+        parts = [(p.name, value) for p, value in Multiaddr(address).items()]
+    # multiaddr lets its codecs' own errors through (TypeError, struct.error, …), and peers choose what it reads.
+    except Exception as exc:
+        raise ValueError(f"not a multiaddr: {exc}") from exc
+    if not parts:
+        raise ValueError("not a multiaddr: there is nothing in it")
+    return parts
 
 
 def multiaddr_of(host: str, port: int) -> str:

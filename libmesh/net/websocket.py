@@ -19,8 +19,6 @@ from dataclasses import dataclass
 
 import h11
 import trio
-from multiaddr import Multiaddr
-from multiaddr.exceptions import Error as MultiaddrError
 from wsproto import ConnectionType, WSConnection
 from wsproto.connection import ConnectionState
 from wsproto.events import (
@@ -76,10 +74,7 @@ class Target:
 
 def target_of(address: str) -> Target:
     """Take a WebSocket multiaddr apart. Raises `ValueError`, saying why, if it is not one that we can dial."""
-    try:
-        parts = [(p.name, value) for p, value in Multiaddr(address).items()]
-    except (MultiaddrError, ValueError) as exc:
-        raise ValueError(f"not a multiaddr: {exc}") from exc
+    parts = tcp.parts_of(address)
     if parts[-1][0] == "p2p":
         parts.pop()
     form = tuple(name for name, _ in parts[2:])

@@ -150,6 +150,7 @@ def test_a_tcp_address_can_be_dialled(address: str, expected: tuple[str, int]) -
         "/ip4/192.0.2.1/udp/4001/quic-v1",
         "/ip4/192.0.2.1/tcp/443/ws",
         "/unix/tmp",
+        "/ip6zone/\x06\x06\x06\x06\x06\x06/tcp/1542/tcp/1542",  # multiaddr raises TypeError
         "/ip4/1.2.3.4/tcp/1/p2p/12D3KooWD3eckifWpRn9wQpMG9R9hX3sD158z7EqHWmweQAJU5SA/p2p-circuit",
     ],
 )
