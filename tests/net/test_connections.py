@@ -208,3 +208,24 @@ async def test_a_socket_that_was_reset_already_is_a_failed_connection_and_is_clo
                     near, peer=peer(9), initiator=True, address="/ip4/127.0.0.1/tcp/1", kind=PathKind.PUNCHED
                 )
             assert near.socket.fileno() == -1
+
+
+async def test_a_connection_is_idle_while_it_carries_nothing_but_gossip() -> None:
+    async with networks(2) as (one, two):
+        two.set_handler(PROTOCOL, echo)
+        assert one.idle(two.peer), "nothing is open to somebody who is not connected"
+        await join(one, two)
+        for network in (one, two):
+            await network.subscribe("topic")
+        await until(lambda: one.idle(two.peer) and two.idle(one.peer))
+        for near, far in ((one, two), (two, one)):
+            near.set_handler(PROTOCOL, echo)
+            stream = await near.open_stream(far.peer, PROTOCOL)
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+            assert not near.idle(far.peer)
+            assert not far.idle(near.peer)
+            await stream.aclose()
+            await until(lambda: one.idle(two.peer) and two.idle(one.peer))
+        await one.publish("topic", b"said")
+        assert one.idle(two.peer)
