@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from google.protobuf.message import DecodeError
 
@@ -23,6 +24,9 @@ MAX_WORKERS = 16
 MAX_WISHES = 64
 MAX_ON_DISK = 64
 MAX_TOLD = 1000
+REMEMBERED = 1024
+"""Announcements whose meaning is remembered: each is looked at again whenever anything changes. Then the oldest go."""
+
 _MAX_TEXT = 200
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
@@ -152,6 +156,7 @@ def encode_status(status: NodeStatus) -> bytes:
     return message.SerializeToString(deterministic=True)
 
 
+@lru_cache(maxsize=REMEMBERED)
 def decode_status(attributes: bytes) -> NodeStatus:
     """A peer's status. Texts are cut to 200 characters and stripped of control characters."""
     message = pb.NodeStatus()

@@ -14,7 +14,6 @@ from libmesh_node.llama.server import MIN_CONTEXT, ServerPlan
 from libmesh_node.llama.supervisor import LlamaServer
 from libmesh_node.models.reference import ModelFile
 from libmesh_node.placement.shape import ModelShape, shape_of
-from libmesh_node.placement.splitting import needed
 
 
 @dataclass(eq=False)
@@ -25,7 +24,7 @@ class Entry:
         headers: of all its parts.
         plan: how to serve it on this machine alone.
         alone: it is served so. If not, it takes other nodes with the same file.
-        granted: bytes that `plan` may use.
+        granted: bytes that `plan` may use; `needed`: those that it takes at the least.
         digest: empty until the file has been read; `identified` is set then, or when it could not be read.
         servers: the processes that serve it, the one that answers requests first. Two during a change of placement.
         workers: peers that the first one is split over, and `split_bytes` the memory of this machine that it takes.
@@ -41,6 +40,7 @@ class Entry:
     plan: ServerPlan
     alone: bool
     granted: int = 0
+    needed: int = 0
     digest: str = ""
     identified: trio.Event = field(default_factory=trio.Event)
     servers: list[LlamaServer] = field(default_factory=list)
@@ -77,7 +77,7 @@ class Entry:
     @property
     def home_bytes(self) -> int:
         """Memory that is kept for it here if it is served alone."""
-        return needed(self.shape) if self.alone else 0
+        return self.needed if self.alone else 0
 
     @property
     def shape(self) -> ModelShape:

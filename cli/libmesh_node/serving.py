@@ -265,7 +265,9 @@ class LocalModels:
                 entry.granted for entry in self.entries.values() if entry.alone
             )
             budget = max(need, free // 2)
-        entry = Entry(model, headers, self.equipment.plan(model, budget), alone=False, granted=budget)
+        entry = Entry(
+            model, headers, self.equipment.plan(model, budget), alone=False, granted=budget, needed=need
+        )
         entry.alone = need <= self.spare_bytes and not self._options.split
         if not entry.alone and not named:
             raise NodeError(f"{model.name} does not fit into the memory that is left.")
@@ -291,7 +293,7 @@ class LocalModels:
             log.info(
                 "%s needs %s and this machine has %s left for models; it is served by others, or together with them",
                 model.name,
-                bytes_in_words(needed(entry.shape)),
+                bytes_in_words(entry.needed),
                 bytes_in_words(self.spare_bytes),
             )
 

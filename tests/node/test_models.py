@@ -11,7 +11,7 @@ import pytest
 from libmesh_node.models.demo import demo_model
 
 from tests.node.conftest import HeldServer
-from tests.node.nodes import Machine, Node, chat, served
+from tests.node.nodes import PATIENCE, Machine, Node, chat, served
 
 pytestmark = pytest.mark.llama
 
@@ -79,15 +79,17 @@ def test_joiner_answers_through_the_mesh_before_its_own_model_is_loaded(
     assert chat(joiner, "second", tokens=1).json()["model"] == "second"
 
 
-def test_model_that_is_still_loading_is_unavailable_not_unknown(
+def test_request_for_a_model_that_is_still_loading_waits_for_it(
     machine: Machine, small_model: Path, held_server: HeldServer
 ) -> None:
     node = machine.node("--model", str(small_model), "--bin-dir", str(held_server.folder)).up()
-    node.until(lambda status: status["mesh_models"])
-    refused = chat(node, "second")
-    assert refused.status_code == 503
-    assert refused.headers["Retry-After"].isdigit()
-    assert refused.json()["error"]["code"] == "no_server"
+    node.until(lambda status: any(model["coming"] for model in status["models"]))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(chat, node, "second")
+        (model,) = node.until(lambda status: status["models"][0]["waiting"])["models"]
+        assert (model["servers"], model["wanted"]) == ([], True)
+        held_server.open()
+        assert answer.result(PATIENCE).status_code == 200
 
 
 def test_a_draft_changes_the_speed_and_not_the_answer(machine: Machine) -> None:
