@@ -17,6 +17,7 @@ import trio
 from libmesh.alarm import Alarm
 from libmesh.core import reservations as core
 from libmesh.core.reservations import ReservationConfig, Reservations
+from libmesh.core.ways import is_websocket
 from libmesh.errors import MeshError, NetworkError, ServiceRefused
 from libmesh.framing import receive_frame
 from libmesh.net import relay_wire as wire
@@ -25,6 +26,7 @@ from libmesh.net.base import Approach, Stream, StreamReset
 from libmesh.net.negotiate import Libp2pStream
 from libmesh.net.relay_wire import Status
 from libmesh.net.underlay import Underlay
+from libmesh.net.websocket import target_of
 from libmesh.peers import PathKind, PeerId
 from libmesh.wire_pieces import WireError
 
@@ -74,7 +76,10 @@ def split_relay(address: str) -> tuple[PeerId, str]:
 def _is_way(address: str) -> bool:
     """Whether an address that a relay names may be told to others: one that can be dialled."""
     try:
-        tcp.host_and_port(address)
+        if is_websocket(address):
+            target_of(address)
+        else:
+            tcp.host_and_port(address)
     except ValueError:
         return False
     return "/p2p/" not in address and len(address.encode()) <= MAX_WAY

@@ -195,6 +195,13 @@ async def test_others_are_told_the_addresses_of_a_relay_that_may_lead_there() ->
         assert client.circuits() == tuple(f"{way}/p2p/{relay}/p2p-circuit" for way in far[:3])
 
 
+async def test_others_are_told_where_a_relay_takes_websockets() -> None:
+    async with relayed(replace(RELAY, websocket_port=0)) as nodes:
+        web = [circuit for circuit in nodes.target.relaying.circuits() if "/ws/p2p/" in circuit]
+        assert len(web) == 1
+        assert (await nodes.source.dial(nodes.target.peer, web[0])).kind is PathKind.RELAYED
+
+
 # ---- who gets in --------------------------------------------------------------------------------------------------
 
 
