@@ -183,9 +183,25 @@ def _event(lots: Lots) -> io.Event | None:
                 tuple(Service(name=name) for name in "ab"[: lots.below(3)]), (), lots.piece()
             )
         case 11:
-            return io.Leave() if lots.below(32) == 31 else io.Wake()
+            return _rare(lots.below(32), lots)
         case _:
             return _said(lots.piece())
+
+
+def _rare(lot: int, lots: Lots) -> io.Event:
+    """What happens to a node seldom."""
+    match lot:
+        case 31:
+            return io.Leave()
+        case 30:
+            return io.TakePart()
+        case 29:
+            return io.Renewed(credential(1))
+        case 28:
+            return io.Slept(float(lots.number(2)))
+        case 27:
+            return io.ContactNamed(peer(1 + lots.below(PEERS)), ("/ip4/192.0.2.9/tcp/1",))
+    return io.Wake()
 
 
 def _said(data: bytes) -> io.Event | None:
@@ -213,6 +229,8 @@ def _membership(data: bytes) -> None:
         if isinstance(event, io.Wake):
             due = machine.deadline()
             now = max(now, min(due or now, now + 1000)) if lots.below(2) else now + lots.number() / 16
+        if isinstance(event, io.Slept):
+            now += event.seconds
         effects = machine.handle(event, now)
         left = left or isinstance(event, io.Leave)
         if isinstance(event, io.Wake):
