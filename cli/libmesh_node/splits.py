@@ -27,9 +27,9 @@ from libmesh_node.models.digest import model_digest
 from libmesh_node.options import NodeOptions
 from libmesh_node.placement.electing import elect, predict
 from libmesh_node.placement.machine import Machine, short
-from libmesh_node.placement.seen import SERVICE, host_elsewhere, machines_with
+from libmesh_node.placement.seen import SERVICE, host_elsewhere, machines_with, placement_elsewhere
 from libmesh_node.placement.shape import ModelShape
-from libmesh_node.placement.splitting import Placement, Share, Shortage, SplitRules, fit_beside
+from libmesh_node.placement.splitting import Placement, Shortage, SplitRules, fit_beside
 from libmesh_node.placement.steering import Abandon, Adopt, Broken, Looked, Steering
 from libmesh_node.planning import plan_json
 from libmesh_node.serving import LocalModels
@@ -45,6 +45,10 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds until the next try after a split that failed; doubled with each failure, forgotten after `HEALTHY_AFTER`."""
 
 HEALTHY_AFTER = 60.0
+
+OWN_FAILURES = 3
+UNABLE_FOR = 300.0
+"""A node whose own llama-server failed so often in a row offers no memory for so many seconds: others shall be elected."""
 
 DRAIN_LIMIT = 120.0
 """Seconds that a replaced server may take to finish what it is answering."""
@@ -83,6 +87,11 @@ class Splits:
     def processes(self) -> tuple[Process, ...]:
         """The rpc-servers that work for others."""
         return self._lender.processes if self._lender is not None else ()
+
+    @property
+    def unable(self) -> bool:
+        """Whether this node is to offer no memory for a while, since it could not load what it was elected for."""
+        return any(host.unable_until > trio.current_time() for host in self._hosts.values())
 
     @property
     def notices(self) -> tuple[str, ...]:
@@ -193,6 +202,7 @@ class _Host:
         self._coming: SplitRun | None = None
         self._refused: dict[str, tuple[str, float]] = {}
         self._pause, self._not_before = FIRST_PAUSE, 0.0
+        self._own_failures, self.unable_until = 0, 0.0
         self._news = trio.Event()
 
     def look(self) -> None:
@@ -246,7 +256,7 @@ class _Host:
         if self._run is not None:
             running = predict(shape, self._run.placement, machines)
         elif elsewhere is not None:
-            self._steering.current = there = _placement(*elsewhere)
+            self._steering.current = there = placement_elsewhere(*elsewhere)
             if (running := predict(shape, there, machines)) is None:
                 return  # it says that it serves; if that is over, it will say so, or fall silent
         lives = self._run is not None
@@ -314,6 +324,8 @@ class _Host:
             self.entry.workers, self.entry.split_bytes = (), 0
         self._models.on_change()
         self.look()
+        await trio.sleep_until(self.unable_until)
+        self._models.on_change()
 
     def _failed(self, run: SplitRun, failure: SplitFailed) -> None:
         now = trio.current_time()
@@ -324,6 +336,10 @@ class _Host:
         if failure.later and self._run is not None and run is self._coming:
             self._make_room(self._run, now)
             return
+        self._own_failures += not failure.peer and run.ready_since is None
+        if self._own_failures >= OWN_FAILURES:
+            log.warning("%s: this node leaves it to others for %g s", self.name, UNABLE_FOR)
+            self._own_failures, self.unable_until = 0, now + UNABLE_FOR
         if failure.peer:
             self._refused[failure.peer] = str(failure), now + REFUSED_FOR
         lasted = run.ready_since is not None and now - run.ready_since >= HEALTHY_AFTER
@@ -347,7 +363,7 @@ class _Host:
             self.entry.servers.append(coming.server)
         if coming is not None and coming.ready and coming.server is not None:
             old, self._run, self._coming = self._run, coming, None
-            coming.ready_since = trio.current_time()
+            coming.ready_since, self._own_failures = trio.current_time(), 0
             self.entry.servers.remove(coming.server)
             self.entry.servers.insert(0, coming.server)
             self.entry.workers = tuple(share.peer for share in coming.placement.workers)
@@ -366,17 +382,6 @@ class _Host:
     def _stop(self, run: SplitRun | None) -> None:
         if run is not None:
             run.scope.cancel()
-
-
-def _placement(host: str, model: AnnouncedModel) -> Placement:
-    """What another node says of its own split, as far as its members go."""
-
-    def share(peer: str) -> Share:
-        return Share(peer=peer, layers=0, weights=0, granted=0)
-
-    return Placement(
-        host=host, home=share(host), workers=tuple(map(share, model.workers)), tokens_per_second=0.0
-    )
 
 
 async def _is_busy(server: LlamaServer) -> bool:

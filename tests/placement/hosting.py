@@ -80,12 +80,15 @@ class Run:
                 if self._world.free(share.peer) < share.granted:
                     return SplitFailed("its memory is taken", share.peer, later=True)
             self._world.runs.append(self)
+            broken = self.placement.host in self._world.broken
             self._world.most = max(self._world.most, len(self._world.runs))
             try:
                 self.server = _server(self, self._setting)
                 with trio.move_on_after(LOAD):
                     await self.lost.wait()
-                if not self.lost.is_set():
+                if broken:
+                    self.why = SplitFailed("it exited with status 1")
+                elif not self.lost.is_set():
                     self.loaded = True
                     self._world.note()
                     self._on_change()
@@ -151,7 +154,7 @@ class Node:
             if name != self.name
         )
         return NodeStatus(
-            memory_bytes=int(machine.memory * GB), spare_bytes=int(machine.memory * GB), models=(announced(self.entry),),
+            memory_bytes=int(machine.memory * GB), spare_bytes=0 if self.splits.unable else int(machine.memory * GB), models=(announced(self.entry),),
             bandwidth=int(machine.bandwidth * GB), accelerated=True, rpc_protocol="7.0.0", distances=far,
         )  # fmt: skip
 
@@ -165,6 +168,7 @@ class World:
 
     Attributes:
         launched: splits that were begun; `most`: that lived at once.
+        broken: nodes whose llama-server ends while it loads.
         outages: spans of time without a server, since there first was one.
     """
 
@@ -174,6 +178,7 @@ class World:
         self.force = force
         self.launched = self.most = 0
         self.outages: list[float] = []
+        self.broken: set[str] = set()
         self._served_until: float | None = None
         self._served = False
         self._nursery = nursery

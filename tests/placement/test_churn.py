@@ -110,3 +110,19 @@ async def test_another_host_waits_where_memory_does_not_allow_both(
             await settled(place)
         assert place.serving == [run]
     assert (place.most, place.outages) == (1, [])
+
+
+async def test_a_host_that_cannot_load_leaves_it_to_others(autojump_clock: trio.testing.MockClock) -> None:
+    """It is what everybody elects; when it works again, it is elected again."""
+    async with world(force=False) as place:
+        place.broken.add("a")
+        place.join("a", Machine(25, bandwidth=1000))
+        place.join("b", Machine(25))
+        place.join("c", Machine(25))
+        await trio.sleep(TURN)
+        (run,) = place.serving
+        assert "a" not in run.placement.members
+        place.broken.clear()
+        await trio.sleep(2 * splits.UNABLE_FOR)
+        assert place.nodes["a"].status().spare_bytes > 0
+        assert len(place.serving) == 1

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from libmesh import PathKind, PeerState, PeerView, Scope, View
 from libmesh_node.announced import MAX_DISTANCES, AnnouncedModel, Distance, NodeStatus, decode_status
 from libmesh_node.placement.machine import Machine
+from libmesh_node.placement.splitting import Placement, Share
 
 SERVICE = "rpc"
 """The service of a node that lends its rpc-server, scope WORKER."""
@@ -46,6 +47,17 @@ def host_elsewhere(digest: str, view: View) -> tuple[str, AnnouncedModel] | None
                 if model.digest == digest and model.ready:
                     return peer.peer, model
     return None
+
+
+def placement_elsewhere(host: str, model: AnnouncedModel) -> Placement:
+    """What another node says of its own split, as far as its members go."""
+
+    def share(peer: str) -> Share:
+        return Share(peer=peer, layers=0, weights=0, granted=0)
+
+    return Placement(
+        host=host, home=share(host), workers=tuple(map(share, model.workers)), tokens_per_second=0.0
+    )
 
 
 def distances(view: View, digests: Iterable[str], told: tuple[Distance, ...]) -> tuple[Distance, ...]:
