@@ -69,6 +69,9 @@ def test_those_who_may_not_work_for_others_are_heard_but_take_nothing() -> None:
     (_, guest) = rows_of(view(peer("p", scope=Scope.CLIENT)), NodeStatus())
     assert (guest.asked, guest.queued, guest.wants) == (ROW.asked, ROW.queued, ROW.wants)
     assert (guest.serves, guest.has, guest.spare, guest.standby) == (frozenset(), {}, 0, False)
+    guests = view(peer("p", scope=Scope.CLIENT))
+    assert on_disks(guests, NodeStatus()) == ()
+    assert asks_of(guests, NodeStatus())[N] == Asks(wanted=True)
     (own, *_) = rows_of(view(scope=Scope.CLIENT), STATUS)
     assert not own.standby
 

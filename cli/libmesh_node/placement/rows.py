@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from libmesh import PeerState, Scope, View
@@ -17,12 +18,15 @@ def rows_of(view: View, mine: NodeStatus) -> tuple[Row, ...]:
     Everybody may ask. What a peer serves and could serve counts only if its scope lets it work for others, as this node's
     does: nobody would send it a request.
     """
-    rows = [row_of(view.me, mine, works=view.scope >= Scope.WORKER)]
+    return tuple(row_of(peer, status, works=works) for peer, status, works in _living(view, mine))
+
+
+def _living(view: View, mine: NodeStatus) -> Iterator[tuple[str, NodeStatus, bool]]:
+    """Peer, what it announces, and whether it may work for others; this node first."""
+    yield view.me, mine, view.scope >= Scope.WORKER
     for peer in view.peers:
         if peer.state in _BELIEVED:
-            status = decode_status(peer.attributes)
-            rows.append(row_of(peer.peer, status, works=peer.scope >= Scope.WORKER))
-    return tuple(rows)
+            yield peer.peer, decode_status(peer.attributes), peer.scope >= Scope.WORKER
 
 
 def row_of(peer: str, status: NodeStatus, *, works: bool) -> Row:
@@ -58,8 +62,7 @@ class Asks:
 def asks_of(view: View, mine: NodeStatus) -> dict[str, Asks]:
     """What the mesh asks for, by digest, as status shows it: the sum over the living."""
     found: dict[str, Asks] = {}
-    statuses = [mine, *(decode_status(peer.attributes) for peer in view.peers if peer.state in _BELIEVED)]
-    for status in statuses:
+    for _, status, works in _living(view, mine):
         for wish in status.wishes:
             known = found.get(wish.digest, NOTHING)
             found[wish.digest] = replace(
@@ -69,10 +72,10 @@ def asks_of(view: View, mine: NodeStatus) -> dict[str, Asks]:
                 wanted=known.wanted or wish.named,
             )
         for model in status.models:
-            if model.coming:
+            if model.coming and works:
                 found[model.digest] = replace(found.get(model.digest, NOTHING), coming=True)
         for held in status.on_disk:
-            if not held.refused:
+            if works and not held.refused:
                 known = found.get(held.digest, NOTHING)
                 found[held.digest] = replace(known, standbys=known.standbys + 1)
     return found
@@ -83,8 +86,5 @@ NOTHING = Asks()
 
 def on_disks(view: View, mine: NodeStatus) -> tuple[OnDisk, ...]:
     """What this node and its peers would serve if it were asked for."""
-    statuses = [mine]
-    for peer in view.peers:
-        if peer.state in _BELIEVED and peer.scope >= Scope.WORKER:
-            statuses.append(decode_status(peer.attributes))
-    return tuple(held for status in statuses for held in status.on_disk if held.name and not held.refused)
+    living = (status for _, status, works in _living(view, mine) if works)
+    return tuple(held for status in living for held in status.on_disk if held.name and not held.refused)
