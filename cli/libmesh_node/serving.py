@@ -205,7 +205,8 @@ class LocalModels:
             await trio.sleep(0.02)
 
     def _serve(self, entry: Entry) -> None:
-        assert self._tasks is not None
+        if self._tasks is None:  # the node is ending
+            return
         assert self.equipment.engine is not None
         server = LlamaServer(
             self.equipment.engine.require_llama_server(),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from contextlib import suppress
 
 import trio
 
@@ -233,7 +234,8 @@ class Standby:
     async def _give_up(self, entry: Entry) -> None:
         if self._models.entries.get(entry.name) is entry:
             log.warning("%s cannot be served here; leaving it to others for a while", entry.name)
-            await self._models.unload(entry.name)
+            with suppress(NodeError):  # the node is ending
+                await self._models.unload(entry.name)
 
     async def _rest_idle(self, after: float) -> None:
         async with trio.open_nursery() as nursery:
