@@ -126,19 +126,28 @@ def test_a_signal_ends_the_node_with_0(tmp_path: Path, number: signal.Signals) -
         assert "Traceback" not in process.communicate()[1]
 
 
+def identity(folder: Path) -> tuple[str, str]:
+    """The ids of the running node and of its mesh; a node answers before it is in one."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        status = json.loads(run("status", "--json", "--data-dir", str(folder)).stdout)
+        if status["mesh_id"]:
+            return status["node_id"], status["mesh_id"]
+    raise AssertionError("the node is in no mesh")
+
+
 def test_identity_survives_a_restart_until_the_key_is_rotated(tmp_path: Path) -> None:
     seen: list[tuple[str, str]] = []
     for _ in range(2):
         with node(tmp_path):
-            status = json.loads(run("status", "--json", "--data-dir", str(tmp_path)).stdout)
-            seen.append((status["node_id"], status["mesh_id"]))
+            seen.append(identity(tmp_path))
             run("rotate-key", "--data-dir", str(tmp_path), expect=1)
     run("rotate-key", "--data-dir", str(tmp_path))
     with node(tmp_path):
-        status = json.loads(run("status", "--json", "--data-dir", str(tmp_path)).stdout)
+        node_id, mesh_id = identity(tmp_path)
     assert seen[0] == seen[1]
-    assert status["node_id"] != seen[0][0]
-    assert status["mesh_id"] != seen[0][1]
+    assert node_id != seen[0][0]
+    assert mesh_id != seen[0][1]
 
 
 def test_an_ephemeral_node_is_another_one_each_time_and_leaves_nothing(tmp_path: Path) -> None:

@@ -114,9 +114,10 @@ async def test_leaving_the_block_kills_the_program() -> None:
 
 async def test_cancelling_kills_the_program() -> None:
     kept: list[GuardedProcess] = []
-    with trio.move_on_after(0.05):
+    with trio.CancelScope() as scope:
         async with open_guarded(SLEEP, environment=os.environ) as process:
             kept.append(process)
+            scope.cancel()
             await trio.sleep_forever()
     assert not is_running(kept[0].pid)
 
