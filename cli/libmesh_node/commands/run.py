@@ -17,7 +17,8 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="PATH|NAME",
-        help="serve this model: a .gguf file, the name of one in a models folder, or 'demo' (repeatable)",
+        help="serve this model: a .gguf file, the name of one in a models folder, or 'demo' (repeatable: all that fit are "
+        "served here, the rest are wanted by the mesh)",
     )
     serving.add_argument(
         "--idle-unload",
