@@ -153,6 +153,7 @@ class Membership(Table):
 
     def _take_part(self, now: float) -> list[Effect]:
         self.following = False
+        self._voice.repeat()
         changed = self._roster.widen(self.config.full_mesh, self.config.connections)
         return [*self._replan(changed, now), *self._speak(now)]
 
@@ -160,8 +161,7 @@ class Membership(Table):
         return [] if self.following else self._say(now)
 
     def _say(self, now: float) -> list[Effect]:
-        said = self._voice.speak(now)
-        if said is None:
+        if (said := self._voice.speak(now)) is None:
             return []
         self._roster.my_record_changed()
         return [Publish(said)]

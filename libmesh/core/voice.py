@@ -66,6 +66,10 @@ class Voice:
     def renew(self, credential: Credential) -> None:
         """Be a member by this one from now on. Due at once, unlike other changes, and with those that wait."""
         self._pending = replace(self._pending or self.record.announcement, credential=credential)
+        self.repeat()
+
+    def repeat(self) -> None:
+        """What is said was said to nobody: it is due."""
         self._spoke_at = -INFINITY
 
     def outbid(self, incarnation: int, now: float) -> None:
