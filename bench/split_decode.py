@@ -4,8 +4,8 @@
     python bench/split_decode.py --medium --delays 20 --workers 2
 
 Every machine is a network namespace, joined by cables that delay (tests/netlab), so it needs root on Linux. The worker's
-programs, the model, llama-server's flags and the machine's load are the same for both; rounds alternate. Speeds are
-llama-server's own `timings`. `load` is the time until llama-server is healthy. The ratio is the mesh's speed to bare TCP's,
+programs, the model, llama-server's flags and the machine's load are the same for both: both run all the time, and are asked
+in turn. Speeds are llama-server's own `timings`. `load` is the time until llama-server is healthy. The ratio is the mesh's speed to bare TCP's,
 more is better; for loading, bare TCP's time to the mesh's.
 """
 
@@ -19,7 +19,8 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,14 @@ def meshed(host: Host, workers: Sequence[Host], model: Path) -> Iterator[list[st
         told = json.dumps({"model": str(model), "address": at.address, **options})
         return [sys.executable, str(ENDS), role, told]
 
-    lent = [worker.popen(*argv("worker", worker), stdin=subprocess.PIPE, **quiet) for worker in workers]
+    lent: list[subprocess.Popen[Any]] = []
+    told: list[list[str]] = []
     try:
-        known = [first_line(process) for process in lent]
-        told = [[entry["peer"], entry["address"]] for entry in known]
+        for worker in workers:
+            options = argv("worker", worker, contacts=told[:1])
+            lent.append(worker.popen(*options, stdin=subprocess.PIPE, **quiet))
+            known = first_line(lent[-1])
+            told.append([known["peer"], known["address"]])
         with running(host, *argv("host", host, workers=told), **quiet) as end:
             yield [f"127.0.0.1:{port}" for port in first_line(end)["ports"]]
     finally:
@@ -111,44 +116,64 @@ def meshed(host: Host, workers: Sequence[Host], model: Path) -> Iterator[list[st
             process.wait()
 
 
-def llama_server_argv(endpoints: Sequence[str], model: Path) -> list[str]:
+def llama_server_argv(endpoints: Sequence[str], model: Path, port: int = PORT + 1) -> list[str]:
     argv = [str(find_engine().require_llama_server().path), "--rpc", ",".join(endpoints), "-m", str(model)]
-    argv += ["--host", "127.0.0.1", "--port", str(PORT + 1), "-ngl", "99", "-c", "1024", "-np", "1"]
+    argv += ["--host", "127.0.0.1", "--port", str(port), "-ngl", "99", "-c", "1024", "-np", "1"]
     return [*argv, "-fit", "off", "-cram", "0", "-ts", ",".join("1" * len(endpoints))]
 
 
-def measure(host: Host, endpoints: Sequence[str], model: Path, tokens: int) -> tuple[float, float, str]:
-    """Seconds to load, tokens per second, and the text."""
-    url = f"http://127.0.0.1:{PORT + 1}"
-    argv = llama_server_argv(endpoints, model)
+@dataclass
+class Server:
+    """A llama-server on the host's machine, and what was measured of it: seconds to load, and tokens per second."""
+
+    host: Host
+    url: str
+    load: float
+    speeds: list[float] = field(default_factory=list)
+    texts: set[str] = field(default_factory=set)
+
+    def ask(self, tokens: int, *, counted: bool = True) -> None:
+        """Have it generate; `counted`: what it takes and says counts."""
+        answer = json.loads(self.host.run(sys.executable, "-c", ASK, self.url, str(tokens), limit=600).stdout)
+        if counted:
+            self.speeds.append(float(answer["timings"]["predicted_per_second"]))
+            self.texts.add(str(answer["content"]))
+
+    @property
+    def speed(self) -> float:
+        """The median."""
+        return statistics.median(self.speeds)
+
+
+@contextmanager
+def serving(host: Host, endpoints: Sequence[str], model: Path, port: int) -> Iterator[Server]:
+    url = f"http://127.0.0.1:{port}"
+    argv = llama_server_argv(endpoints, model, port)
     started = time.monotonic()
     with running(host, *argv, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL):
         host.run(sys.executable, "-c", HEALTHY, url, limit=600)
-        load = time.monotonic() - started
-        host.run(sys.executable, "-c", ASK, url, "8", limit=600)
-        answer = json.loads(host.run(sys.executable, "-c", ASK, url, str(tokens), limit=600).stdout)
-        return load, float(answer["timings"]["predicted_per_second"]), str(answer["content"])
+        yield Server(host, url, time.monotonic() - started)
 
 
-def compare(lab: Lab, model: Path, delay: float, count: int, rounds: int, tokens: int) -> None:
+def compare(lab: Lab, model: Path, delay: float, count: int, rounds: int, tokens: int) -> str:
+    """A row of the table."""
     sites = [lab.site(Kind.PUBLIC, delay=delay / 2) for _ in range(count + 1)]
     host, *workers = (site.host for site in sites)
-    found: dict[str, list[tuple[float, float]]] = {"bare": [], "mesh": []}
-    texts = set()
-    for _ in range(rounds):
-        for name, way in (("bare", bare), ("mesh", meshed)):
-            with way(host, workers, model) as endpoints:
-                load, speed, text = measure(host, endpoints, model, tokens)
-                found[name].append((load, speed))
-                texts.add(text)
-    load = {name: statistics.median(entry[0] for entry in entries) for name, entries in found.items()}
-    speed = {name: statistics.median(entry[1] for entry in entries) for name, entries in found.items()}
-    print(
-        f"{delay * 1000:4.0f} ms one way, {count} worker{'s' * (count > 1)}:"
-        f"  decode {speed['mesh']:7.2f} tok/s, bare TCP {speed['bare']:7.2f}: x{speed['mesh'] / speed['bare']:.2f}"
-        f"   load {load['mesh']:6.2f} s, bare TCP {load['bare']:6.2f}: x{load['bare'] / load['mesh']:.2f}"
-        f"   {'same text' if len(texts) == 1 else 'TEXTS DIFFER'}",
-        flush=True,
+    with ExitStack() as stack:
+        servers: dict[str, Server] = {}
+        for at, (name, way) in enumerate((("bare", bare), ("mesh", meshed))):
+            endpoints = stack.enter_context(way(host, workers, model))
+            servers[name] = stack.enter_context(serving(host, endpoints, model, PORT + 1 + at))
+        for server in servers.values():
+            server.ask(8, counted=False)
+        for _ in range(rounds):
+            for server in servers.values():
+                server.ask(tokens)
+    ours, stock = servers["mesh"], servers["bare"]
+    return (
+        f"{delay * 1000:8.0f} {count:8} {ours.speed:10.2f} {stock.speed:10.2f} {ours.speed / stock.speed:7.2f}"
+        f" {ours.load:10.2f} {stock.load:10.2f} {stock.load / ours.load:7.2f}"
+        f"   {'same text' if len(ours.texts | stock.texts) == 1 else 'TEXTS DIFFER'}"
     )
 
 
@@ -163,10 +188,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.gguf"
         write_model(model, MEDIUM if chosen.medium else SMALL, 7)
+        print(f"{'':17}{'decode, tokens per second':^29}{'load, seconds':^29}")
+        heads = ("ms", "workers", "mesh", "bare TCP", "ratio", "mesh", "bare TCP", "ratio")
+        print(
+            "".join(
+                f"{head:>{width + 1}}"
+                for head, width in zip(heads, (7, 8, 10, 10, 7, 10, 10, 7), strict=True)
+            )
+        )
         for delay in chosen.delays:
             for count in chosen.workers:
                 with open_lab() as lab:
-                    compare(lab, model, delay / 1000, count, chosen.rounds, chosen.tokens)
+                    print(compare(lab, model, delay / 1000, count, chosen.rounds, chosen.tokens), flush=True)
 
 
 if __name__ == "__main__":

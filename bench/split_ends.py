@@ -1,6 +1,6 @@
 """One end of a split, as a process of its own: for `split_decode.py` and `split_load.py`.
 
-    python bench/split_ends.py worker '{"model": PATH, "address": IP}'
+    python bench/split_ends.py worker '{"model": PATH, "address": IP, "contacts": [[PEER, MULTIADDR], ...]}'
     python bench/split_ends.py host '{"model": PATH, "address": IP, "workers": [[PEER, MULTIADDR], ...]}'
 
 Both are members of one mesh, whose key is fixed, over the real transport. Each prints one line of JSON: a worker its peer id
@@ -54,6 +54,7 @@ async def worker(options: dict[str, Any], mesh: Mesh) -> None:
         environment=os.environ,
         open_stream=lambda peer: mesh.open_service(PeerId(peer), SERVICE),
     )
+    mesh.add_contacts([(PeerId(peer), (address,)) for peer, address in options["contacts"]])
     digest = await model_digest((model,))
     lender.models[digest] = LentModel(name=model.stem, digest=digest, parts=(model,))
     with mesh.offer(SERVICE, lender.serve, scope=Scope.WORKER, lasting=True):
@@ -63,7 +64,7 @@ async def worker(options: dict[str, Any], mesh: Mesh) -> None:
 
 async def host(options: dict[str, Any], mesh: Mesh) -> None:
     model, workers = Path(options["model"]), options["workers"]
-    mesh.add_contacts([(PeerId(peer), (address,)) for peer, address in workers])
+    mesh.add_contacts([(PeerId(peer), (address,)) for peer, address in workers[:1]])  # it knows the others
     async with mesh.watch() as views:
         async for view in views:
             if sum(peer.path is not None for peer in view.peers) >= len(workers):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from libmesh_node.llama.rpc.ahead import LATE_ALLOWED, REST, Chain, Foreseen
@@ -88,7 +88,7 @@ class Town:
     def _worker(self, place: int, data: bytes) -> None:
         self.carry_out(place, self.workers[place].from_host(data))
 
-    def carry_out(self, place: int, effects: list[object]) -> None:
+    def carry_out(self, place: int, effects: Sequence[object]) -> None:
         for effect in effects:
             if isinstance(effect, ToServer):
                 said = self.servers[place].hears(effect.data)
