@@ -111,6 +111,11 @@ class SplitRun:
         """Whether it answers now."""
         return self.server is not None and self.server.base_url is not None
 
+    @property
+    def home_bytes(self) -> int:
+        """Memory of this machine that it takes, the cache included."""
+        return _memory(self.placement.home, self._context, self._setting.shape)
+
     async def run(self) -> SplitFailed | None:
         """Live until cancelled by `scope`; then `None`. If it ends by itself, the reason."""
         with self.scope:

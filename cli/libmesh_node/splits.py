@@ -367,7 +367,7 @@ class _Host:
             self.entry.servers.remove(coming.server)
             self.entry.servers.insert(0, coming.server)
             self.entry.workers = tuple(share.peer for share in coming.placement.workers)
-            self.entry.split_bytes = coming.placement.home.granted
+            self.entry.split_bytes = coming.home_bytes
             if old is not None:
                 nursery.start_soon(self._drain, old)
         self._models.on_change()

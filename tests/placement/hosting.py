@@ -68,6 +68,10 @@ class Run:
         return self.loaded
 
     @property
+    def home_bytes(self) -> int:
+        return self.placement.home.granted
+
+    @property
     def shares(self) -> tuple[Share, ...]:
         return (*self.placement.workers, self.placement.home)
 
