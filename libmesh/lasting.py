@@ -15,8 +15,7 @@ stream's business: they stay where they are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from enum import Enum, auto
 
 import trio
@@ -118,7 +117,8 @@ class LastingStream(Stream):
         with self._alone("sending"), memoryview(data) as whole, whole.cast("B") as rest:
             at = 0
             while True:
-                await self._room()
+                if journal.full or self._phase is not _Phase.STEADY:
+                    await self._room()
                 if journal.sent_end:
                     raise trio.ClosedResourceError("the end of this stream was sent")
                 with rest[at : at + PIECE_BYTES] as piece:
@@ -299,12 +299,22 @@ class LastingStream(Stream):
         self._lifeline.end()
         self._enter(self._phase)
 
-    @contextmanager
-    def _alone(self, doing: str) -> Iterator[None]:
+    def _alone(self, doing: str) -> _Alone:
         if doing in self._busy:
             raise trio.BusyResourceError(f"another task is {doing} on this stream")
-        self._busy.add(doing)
-        try:
-            yield
-        finally:
-            self._busy.discard(doing)
+        return _Alone(self._busy, doing)
+
+
+class _Alone:
+    """One task at a time does this."""
+
+    __slots__ = ("_busy", "_doing")
+
+    def __init__(self, busy: set[str], doing: str) -> None:
+        self._busy, self._doing = busy, doing
+
+    def __enter__(self) -> None:
+        self._busy.add(self._doing)
+
+    def __exit__(self, *_: object) -> None:
+        self._busy.discard(self._doing)
