@@ -39,6 +39,18 @@ async def expose_echo(mesh: Mesh) -> None:
         await expose(mesh, SERVICE, "127.0.0.1", listeners[0].socket.getsockname()[1])
 
 
+async def comes_back(port: int) -> bool:
+    """Whether a new connection to a tunnel's local port gives a byte back, soon."""
+    with trio.move_on_after(5):
+        try:
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                await stream.send_all(b"?")
+                return await stream.receive_some(1) == b"?"
+        except (OSError, trio.BrokenResourceError):
+            return False
+    return False
+
+
 class Carrier:
     """One connection to a peer's echo, through a tunnel. `run` ends when `stop` was called and all came back."""
 

@@ -12,6 +12,9 @@ every router is the same 192.168.1.0/24, as in most homes: `.1` is the router, h
 Routers are Linux: nftables masquerading with the source port kept where possible, so the mapping does not depend on
 the other end, and a filter that does ("port restricted cone"); `SYMMETRIC` draws a random port per flow. Unsolicited
 packets are dropped in silence. No router hairpins.
+
+Sites with `v6` have IPv6, too: a /64 of public addresses on the cable, and behind a router another one, not translated,
+with the same filter. `Host.six` is a host's.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from enum import Enum
+from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +84,8 @@ class Cable:
 class Host:
     """A machine: a namespace with one address besides loopback."""
 
-    def __init__(self, namespace: Namespace, address: str, device: str) -> None:
-        self.namespace, self.address, self.device = namespace, address, device
+    def __init__(self, namespace: Namespace, address: str, device: str, six: str = "") -> None:
+        self.namespace, self.address, self.device, self.six = namespace, address, device, six
 
     @property
     def name(self) -> str:
@@ -109,8 +113,8 @@ class Site:
         public: the address that the world sees.
     """
 
-    def __init__(self, family: Family, kind: Kind, number: int) -> None:
-        self.kind, self.number = kind, number
+    def __init__(self, family: Family, kind: Kind, number: int, v6: bool) -> None:
+        self.kind, self.number, self.v6 = kind, number, v6
         self.public = f"11.0.{number}.2"
         self.hosts: list[Host] = []
         self.router: Namespace | None = None
@@ -134,17 +138,25 @@ class Site:
         name, gateway = f"{self.kind.value}{self.number}", f"11.0.{self.number}.1"
         self.cable = cable
         edge = self._family.add(name if self.kind is Kind.PUBLIC else f"{name}-router")
-        _quiet(edge)
+        self._settle(edge)
         cable.join((middle, f"site{self.number}"), (edge, self._device))
         middle.ip(f"link set site{self.number} up", f"addr add {gateway}/24 dev site{self.number}")
+        if self.v6:
+            middle.ip(f"addr add {self._six(0, 1)}/64 dev site{self.number} nodad")
         if self.kind is Kind.PUBLIC:
-            self.hosts.append(Host(edge, self.public, self._device))
+            self.hosts.append(Host(edge, self.public, self._device, self._six(0, 2) if self.v6 else ""))
             self._attach()
+            self._attach_six()
             return
         self.router = edge
         edge.ip("link add br0 type bridge stp_state 0 forward_delay 0", "link set br0 up")
         edge.ip("addr add 192.168.1.1/24 dev br0")
         self._attach()
+        self._attach_six()
+        if self.v6:
+            edge.ip(f"addr add {self._six(1, 1)}/64 dev br0 nodad")
+            edge.sysctl(ipv6__conf__all__forwarding=1)
+            middle.ip(f"route add {self._six(1, 0)}/64 via {self._six(0, 2)}")
         for index in range(hosts):
             self.add_host(f"{name}{chr(ord('a') + index) if index else ''}")
         edge.sysctl(ipv4__ip_forward=1)
@@ -160,18 +172,34 @@ class Site:
             f"route add default via 11.0.{self.number}.1",
         )
 
+    def _six(self, network: int, host: int) -> str:
+        return str(IPv6Address(f"2a0e:{self.number:x}:{network:x}::{host:x}"))
+
+    def _attach_six(self) -> None:
+        if self.v6:
+            self.edge.ip(
+                f"addr add {self._six(0, 2)}/64 dev {self._device} nodad",
+                f"route add default via {self._six(0, 1)}",
+            )
+
+    def _settle(self, namespace: Namespace) -> None:
+        _quiet(namespace, v6=self.v6)
+
     def add_host(self, name: str) -> Host:
         """One more machine on the LAN."""
         assert self.router is not None
         namespace = self._family.add(name)
-        _quiet(namespace)
+        self._settle(namespace)
         address, port = f"192.168.1.{10 + len(self.hosts)}", f"port{len(self.hosts)}"
         self.router.ip(f"link add {port} type veth peer name eth0 netns {namespace.name}")
         self.router.ip(f"link set {port} master br0 up")
         namespace.ip(
             "link set eth0 up", f"addr add {address}/24 dev eth0", "route add default via 192.168.1.1"
         )
-        self.hosts.append(Host(namespace, address, "eth0"))
+        six = self._six(1, 10 + len(self.hosts)) if self.v6 else ""
+        if six:
+            namespace.ip(f"addr add {six}/64 dev eth0 nodad", f"route add default via {self._six(1, 1)}")
+        self.hosts.append(Host(namespace, address, "eth0", six))
         return self.hosts[-1]
 
     def reboot(self) -> None:
@@ -235,15 +263,17 @@ class Lab:
         self.folder = family.folder
         self._family, self._cables = family, cables
         self._middle = family.add("internet")
-        _quiet(self._middle)
-        self._middle.sysctl(ipv4__ip_forward=1)
+        _quiet(self._middle, v6=True)
+        self._middle.sysctl(ipv4__ip_forward=1, ipv6__conf__all__forwarding=1)
         private = ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16")
         self._middle.ip(*(f"route add blackhole {network}" for network in private))
 
-    def site(self, kind: Kind, *, hosts: int = 1, delay: float = 0.0, **cable: float) -> Site:
+    def site(
+        self, kind: Kind, *, hosts: int = 1, delay: float = 0.0, v6: bool = False, **cable: float
+    ) -> Site:
         """Build a site. The round trip between two is twice the sum of their delays; for `cable` see `Cable.set`."""
         number = len(self.sites) + 1
-        site = Site(self._family, kind, number)
+        site = Site(self._family, kind, number, v6)
         self.sites.append(site)
         site.build(Cable(self._cables, number), self._middle, hosts)
         site.cable.set(delay=delay, **cable)
@@ -282,9 +312,11 @@ def open_lab() -> Iterator[Lab]:
         yield lab
 
 
-def _quiet(namespace: Namespace) -> None:
-    """IPv4 only, so that nothing is sent but what is wanted."""
-    namespace.sysctl(ipv6__conf__all__disable_ipv6=1, ipv6__conf__default__disable_ipv6=1)
+def _quiet(namespace: Namespace, *, v6: bool) -> None:
+    """IPv4 only where nothing else is wanted, and no address that nobody gave, so that nothing is sent but what is meant."""
+    off = 0 if v6 else 1
+    namespace.sysctl(ipv6__conf__all__disable_ipv6=off, ipv6__conf__default__disable_ipv6=off)
+    namespace.sysctl(ipv6__conf__default__accept_ra=0, ipv6__conf__default__accept_dad=0)
 
 
 def _rules(kind: Kind) -> str:
@@ -307,6 +339,7 @@ table inet lab {{
     chain postrouting_miniupnpd {{ }}
     chain input {{
         type filter hook input priority 0
+        meta l4proto ipv6-icmp accept
         iifname "wan0" ct state new,invalid drop
     }}
     chain forward {{
@@ -323,7 +356,7 @@ table inet lab {{
     }}
     chain postrouting {{
         type nat hook postrouting priority srcnat
-        oifname "wan0" masquerade {how}
+        oifname "wan0" meta nfproto ipv4 masquerade {how}
     }}
 }}
 """

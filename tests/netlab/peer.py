@@ -8,6 +8,8 @@ It offers the service `echo`. The first line that it says is its id, with an inv
     {"id": 2, "do": "path", "peer": ID}         the path now
     {"id": 5, "do": "carry", "peer": ID}        carry bytes through a tunnel to it from now on (`carrying.py`)
     {"id": 6, "do": "carried", "stop": false}   how far that has come
+    {"id": 8, "do": "tunnel", "peer": ID}       the local port of a new tunnel to its echo, which stays for good
+    {"id": 9, "do": "through", "port": PORT}    whether a byte comes back through it
     {"id": 3, "do": "state"}                    its addresses and how others reach it
 """
 
@@ -38,8 +40,9 @@ from libmesh import (
     SecretKey,
     Stream,
     open_mesh,
+    serve_tunnel,
 )
-from tests.netlab.carrying import Carrier, expose_echo
+from tests.netlab.carrying import SERVICE, Carrier, comes_back, expose_echo
 
 ECHO = "echo"
 
@@ -117,6 +120,10 @@ async def act(mesh: Mesh, order: dict[str, Any], nursery: trio.Nursery) -> dict[
             CARRIERS.append(Carrier(mesh, PeerId(order["peer"])))
             nursery.start_soon(CARRIERS[-1].run)
             return {}
+        case "tunnel":
+            return {"port": await nursery.start(serve_tunnel, mesh, PeerId(order["peer"]), SERVICE)}
+        case "through":
+            return {"came": await comes_back(order["port"])}
         case "carried":
             if order.get("stop"):
                 CARRIERS[-1].stop()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 
@@ -80,3 +82,34 @@ def test_a_relay_that_dies_is_replaced_by_another(lab: Lab, forks: Forks, stack:
     first.close()
     reaches(one, other, "relayed")
     reaches(other, one, "relayed")
+
+
+def test_a_tunnel_keeps_its_port_through_all_that_happens_to_the_network(
+    lab: Lab, forks: Forks, stack: ExitStack
+) -> None:
+    offices = [lab.site(Kind.PUBLIC, delay=DELAY) for _ in range(2)]
+    homes = [lab.site(kind, delay=DELAY) for kind in (Kind.CONE, Kind.SYMMETRIC)]
+    first = start(stack, forks, lab, offices[0].host, relay=True)
+    start(stack, forks, lab, offices[1].host, relay=True, invite=first.invite)
+    one, other = (start(stack, forks, lab, home.host, invite=first.invite) for home in homes)
+    for peer in (one, other):
+        peer.until("state", lambda state: sum("p2p-circuit" in address for address in state["addresses"]) > 1)
+    one.until("path", lambda path: path["addresses"], peer=other.id)
+    port = one.ask("tunnel", peer=other.id)["port"]
+
+    def works(after: str) -> None:
+        started = time.monotonic()
+        one.until("through", lambda answer: answer["came"], port=port)
+        sys.stdout.write(f"{after}: the tunnel works after {time.monotonic() - started:.1f} s\n")
+
+    works("at first")
+    homes[0].reboot()
+    works("the router rebooted")
+    homes[1].renumber()
+    works("the other side has another address")
+    first.close()
+    works("a relay was killed")
+    homes[0].cable.cut()
+    time.sleep(10)
+    homes[0].cable.restore()
+    works("a cable was pulled for 10 s")
