@@ -12,7 +12,7 @@ import logging
 import socket
 import struct
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext, suppress
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -60,7 +60,8 @@ RawHandler = Callable[[Stream, Accept], Awaitable[None]]
 """Serves a stream: calls the given function to accept, or raises `ServiceRefused` before that."""
 
 Door = Callable[[PeerId], AbstractAsyncContextManager[tuple[str, int] | None]]
-"""Entered for each stream to an exposed service, with the peer that opened it, and left when the stream is over.
+"""Entered for each stream to an exposed service, with the peer that opened it, and left when both
+directions have ended.
 
 It may wait, so that peers take turns, and yields the host and port to connect to, or `None` for those that are exposed.
 Raises `ServiceRefused` to turn the stream away."""
@@ -203,10 +204,17 @@ async def expose(
         if door is None:
             await carry(stream, accept, host, port)
             return
-        async with door(stream.peer) as elsewhere:
-            await carry(stream, accept, *(elsewhere or (host, port)))
+        async with AsyncExitStack() as inside:
+            elsewhere = await inside.enter_async_context(door(stream.peer))
+            await carry(stream, accept, *(elsewhere or (host, port)), inside.aclose)
 
-    async def carry(stream: Stream, accept: Accept, host: str, port: int) -> None:
+    async def carry(
+        stream: Stream,
+        accept: Accept,
+        host: str,
+        port: int,
+        ended: Callable[[], Awaitable[None]] | None = None,
+    ) -> None:
         try:
             with trio.fail_after(OPEN_LIMIT):
                 sock = await connect(host, port)
@@ -216,12 +224,12 @@ async def expose(
             lifeline = mesh.resumption.far(stream.peer, accept.session)
             if lifeline is None:
                 await accept()
-                carried = await splice(stream, sock)
+                carried = await splice(stream, sock, ended=ended)
             else:
                 lifeline.carried_by(stream)
                 with lifeline:
                     await accept(resumable=True)
-                    carried = await splice(stream, sock, lifeline)
+                    carried = await splice(stream, sock, lifeline, ended)
         mesh.count_tunnelled(stream.peer, carried.bytes_sent, carried.bytes_received)
 
     with mesh.offer_raw(service, serve, scope=scope):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import trio
@@ -51,10 +52,16 @@ class SpliceResult:
     reset: str | None = None
 
 
-async def splice(stream: Stream, sock: trio.SocketStream, lifeline: Lifeline | None = None) -> SpliceResult:
+async def splice(
+    stream: Stream,
+    sock: trio.SocketStream,
+    lifeline: Lifeline | None = None,
+    ended: Callable[[], Awaitable[None]] | None = None,
+) -> SpliceResult:
     """Carry bytes between a stream and a socket until both directions have ended, or either side is reset.
 
-    With a `lifeline` it goes on over another stream if the connection of this one is lost.
+    With a `lifeline` it goes on over another stream if the connection of this one is lost. `ended` is awaited once both
+    directions have come to their end here, which the other end may still have to be told, for as long as that takes.
 
     A stream that wraps another one only until it is opened may name that in an attribute `opened`; the pump then goes
     on with it. Takes over both and closes them, also on error. Cancelling resets both. Never raises for what either side does;
@@ -68,6 +75,9 @@ async def splice(stream: Stream, sock: trio.SocketStream, lifeline: Lifeline | N
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(pumps.send, nursery.cancel_scope)
                 nursery.start_soon(pumps.receive, nursery.cancel_scope)
+            if ended is not None and pumps.reset is None and not pumps.lost:
+                await ended()
+                ended = None
             if lifeline is None or not await _must_go_on(pumps, lifeline):
                 break
         if pumps.reset is None:
