@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -25,9 +25,10 @@ Serve = Callable[[trio.SocketStream], Awaitable[None]]
 
 
 async def echo(stream: trio.SocketStream) -> None:
-    async for data in stream:
-        await stream.send_all(data)
-    await stream.send_eof()
+    with suppress(trio.BrokenResourceError):  # how a tunnel that is given up ends
+        async for data in stream:
+            await stream.send_all(data)
+        await stream.send_eof()
 
 
 @asynccontextmanager
