@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 MAX_WAITING = 4
 """Results that wait for the stream; the oldest go first when it does not keep up."""
 
-AGAIN_AFTER = 2.0
-"""Seconds until a stream that broke is opened again."""
+AGAIN_AFTER, LONGEST_PAUSE = 0.05, 2.0
+"""Seconds until a stream that broke is opened again: at first, and at most. Until then each token waits for its host."""
 
 READ_BYTES = 64 * 1024
 
@@ -55,11 +55,13 @@ class Passer:
 
     async def run(self) -> None:
         """Open the stream at once, so that the first result need not wait, and send; again and again if it breaks."""
+        pause = AGAIN_AFTER
         while True:
             stream: Stream | None = None
             try:
                 stream = await self._open_stream()
                 await stream.send_all(frame(Link.PUSH_OPEN, self._token))
+                pause = AGAIN_AFTER
                 async for message in self._receive:
                     await stream.send_all(message)
             except (MeshError, OSError, trio.BrokenResourceError) as exc:
@@ -67,7 +69,8 @@ class Passer:
             finally:
                 if stream is not None:
                     stream.reset()
-            await trio.sleep(AGAIN_AFTER)
+            await trio.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE)
 
 
 async def receive_results(stream: Stream, data: bytes, fill: Callable[[int, bytes], None]) -> None:
