@@ -17,6 +17,8 @@ class PathsConfig:
             near, where a connection takes a millisecond.
         head_start: of the direct lane before the relay lane. A direct connection takes some three round trips; at 40 ms
             it is there before a circuit is asked for, and where none is possible the circuit is up within a second.
+        near_start: the same where all of the peer's addresses seem to be on a network of ours: either one answers within
+            milliseconds or it is another network with the same numbers.
         courtesy: how long the side that dialled leaves the punch to the other one.
         retry_min, retry_max: pause between rounds of a relayed path, doubling, each a quarter more or less by lot, so
             that a relay's peers do not all try at the same time.
