@@ -12,6 +12,9 @@ from tests.node.nodes import PATIENCE, Json, Machine, Node, chat, served
 
 pytestmark = pytest.mark.llama
 
+ROOM_FOR_ONE = "0.01"
+"""GB: each of the two models takes 6.2 MB."""
+
 
 def standing_by(machine: Machine, model: Path, *flags: str, name: str) -> Node:
     """A node without `--model` that has one in its folder, once the mesh knows of it."""
@@ -87,3 +90,22 @@ def test_idle_model_leaves_its_memory_and_comes_back_when_asked_from_anywhere(ma
         assert local_models(node)[0]["status"] == "asleep"
         answer = chat(asking)
         assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.slow
+def test_joiner_without_a_model_serves_what_did_not_fit_where_it_was_named(
+    machine: Machine, small_model: Path
+) -> None:
+    """Of several `--model` all that fit are served there; the mesh wants the rest, though nobody has asked for it."""
+    first = machine.serving("--model", str(small_model), "--max-vram", ROOM_FOR_ONE)
+    assert served(first.status()) == {"demo"}
+    (waiting,) = [model for model in first.status()["models"] if model["name"] == "second"]
+    assert (waiting["wanted"], waiting["standbys"]) == (True, 0)
+    spare = standing_by(machine, small_model, name="spare")
+    for node in (first, spare):
+        node.sees("demo", "second")
+        assert chat(node, "second").headers["X-Libmesh-Node"] == spare.node_id
+    assert {model["name"]: model["named"] for model in local_models(spare)} == {"second": False}
+    assert first.run("drop", "second").returncode == 0
+    status = first.until(lambda status: not any(model["wanted"] for model in status["models"][1:]))
+    assert served(status) == {"demo", "second"}, "what is no longer wanted stays until its memory is"
