@@ -195,7 +195,10 @@ class LocalModels:
                 self.on_change()
 
     async def _is_busy(self, entry: Entry) -> bool:
-        return bool(entry.servers) and await busy(entry.servers[0].process.port)
+        """Whether its server is at work. One too busy to say so is; whoever asks again and again has a limit."""
+        if not entry.servers or entry.servers[0].base_url is None:
+            return False
+        return await busy(entry.servers[0].process.port, unsaid=True)
 
     async def _end(self, entry: Entry) -> None:
         """End the server of a model that is served alone. That of a split ends when its entry is `leaving`."""

@@ -300,11 +300,12 @@ async def _serves(port: int, alias: str) -> bool:
         return False
 
 
-async def busy(port: int) -> bool:
-    """Whether the llama-server at `port` is answering requests. One that does not say is not."""
-    found = re.search(
-        rb"^llamacpp:requests_(?:processing|deferred) [1-9]", await _get(port, "/metrics"), re.MULTILINE
-    )
+async def busy(port: int, *, unsaid: bool = False) -> bool:
+    """Whether the llama-server at `port` is answering requests. `unsaid`: what to take one for that does not say in time."""
+    metrics = await _get(port, "/metrics")
+    if b"llamacpp:requests_processing " not in metrics:
+        return unsaid
+    found = re.search(rb"^llamacpp:requests_(?:processing|deferred) [1-9]", metrics, re.MULTILINE)
     return found is not None
 
 
