@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from pathlib import Path
 
 import httpx
@@ -109,3 +110,25 @@ def test_joiner_without_a_model_serves_what_did_not_fit_where_it_was_named(
     assert first.run("drop", "second").returncode == 0
     status = first.until(lambda status: not any(model["wanted"] for model in status["models"][1:]))
     assert served(status) == {"demo", "second"}, "what is no longer wanted stays until its memory is"
+
+
+@pytest.mark.slow
+def test_answers_under_way_are_finished_before_a_model_is_unloaded(machine: Machine) -> None:
+    """Those of other nodes, too."""
+    node = machine.serving()
+    client = machine.joining("--client").sees("demo")
+    body: Json = {"model": "demo", "max_tokens": 1500, "stream": True, "prompt": "Once", "temperature": 0}
+    for asking in (node, client):
+        with httpx.stream("POST", f"{asking.api}/v1/completions", json=body, timeout=PATIENCE) as response:
+            lines = response.iter_lines()
+            next(lines)
+            unloading = threading.Thread(target=node.run, args=("unload", "demo"))
+            unloading.start()
+            node.until(lambda status: status["local_models"][0]["status"] == "unloading")
+            assert list(filter(None, lines))[-1] == "data: [DONE]"
+        unloading.join(PATIENCE)
+        assert local_models(node) == []
+        waiting = threading.Thread(target=node.run, args=("load", "demo"))
+        waiting.start()
+        client.sees("demo")
+        waiting.join(PATIENCE)
