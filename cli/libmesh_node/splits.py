@@ -385,7 +385,7 @@ class _Host:
 
 
 async def _is_busy(server: LlamaServer) -> bool:
-    return server.base_url is not None and await busy(server.process.port)
+    return server.base_url is not None and await busy(server.process.port, unsaid=True)
 
 
 def rules_of(options: NodeOptions) -> SplitRules:
