@@ -25,7 +25,7 @@ from libmesh_node.llama.rpc.lender import Lender, LentModel
 from libmesh_node.llama.supervisor import LlamaServer, busy
 from libmesh_node.models.digest import model_digest
 from libmesh_node.options import NodeOptions
-from libmesh_node.placement.electing import elect, predict
+from libmesh_node.placement.electing import elect_at, predict
 from libmesh_node.placement.machine import Machine, short
 from libmesh_node.placement.seen import SERVICE, host_elsewhere, machines_with, placement_elsewhere
 from libmesh_node.placement.shape import ModelShape
@@ -245,7 +245,7 @@ class _Host:
             refused={peer: why for peer, (why, _) in self._refused.items()},
         )
         shape = self.entry.shape
-        best = elect(shape, machines, self._rules)
+        best = elect_at(self._mesh.view.me, shape, machines, self._rules)
         elsewhere = host_elsewhere(self.entry.digest, self._mesh.view)
         self.served = elsewhere is not None or (self._run is not None and self._run.ready)
         self._tell(best)

@@ -203,6 +203,13 @@ class World:
                 run.lost.set()
         self.news()
 
+    def lose_worker(self, name: str) -> None:
+        """Its rpc-server dies; its node stays."""
+        for run in self.runs:
+            if any(share.peer == name for share in run.placement.workers):
+                run.why = SplitFailed("its rpc-server died", name)
+                run.lost.set()
+
     async def _live(self, node: Node) -> None:
         with node.life:
             await node.splits.run()

@@ -126,3 +126,19 @@ async def test_a_host_that_cannot_load_leaves_it_to_others(autojump_clock: trio.
         await trio.sleep(2 * splits.UNABLE_FOR)
         assert place.nodes["a"].status().spare_bytes > 0
         assert len(place.serving) == 1
+
+
+async def test_a_host_that_lost_a_worker_takes_another_at_once(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Only the host knows of the loss: all others still want it to be the host, with that very worker."""
+    async with world(force=False) as place:
+        place.join("a", Machine(25))
+        place.join("b", Machine(25))
+        place.join("c", Machine(25, bandwidth=21))
+        await settled(place)
+        assert place.serving[0].placement.members == ("a", "c")
+        place.lose_worker("a")
+        await settled(place)
+        assert place.serving[0].placement.members == ("b", "c")
+    assert place.outages == [pytest.approx(LOAD + 1.05, abs=0.2)]

@@ -49,6 +49,26 @@ def elect(
     return max(shortages, key=lambda short: short.have)
 
 
+def elect_at(
+    me: str, shape: ModelShape, machines: Iterable[Machine], rules: SplitRules | None = None
+) -> Placement | Shortage:
+    """The election as it is held at the node `me`, which may know of refusals that nobody else knows.
+
+    Whom all the others elect must do it: if it left it to another one because of what it knows alone, both would wait.
+    """
+    present = list(machines)
+    if any(machine.private for machine in present):
+        known = [replace(machine, excluded="") if machine.private else machine for machine in present]
+        common = elect(shape, known, rules)
+        mine = next((machine for machine in present if machine.peer == me), None)
+        if isinstance(common, Placement) and common.host == me and mine is not None:
+            others = [machine for machine in present if machine is not mine]
+            own = split_from(shape, mine, others, rules or SplitRules())
+            if isinstance(own, Placement):
+                return own
+    return elect(shape, present, rules)
+
+
 def predict(shape: ModelShape, placed: Placement, machines: Iterable[Machine]) -> float | None:
     """Tokens per second that a placement would have now; `None` if it cannot hold any more.
 

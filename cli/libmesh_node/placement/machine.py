@@ -25,6 +25,7 @@ class Machine:
         rtts: seconds to other peers, as it measured them.
         relayed: peers that it reaches over a relay only.
         excluded: why it cannot take part, in words; empty if it can.
+        private: only this node knows that it cannot, as it was refused; the others still reckon with it.
     """
 
     peer: str
@@ -35,6 +36,7 @@ class Machine:
     rtts: Mapping[str, float] = field(default_factory=dict)
     relayed: frozenset[str] = frozenset()
     excluded: str = ""
+    private: bool = False
 
     @property
     def speed(self) -> float:

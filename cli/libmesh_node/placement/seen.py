@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from libmesh import PathKind, PeerState, PeerView, Scope, View
 from libmesh_node.announced import MAX_DISTANCES, AnnouncedModel, Distance, NodeStatus, decode_status
@@ -34,8 +35,9 @@ def machines_with(
     for peer in view.peers:
         status = decode_status(peer.attributes)
         if peer.state in _BELIEVED and _has(status, digest):
-            why = refused.get(peer.peer, "") or _why_not(peer, status, protocol)
-            found[peer.peer] = _machine(peer.peer, status, lends=_lends(peer, status), why=why)
+            why, known = _why_not(peer, status, protocol), refused.get(peer.peer, "")
+            machine = _machine(peer.peer, status, lends=_lends(peer, status), why=known or why)
+            found[peer.peer] = replace(machine, private=bool(known) and not why)
     return [found[peer] for peer in sorted(found)]
 
 
