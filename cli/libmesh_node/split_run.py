@@ -105,6 +105,7 @@ class SplitRun:
         self._context = _context(setting, placement, memory)
         self._fork = is_fork(read_protocol(setting.binary.rpc_protocol or "0.0.0"))
         self._failure: SplitFailed | None = None
+        self._told: int | None = None
 
     @property
     def ready(self) -> bool:
@@ -214,7 +215,8 @@ class SplitRun:
             self._failure = failure
 
     def _changed(self, process: Process) -> None:
-        if process.status == "ready":
+        if process.status == "ready" and process.pid != self._told:
+            self._told = process.pid
             told = ", ".join(f"{short(share.peer)} ({share.layers})" for share in self.placement.workers)
             log.info("%s is ready, split over this node and %s", process.model, told)
         self._on_change()

@@ -39,7 +39,7 @@ from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting
 log = logging.getLogger(__name__)
 
 REFUSED_FOR = 20.0
-"""Seconds for which a peer that refused, or was lost, is not asked again."""
+"""Seconds for which a peer that refused is not asked again; one that was lost after it had worked, for less at first."""
 
 FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
 """Seconds until the next try after a split that failed; doubled with each failure, forgotten after `HEALTHY_AFTER`."""
@@ -340,10 +340,11 @@ class _Host:
         if self._own_failures >= OWN_FAILURES:
             log.warning("%s: this node leaves it to others for %g s", self.name, UNABLE_FOR)
             self._own_failures, self.unable_until = 0, now + UNABLE_FOR
-        if failure.peer:
-            self._refused[failure.peer] = str(failure), now + REFUSED_FOR
         lasted = run.ready_since is not None and now - run.ready_since >= HEALTHY_AFTER
         self._pause = FIRST_PAUSE if lasted else min(self._pause * 2, LONGEST_PAUSE)
+        if failure.peer:
+            seconds = REFUSED_FOR if run.ready_since is None else min(REFUSED_FOR, 4 * self._pause)
+            self._refused[failure.peer] = str(failure), now + seconds
         self._not_before = now + (0.0 if run.ready_since is not None and failure.peer else self._pause)
         if run is self._run or self._run is None:
             self._steering.handle(Broken(), now)

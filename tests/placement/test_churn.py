@@ -142,3 +142,17 @@ async def test_a_host_that_lost_a_worker_takes_another_at_once(
         await settled(place)
         assert place.serving[0].placement.members == ("b", "c")
     assert place.outages == [pytest.approx(LOAD + 1.05, abs=0.2)]
+
+
+async def test_the_only_worker_is_asked_again_soon(autojump_clock: trio.testing.MockClock) -> None:
+    """Its rpc-server died, its node lives. Later each time, if that goes on."""
+    async with world(force=False) as place:
+        place.join("a", Machine(25))
+        place.join("b", Machine(25))
+        await settled(place)
+        for _ in range(4):
+            place.lose_worker("b")
+            await trio.sleep(splits.REFUSED_FOR + 2 * LOAD)
+            assert len(place.runs) == len(place.serving) == 1
+    assert place.outages[0] <= LOAD + 5.2
+    assert place.outages == sorted(place.outages)
