@@ -224,12 +224,18 @@ SOMETIMES = {
     "streams_do_not_mix",
     "closing_tells_a_blocked_writer",
 }
-"""What they keep in some runs and not in others: they deadlock, for ever if shielded, or
-a write gives up after five seconds."""
+"""What they keep in some runs and not in others: they deadlock, for ever if shielded, or a write gives up after five
+seconds."""
+
+DIALS = {
+    "another_dial_is_another_way_and_harms_none",
+    "a_dial_that_fails_or_is_given_up_leaves_what_there_was",
+}
+"""Of networks and not of streams; `StockNetwork` does not dial."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in SOMETIMES])
+@pytest.mark.parametrize("rule", [rule for rule in RULES if rule not in SOMETIMES | DIALS])
 async def test_stock_streams_break_the_contract_where_they_are_known_to(rule: str) -> None:
     broken = [] if rule in KEPT else [rule]
     await check_network(stock_pair, rules=[rule], broken=broken, limit=8, pause=6)
