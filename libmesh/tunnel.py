@@ -244,13 +244,15 @@ async def serve_tunnel(
     *,
     host: str = "127.0.0.1",
     port: int = 0,
+    handler_nursery: trio.Nursery | None = None,
     task_status: trio.TaskStatus[int] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Carry connections to a local TCP port to `service` of `peer`, until cancelled.
 
     Reports the port through `task_status`; 0 takes a free one. It stays the same however often the path to the peer
-    changes. A connection that cannot be carried is reset, and what was wrong is logged. Raises `AddressUnavailable`
-    if the port is taken.
+    changes. A connection that cannot be carried is reset, and what was wrong is logged. Connections end with the call, or
+    live in `handler_nursery` if there is one (as with `trio.serve_listeners`), and go on until they end by themselves.
+    Raises `AddressUnavailable` if the port is taken.
     """
     try:
         listeners = await trio.open_tcp_listeners(port, host=host)
@@ -258,7 +260,9 @@ async def serve_tunnel(
         what = "is already in use" if exc.errno == errno.EADDRINUSE else f"cannot be used: {exc.strerror}"
         raise AddressUnavailable(f"the port {port} of {host} {what}") from exc
     task_status.started(listeners[0].socket.getsockname()[1])
-    await trio.serve_listeners(partial(_carry, mesh, peer, service), listeners)
+    await trio.serve_listeners(
+        partial(_carry, mesh, peer, service), listeners, handler_nursery=handler_nursery
+    )
 
 
 async def _carry(mesh: Mesh, peer: PeerId, service: str, sock: trio.SocketStream) -> None:

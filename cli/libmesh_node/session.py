@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import partial
 from urllib.parse import urlsplit
 
@@ -52,6 +53,19 @@ MAX_TUNNELS = 1024
 """Tunnels to models, and as many that people asked for. Further models of peers are left out, with a line in the log."""
 
 
+@dataclass(eq=False)
+class _Way:
+    """The tunnel to a model of a peer.
+
+    Attributes:
+        taking: cancelled, it takes no new connections.
+        all: cancelled, those that it has end, too.
+    """
+
+    taking: trio.CancelScope = field(default_factory=trio.CancelScope)
+    all: trio.CancelScope = field(default_factory=trio.CancelScope)
+
+
 class Session:
     """Keeps services and tunnels in step with what there is. `run` until cancelled.
 
@@ -84,7 +98,8 @@ class Session:
         self._offering: dict[str, trio.Lock] = {}
         self._models, self._on_change = models, on_change
         self._offers: dict[tuple[str, int], trio.CancelScope] = {}
-        self._tunnels: dict[tuple[PeerId, str], trio.CancelScope] = {}
+        self._tunnels: dict[tuple[PeerId, str], _Way] = {}
+        self._leaving: set[tuple[PeerId, _Way]] = set()
         self._ports: dict[tuple[PeerId, str], int] = {}
         self._forwards: list[Tunnel] = []
         self._tasks: trio.Nursery | None = None
@@ -176,40 +191,50 @@ class Session:
     def _sync_tunnels(self) -> None:
         if self._tasks is None:
             return
-        wanted = {(peer.peer, model.name) for peer in self.mesh.view.peers for model in _ready_models(peer)}
+        peers = self.mesh.view.peers
+        wanted = {(peer.peer, model.name) for peer in peers for model in _ready_models(peer)}
         for key in set(self._tunnels) - wanted:
-            self._tunnels.pop(key).cancel()
+            way = self._tunnels.pop(key)
+            self._leaving.add((key[0], way))
+            way.taking.cancel()
+            if self._ports.pop(key, None) is not None:
+                log.info("%s is no longer served by the peer %s", key[1], key[0])
+        believed = {peer.peer for peer in peers if peer.state in BELIEVED}
+        for peer, way in self._leaving:
+            if peer not in believed:
+                way.all.cancel()
         for key in sorted(wanted - set(self._tunnels)):
             if len(self._tunnels) >= MAX_TUNNELS:
                 log.warning("more than %d models on other nodes; %s is left out", MAX_TUNNELS, key[1])
                 break
-            scope = self._tunnels[key] = trio.CancelScope()
-            self._tasks.start_soon(self._tunnel, key, scope)
+            way = self._tunnels[key] = _Way()
+            self._tasks.start_soon(self._tunnel, key, way)
 
-    async def _tunnel(self, key: tuple[PeerId, str], scope: trio.CancelScope) -> None:
+    async def _tunnel(self, key: tuple[PeerId, str], way: _Way) -> None:
         peer, name = key
         try:
-            with scope:
-                while True:
+            with way.all:
+                while not way.taking.cancel_called:
                     try:
-                        await self._carry(key)
+                        await self._carry(key, way)
                     except* AddressUnavailable as group:  # out of file descriptors, say
                         log.warning("no way to %s of the peer %s: %s", name, peer, group.exceptions[0])
-                    await trio.sleep(RETRY_AFTER)
+                        await trio.sleep(RETRY_AFTER)
         finally:
-            if self._tunnels.get(key) in (None, scope):
-                self._ports.pop(key, None)
-            if scope.cancelled_caught:
-                log.info("%s is no longer served by the peer %s", name, peer)
+            self._leaving.discard((peer, way))
             self._on_change()
 
-    async def _carry(self, key: tuple[PeerId, str]) -> None:
+    async def _carry(self, key: tuple[PeerId, str], way: _Way) -> None:
+        """Until the model is withdrawn, and then until the answers under way are whole."""
         peer, name = key
-        async with trio.open_nursery() as nursery:
-            port = await nursery.start(partial(serve_tunnel, self.mesh, peer, SERVICE_PREFIX + name))
-            self._ports[key] = port
-            log.info("%s is served by the peer %s", name, peer)
-            self._on_change()
+        async with trio.open_nursery() as answers:
+            with way.taking:
+                async with trio.open_nursery() as nursery:
+                    service = SERVICE_PREFIX + name
+                    tunnel = partial(serve_tunnel, self.mesh, peer, service, handler_nursery=answers)
+                    self._ports[key] = await nursery.start(tunnel)
+                    log.info("%s is served by the peer %s", name, peer)
+                    self._on_change()
 
     # ── what people asked for ────────────────────────────────────────────────────────────────────────────────────
 

@@ -156,7 +156,8 @@ class Node:
         return command(*arguments, "--data-dir", str(self.folder))
 
     def invite(self, *flags: str) -> str:
-        """A token of this node's mesh."""
+        """A token of this node's mesh; waits until it is in one."""
+        self.until(lambda status: status["mesh_id"])
         done = self.run("invite", *flags)
         assert done.returncode == 0, done.stderr
         return done.stdout.strip()
