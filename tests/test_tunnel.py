@@ -372,6 +372,24 @@ async def test_cancelling_a_tunnel_closes_its_port_and_its_connections() -> None
             await trio.open_tcp_stream("127.0.0.1", port)
 
 
+async def test_connections_in_a_nursery_of_their_own_outlive_the_tunnel() -> None:
+    async with two_meshes() as (near, far, nursery):
+        await nursery.start(expose, near, "tcp", "127.0.0.1", await serve(nursery, tcp_echo))
+        async with trio.open_nursery() as connections:
+            async with trio.open_nursery() as inner:
+                tunnel_to = partial(serve_tunnel, handler_nursery=connections)
+                port: int = await inner.start(tunnel_to, far, near.peer, "tcp")
+                client = await trio.open_tcp_stream("127.0.0.1", port)
+                await client.send_all(b"before")
+                assert await client.receive_some() == b"before"
+                inner.cancel_scope.cancel()
+            with pytest.raises(OSError, match="connect"):
+                await trio.open_tcp_stream("127.0.0.1", port)
+            await client.send_all(b"and after")
+            assert await client.receive_some() == b"and after"
+            await client.aclose()
+
+
 async def test_an_exposed_port_needs_the_scope_that_was_asked_for() -> None:
     async with two_meshes() as (near, far, nursery):
         await nursery.start(partial(expose, near, "invite", "127.0.0.1", 1, scope=Scope.INVITE))
