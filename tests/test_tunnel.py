@@ -34,8 +34,6 @@ from tests.members import key, memory_streams, seed
 
 QUICK = MeshConfig(farewell=0.01)
 
-# ── the two sides of an Open ─────────────────────────────────────────────────────────────────────────────────────
-
 
 async def echo(stream: Stream, accept: tunnel.Accept) -> None:
     await accept()
@@ -373,21 +371,18 @@ async def test_cancelling_a_tunnel_closes_its_port_and_its_connections() -> None
 
 
 async def test_connections_in_a_nursery_of_their_own_outlive_the_tunnel() -> None:
-    async with two_meshes() as (near, far, nursery):
+    async with two_meshes() as (near, far, nursery), trio.open_nursery() as connections:
         await nursery.start(expose, near, "tcp", "127.0.0.1", await serve(nursery, tcp_echo))
-        async with trio.open_nursery() as connections:
-            async with trio.open_nursery() as inner:
-                tunnel_to = partial(serve_tunnel, handler_nursery=connections)
-                port: int = await inner.start(tunnel_to, far, near.peer, "tcp")
-                client = await trio.open_tcp_stream("127.0.0.1", port)
-                await client.send_all(b"before")
-                assert await client.receive_some() == b"before"
-                inner.cancel_scope.cancel()
-            with pytest.raises(OSError, match="connect"):
-                await trio.open_tcp_stream("127.0.0.1", port)
-            await client.send_all(b"and after")
-            assert await client.receive_some() == b"and after"
-            await client.aclose()
+        async with trio.open_nursery() as inner:
+            carry = partial(serve_tunnel, handler_nursery=connections)
+            port: int = await inner.start(carry, far, near.peer, "tcp")
+            client = await trio.open_tcp_stream("127.0.0.1", port)
+            await client.send_all(b"before")
+            assert await client.receive_some() == b"before"
+            inner.cancel_scope.cancel()
+        async with client:
+            await client.send_all(b"after")
+            assert await client.receive_some() == b"after"
 
 
 async def test_an_exposed_port_needs_the_scope_that_was_asked_for() -> None:
