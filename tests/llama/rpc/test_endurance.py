@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from libmesh_node.llama.engine import Engine, find_engine
+from libmesh_node.llama.engine import Engine
 from libmesh_node.llama.rpc.ahead import Chain
 from libmesh_node.llama.rpc.borrower import Borrowed
 from libmesh_node.llama.rpc.lender import Lender
@@ -27,14 +27,6 @@ from tests.town import Town, settled, town
 pytestmark = [pytest.mark.llama, pytest.mark.slow]
 
 TOKENS = 100
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    found = find_engine()
-    if not found.complete:
-        pytest.skip("llama.cpp's programs are not here")
-    return found
 
 
 @pytest.fixture(scope="module")

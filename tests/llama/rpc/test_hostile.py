@@ -11,7 +11,7 @@ import psutil
 import pytest
 import trio
 import trio.testing
-from libmesh_node.llama.engine import Binary, Engine, find_engine
+from libmesh_node.llama.engine import Binary, Engine
 from libmesh_node.llama.rpc import lender as lending
 from libmesh_node.llama.rpc.frames import (
     SET_HEADER,
@@ -170,14 +170,6 @@ def test_only_so_many_questions_wait_for_their_answers() -> None:
 
 
 # ── with the real program ────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    found = find_engine()
-    if not found.complete:
-        pytest.skip("llama.cpp's programs are not here")
-    return found
 
 
 @pytest.fixture(scope="module")

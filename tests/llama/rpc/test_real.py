@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from libmesh_node.llama.engine import Engine, find_engine
+from libmesh_node.llama.engine import Engine
 from libmesh_node.llama.rpc.ahead import Chain
 from libmesh_node.llama.rpc.borrower import SessionRefused, borrow
 from libmesh_node.llama.rpc.weights import LearnedHashes, open_weights
@@ -15,14 +15,6 @@ from libmesh_node.models.demo import SMALL, write_model
 from tests.llama.rpc import ends
 
 pytestmark = pytest.mark.llama
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    found = find_engine()
-    if not found.complete:
-        pytest.skip("llama.cpp's programs are not here")
-    return found
 
 
 @pytest.fixture(scope="module")

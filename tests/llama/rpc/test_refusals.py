@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from libmesh_node.llama.engine import Binary, Engine, find_engine
+from libmesh_node.llama.engine import Binary, Engine
 from libmesh_node.llama.rpc.borrower import Borrowed, SessionRefused, borrow
 from libmesh_node.llama.rpc.facts import Device, WorkerFacts
 from libmesh_node.llama.rpc.frames import Reply, frame
@@ -41,14 +41,6 @@ OLD_SERVER = """
                         2: struct.pack("<Q", 1 << 40), 11: struct.pack("<QQ", 1 << 33, 1 << 33)}[command]
                 connection.sendall(struct.pack("<Q", len(said)) + said)
 """
-
-
-@pytest.fixture(scope="module")
-def engine() -> Engine:
-    found = find_engine()
-    if not found.complete:
-        pytest.skip("llama.cpp's programs are not here")
-    return found
 
 
 @pytest.fixture
