@@ -247,6 +247,15 @@ def path(text: str) -> Path:
         raise argparse.ArgumentTypeError(f"{text!r} names the home of a user who does not exist") from error
 
 
+def model(text: str) -> str:
+    """A model for the running node, which looks from another folder: a file that is here by its whole path, or a name."""
+    file = path(text)
+    try:
+        return str(file) if file.is_file() else text
+    except OSError:  # too long to be a file's name
+        return text
+
+
 def target(text: str) -> str:
     """`HOST:PORT`, or `[IPV6]:PORT`, of something that listens."""
     host, colon, number = text.rpartition(":")

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import time
-from pathlib import Path
 from typing import Any
 
 from libmesh_node.client import NodeClient, find_node
 from libmesh_node.datadir import DataDir
 from libmesh_node.errors import NodeError
-from libmesh_node.options import add_node_choice, data_dir
+from libmesh_node.options import add_node_choice, data_dir, model
 from libmesh_node.terminal import harmless, remark, say
 
 PATH = "/api/runtime/models"
@@ -31,7 +30,9 @@ def add_parser(subparsers: Any) -> None:
             "end. Returns when the model answers. One that does not fit is served by others, or together with them."
         ),
     )
-    parser.add_argument("model", metavar="MODEL", help="a .gguf file, or the name of one, as for --model")
+    parser.add_argument(
+        "model", type=model, metavar="MODEL", help="a .gguf file, or the name of one, as for --model"
+    )
     parser.add_argument("--no-wait", action="store_true", help="return as soon as it is being loaded")
     add_node_choice(parser)
 
@@ -39,9 +40,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load a model; 1 if it could not be loaded."""
     node = find_node(DataDir(data_dir(args)), args.console)
-    named = Path(args.model).expanduser()
-    wanted = str(named.absolute()) if named.is_file() else args.model
-    answer = node.post(PATH, {"model": wanted}, MAKING_ROOM)
+    answer = node.post(PATH, {"model": args.model}, MAKING_ROOM)
     name = str(answer.get("model"))
     if not answer.get("alone"):
         say(f"{harmless(name)} does not fit this machine alone; the mesh is asked to serve it.")

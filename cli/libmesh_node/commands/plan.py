@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from libmesh_node.client import find_node
 from libmesh_node.datadir import DataDir
-from libmesh_node.options import add_node_choice, data_dir
+from libmesh_node.options import add_node_choice, data_dir, model
 from libmesh_node.status_view import short_id
 from libmesh_node.terminal import harmless, say, say_json, show
 
@@ -26,7 +25,9 @@ def add_parser(subparsers: Any) -> None:
             "file (--model) count. Nothing is started."
         ),
     )
-    parser.add_argument("model", metavar="MODEL", help="a .gguf file, or the name of one, as for --model")
+    parser.add_argument(
+        "model", type=model, metavar="MODEL", help="a .gguf file, or the name of one, as for --model"
+    )
     parser.add_argument("--json", action="store_true", help="as JSON")
     add_node_choice(parser)
 
@@ -34,8 +35,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan; 1 if the model cannot be served."""
     node = find_node(DataDir(data_dir(args)), args.console)
-    named = Path(args.model).expanduser()
-    plan = node.post("/api/plan", {"model": str(named.absolute()) if named.is_file() else args.model})
+    plan = node.post("/api/plan", {"model": args.model})
     if args.json:
         say_json(plan)
     elif plan.get("possible"):
