@@ -91,7 +91,7 @@ def save_kept(folder: DataDir, kept: Kept) -> None:
     try:
         content = _read(folder)
     except NodeError as exc:
-        raise NodeError(f"Cannot write to {folder.kept}: what is there is not ours. {exc}") from exc
+        raise NodeError(f"Cannot write to {folder.kept} before what is there can be read. {exc}") from exc
     content.pop(kept.mesh_id, None)
     while len(content) >= MAX_MESHES:
         del content[next(iter(content))]

@@ -211,30 +211,32 @@ class Session:
             self._tasks.start_soon(self._tunnel, key, way)
 
     async def _tunnel(self, key: tuple[PeerId, str], way: _Way) -> None:
+        """Until the model is withdrawn, and then until the answers under way are whole."""
         peer, name = key
         try:
             with way.all:
-                while not way.taking.cancel_called:
-                    try:
-                        await self._carry(key, way)
-                    except* AddressUnavailable as group:  # out of file descriptors, say
-                        log.warning("no way to %s of the peer %s: %s", name, peer, group.exceptions[0])
-                        await trio.sleep(RETRY_AFTER)
+                async with trio.open_nursery() as answers:
+                    with way.taking:
+                        while True:
+                            try:
+                                await self._carry(key, answers)
+                            except* AddressUnavailable as group:  # out of file descriptors, say
+                                log.warning(
+                                    "no way to %s of the peer %s: %s", name, peer, group.exceptions[0]
+                                )
+                            await trio.sleep(RETRY_AFTER)
         finally:
             self._leaving.discard((peer, way))
             self._on_change()
 
-    async def _carry(self, key: tuple[PeerId, str], way: _Way) -> None:
-        """Until the model is withdrawn, and then until the answers under way are whole."""
+    async def _carry(self, key: tuple[PeerId, str], answers: trio.Nursery) -> None:
         peer, name = key
-        async with trio.open_nursery() as answers:
-            with way.taking:
-                async with trio.open_nursery() as nursery:
-                    service = SERVICE_PREFIX + name
-                    tunnel = partial(serve_tunnel, self.mesh, peer, service, handler_nursery=answers)
-                    self._ports[key] = await nursery.start(tunnel)
-                    log.info("%s is served by the peer %s", name, peer)
-                    self._on_change()
+        async with trio.open_nursery() as nursery:
+            service = SERVICE_PREFIX + name
+            tunnel = partial(serve_tunnel, self.mesh, peer, service, handler_nursery=answers)
+            self._ports[key] = await nursery.start(tunnel)
+            log.info("%s is served by the peer %s", name, peer)
+            self._on_change()
 
     # ── what people asked for ────────────────────────────────────────────────────────────────────────────────────
 
