@@ -89,9 +89,19 @@ class NodeOptions:
 
 def node_options(args: argparse.Namespace) -> NodeOptions:
     """The options that parsed arguments stand for. Raises `UsageError` where they contradict each other."""
-    if args.client and args.model:
+    serving = {
+        "--model": args.model,
+        "--split": args.split,
+        "--min-peers": args.min_peers,
+        "--tensor-split": args.tensor_split,
+        "--draft": args.draft,
+        "--max-vram": args.max_vram,
+        "--idle-unload": args.idle_unload,
+    }
+    about_serving = next((flag for flag, given in serving.items() if given), None)
+    if args.client and about_serving is not None:
         raise UsageError(
-            "--client and --model exclude each other: a client only uses what others serve. Drop one of them."
+            f"--client and {about_serving} exclude each other: a client only uses what others serve. Drop one of them."
         )
     if args.ephemeral and args.data_dir is not None:
         raise UsageError(
