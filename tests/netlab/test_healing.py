@@ -40,7 +40,8 @@ def test_a_mapping_comes_back_after_the_router_s_reboot(lab: Lab, forks: Forks, 
     home.reboot()
     reaches(member, founder, "direct")
     outsider = start(stack, forks, lab, lab.site(Kind.SYMMETRIC, delay=DELAY).host, invite=founder.invite)
-    reaches(outsider, member, "direct")
+    # From behind a symmetric NAT a punch comes through only where a mapping is: it proves as much as a dial.
+    reaches(outsider, member, "direct", "punched")
 
 
 @pytest.mark.parametrize("kind", [Kind.CONE, Kind.PUBLIC])
