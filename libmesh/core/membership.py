@@ -255,7 +255,7 @@ class Membership(Table):
         return self._doubt(suspicion.peer, entry, now)
 
     def _doubt(self, peer: PeerId, entry: Entry, now: float) -> list[Effect]:
-        """Find out whether `peer` is there: by a probe, or, later, by a dial."""
+        """Find out whether `peer` is there: by a probe, or, later, by a dial, or by one under way, which may hang."""
         alive = entry.state is PeerState.ALIVE
         if alive and self._roster.watches(peer):
             entry.doubted_at = min(entry.doubted_at, now)
@@ -263,7 +263,7 @@ class Membership(Table):
         if alive and entry.doubted_at == INFINITY:
             entry.doubted_at = now
             entry.next_dial = max(now + self.config.refute, entry.next_dial if entry.failures else 0.0)
-            if not entry.announcement.addresses:
+            if entry.dialling or not entry.announcement.addresses:
                 entry.reach_by = now + self.config.refute + self.config.reach
         return self._settle(peer, entry, now)
 

@@ -305,6 +305,21 @@ def test_a_doubted_peer_without_addresses_gets_the_time_that_a_dial_would_have()
     assert suspected == [NOW + CONFIG.refute + CONFIG.reach]
 
 
+def test_a_dial_that_hangs_already_when_the_doubt_comes_counts_as_silence_as_soon() -> None:
+    made = crowd()
+    lost = sorted(made.watched[0])[0]
+    made.handle(io.Disconnected(lost), NOW)
+    now = NOW + CONFIG.suspicion + CONFIG.dial_first
+    (peer,) = {e.peer for _, e in wake(made, now) if isinstance(e, io.Dial) and made.wanted(e.peer)}
+    made.handle(io.SuspicionHeard(io.Suspicion(peer, 1, 1)), now)
+    suspected = [
+        t
+        for t, e in wake(made, now + 9)
+        if e == io.Changed(peer, PeerState.ALIVE, PeerState.SUSPECT, "it cannot be reached")
+    ]
+    assert suspected == [now + CONFIG.refute + CONFIG.reach]
+
+
 def test_a_lost_connection_shortens_the_time_of_a_suspect() -> None:
     made = crowd()
     peer = sorted(made.watched[0])[0]
