@@ -14,6 +14,7 @@ class Keepalive:
     connection.
 
     Attributes:
+        heard_at: when the last sign of life came.
         rtt: smoothed round-trip time in seconds (RFC 6298, gain 1/8), `None` until the first answer.
         least_rtt: the shortest one seen: the path itself, without what waits in buffers.
     """
@@ -21,7 +22,7 @@ class Keepalive:
     def __init__(self, *, interval: float, timeout: float, now: float) -> None:
         self._interval = interval
         self._timeout = timeout
-        self._heard = now
+        self.heard_at = now
         self._opaque = 0
         self._sent: float | None = None
         self._next = now
@@ -31,7 +32,12 @@ class Keepalive:
 
     def heard(self, now: float) -> None:
         """The peer gave a sign of life."""
-        self._heard = now
+        self.heard_at = now
+
+    def check(self, now: float) -> None:
+        """Let the next ping be due now, unless one is under way."""
+        if self._sent is None:
+            self._next = now
 
     def deadline(self) -> float:
         """When `tick` has something to do."""
@@ -53,9 +59,9 @@ class Keepalive:
 
     def silence(self, now: float) -> float | None:
         """For how long the peer has been silent, if that is too long. To be asked before `tick`."""
-        if self._sent is None or now < self._sent + self._timeout or self._heard > self._sent:
+        if self._sent is None or now < self._sent + self._timeout or self.heard_at > self._sent:
             return None
-        return now - self._heard
+        return now - self.heard_at
 
     def answered(self, opaque: int, now: float) -> None:
         """The peer echoed a ping. Echoes of old ones, and of none, are ignored."""

@@ -63,6 +63,7 @@ class Yamux:
     Attributes:
         broken: why the connection is over, or `None`. Afterwards every call is harmless and does nothing.
         table: the streams that are known, lingering ones included; to look at only.
+        keepalive: pings, and when the peer was heard last.
     """
 
     def __init__(self, *, initiator: bool, now: float, options: Options | None = None) -> None:
@@ -83,8 +84,7 @@ class Yamux:
         self._body_stream = 0
         self._body_known = False  # the body belongs to a live stream; otherwise it is skipped
         self._body_finishes = False
-        # time
-        self._keepalive = Keepalive(
+        self.keepalive = Keepalive(
             interval=self._options.ping_interval, timeout=self._options.ping_timeout, now=now
         )
 
@@ -192,7 +192,7 @@ class Yamux:
         stream = self._streams.get(stream_id)
         if stream is None or stream.state is State.REMOTE_FINISHED:
             return False
-        if grant := self._windows.consumed(stream, count, now, self._keepalive.least_rtt):
+        if grant := self._windows.consumed(stream, count, now, self.keepalive.least_rtt):
             self._control.grant(stream_id, grant)
         return grant > 0
 
@@ -201,12 +201,12 @@ class Yamux:
     @property
     def rtt(self) -> float | None:
         """Smoothed round-trip time in seconds, `None` until the first answer to a ping."""
-        return self._keepalive.rtt
+        return self.keepalive.rtt
 
     @property
     def least_rtt(self) -> float | None:
         """The shortest one seen: the path itself, without what waits in buffers."""
-        return self._keepalive.least_rtt
+        return self.keepalive.least_rtt
 
     @property
     def has_control(self) -> bool:
@@ -225,20 +225,20 @@ class Yamux:
 
     def alive(self, now: float) -> None:
         """The peer gave a sign of life other than bytes: its TCP took more, after it had been full."""
-        self._keepalive.heard(now)
+        self.keepalive.heard(now)
 
     def deadline(self) -> float:
         """When `tick` is due. Infinite after `Broken`."""
         if self.broken is not None:
             return float("inf")
-        return min(self._keepalive.deadline(), self.table.next_expiry())
+        return min(self.keepalive.deadline(), self.table.next_expiry())
 
     def tick(self, now: float) -> list[Event]:
         """Do what is due at `now`: ping, find the peer dead, end lingering streams. Moves `deadline` on."""
         events: list[Event] = []
         if self.broken is not None:
             return events
-        silence = self._keepalive.silence(now)
+        silence = self.keepalive.silence(now)
         if silence is not None:
             self._break(events, f"no sign of life for {silence:.1f} s")
             return events
@@ -246,7 +246,7 @@ class Yamux:
             if self._streams[stream_id].state is not State.LINGERING:
                 events.append(Reset(stream_id, "the peer did not finish in time"))
             self.reset(stream_id)
-        if (opaque := self._keepalive.tick(now)) is not None:
+        if (opaque := self.keepalive.tick(now)) is not None:
             self._control.ping(opaque)
         return events
 
@@ -257,7 +257,7 @@ class Yamux:
         events: list[Event] = []
         if not data or self.broken is not None:
             return events
-        self._keepalive.heard(now)
+        self.keepalive.heard(now)
         for item in self._parser.feed(data):
             if isinstance(item, tuple):
                 self._header(events, now, item)
@@ -278,7 +278,7 @@ class Yamux:
         elif kind == PING and flags & SYN:
             self._control.pong(length)
         elif kind == PING:
-            self._keepalive.answered(length, now)
+            self.keepalive.answered(length, now)
         elif kind == GO_AWAY:
             self._gone = True
             events.append(GoneAway(length))

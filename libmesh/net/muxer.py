@@ -119,6 +119,21 @@ class YamuxConnection(IMuxedConn):
         return self._machine.rtt
 
     @property
+    def heard_at(self) -> float:
+        """When the last sign of life came from the peer."""
+        return self._machine.keepalive.heard_at
+
+    @property
+    def batches(self) -> int:
+        """How often anything has been sent."""
+        return self._outbound.batches
+
+    @property
+    def unacknowledged(self) -> int:
+        """Streams opened here that the peer has not answered yet."""
+        return self._machine.table.unacknowledged
+
+    @property
     def streams(self) -> tuple[YamuxStream, ...]:
         """Those that are open."""
         return tuple(self._streams.values())
@@ -127,6 +142,18 @@ class YamuxConnection(IMuxedConn):
     def stream_count(self) -> int:
         """Streams that are known here, those included that wait for the peer to finish."""
         return len(self._machine.table.states)
+
+    def check(self) -> None:
+        """Ask the peer for a sign of life now."""
+        if self._over is None:
+            now = trio.current_time()
+            self._machine.keepalive.check(now)
+            self._handle(self._machine.tick(now))
+            self._outbound.flush_soon()
+
+    def give_up(self, reason: str) -> None:
+        """End the connection without a word to the peer; its streams see `StreamReset`. Harmless to repeat."""
+        self._fail(reason)
 
     def get_transport_addresses(self) -> list[Multiaddr]:
         """The addresses of the connection itself."""

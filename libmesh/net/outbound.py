@@ -56,12 +56,16 @@ class Outbound:
         machine: says what may be sent, and adds control frames.
         channel: takes it.
         fail: told once when the channel is lost.
+
+    Attributes:
+        batches: how often anything has left.
     """
 
     def __init__(self, machine: Yamux, channel: Channel, fail: Callable[[str], None]) -> None:
         self._machine = machine
         self._channel = channel
         self._fail = fail
+        self.batches = 0
         self._outbox: list[bytes | memoryview] = []
         self._outbox_size = 0
         self._ready: deque[YamuxStream] = deque()
@@ -233,6 +237,7 @@ class Outbound:
             else:
                 ready.append(stream)
         if batch:
+            self.batches += 1
             self._channel.put(batch)
         return size
 

@@ -292,7 +292,7 @@ async def _send_quietly(stream: YamuxStream, data: bytes) -> None:
 async def test_windows_grow_to_what_a_long_path_needs() -> None:
     async with muxed_pair() as (a, b):
         await trio.testing.wait_all_tasks_blocked(0.01)
-        b._machine._keepalive.least_rtt = 0.1  # as if the path were 100 ms long
+        b._machine.keepalive.least_rtt = 0.1  # as if the path were 100 ms long
         near, far = await stream_pair(a, b)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fill, near)
