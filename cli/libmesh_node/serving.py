@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -226,6 +227,8 @@ class LocalModels:
     async def _live(self, entry: Entry, server: LlamaServer, life: trio.CancelScope) -> None:
         with life:
             await server.run()
+        if server.plan.draft is None:
+            entry.plan = replace(entry.plan, draft=None)  # given up, and not tried again after a sleep
         if life.cancelled_caught:
             entry.servers.remove(server)
         self.on_change()

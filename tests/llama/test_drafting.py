@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
+import trio
+import trio.testing
+from libmesh_node import serving
+from libmesh_node.datadir import DataDir
+from libmesh_node.entries import Entry
 from libmesh_node.llama.drafting import (
     LEAST_STEPS,
     DraftTrial,
@@ -12,6 +20,12 @@ from libmesh_node.llama.drafting import (
     read_guesses,
     worth,
 )
+from libmesh_node.llama.engine import Binary, Engine
+from libmesh_node.llama.gguf import read_header
+from libmesh_node.llama.server import DraftPlan, ServerPlan
+from libmesh_node.models.reference import ModelFile
+from libmesh_node.options import NodeOptions
+from libmesh_node.snapshot import Process
 
 METRICS = b"""# TYPE llamacpp:spec_decode_num_drafts_total counter
 llamacpp:spec_decode_num_draft_tokens_total 231
@@ -97,3 +111,36 @@ def test_a_try_counts_only_if_it_was_what_it_should_be(
 ) -> None:
     answer = b'HTTP/1.0 200 OK\r\n\r\n{"timings": ' + timings + b"}"
     assert _seconds_per_step(answer, tokens) == (None if seconds is None else pytest.approx(seconds))
+
+
+class Sleeper:
+    """A server that gives up its draft while it runs."""
+
+    def __init__(self, _binary: object, plan: ServerPlan, **_: object) -> None:
+        self.plan, self.base_url = plan, None
+        self.process = Process(name="llama-server", pid=None, port=0, model="m", status="stopping")
+
+    async def run(self) -> None:
+        self.plan = replace(self.plan, draft=None)
+        await trio.sleep_forever()
+
+
+async def test_a_draft_that_was_given_up_is_not_tried_again_after_a_sleep(
+    tmp_path: Path, demo_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    monkeypatch.setattr(serving, "LlamaServer", Sleeper)
+    models = serving.LocalModels(NodeOptions(data_dir=tmp_path), DataDir(tmp_path), lambda: None)
+    models.equipment.engine = Engine(
+        llama_server=Binary(path=demo_path, version="", rpc_protocol=None, origin="PATH"), rpc_server=None
+    )
+    header = read_header(demo_path)
+    model = ModelFile(name="m", parts=(demo_path,), size_bytes=1, header=header)
+    plan = ServerPlan(model=model, context=4096, draft=DraftPlan(path=demo_path))
+    entry = models.entries["m"] = Entry(model, (header,), plan, alone=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(models.run)
+        await entry.identified.wait()
+        assert await models.rest(entry)
+        models.wake(entry.digest)
+        assert entry.servers[0].plan.draft is None
+        nursery.cancel_scope.cancel()
