@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from libmesh import wire
-from libmesh.core import credentials, voice
+from libmesh.core import announcement, credentials, voice
 from libmesh.core import membership_io as io
 from libmesh.core.announcement import Announcement
 from libmesh.core.membership import Membership
@@ -36,11 +36,41 @@ def passes_on_records_with_wrong_signatures(patch: Patch) -> None:
 
 @mutant("records.credential", "credential")
 def believes_signed_records_of_strangers(patch: Patch) -> None:
-    def signed(record: Any, **_: Any) -> bool:
-        key = credentials.keys.public_key_of(record.announcement.peer)
-        return credentials.keys.verify(key, wire.SIGNING_CONTEXT + record.body, record.signature)
+    _patch_membership(patch, "_authentic", lambda record, **_: _signed(record))
 
-    _patch_membership(patch, "_authentic", signed)
+
+@mutant("records.credential", "the credential of another peer")
+def believes_whoever_shows_a_member_s_credential(patch: Patch) -> None:
+    def borrowed(record: Any, **given: Any) -> bool:
+        shown = record.announcement.credential
+        refusal = credentials.verify(shown, peer_key=shown.links[-1].subject, **given)
+        return refusal is None and _signed(record)
+
+    _patch_membership(patch, "_authentic", borrowed)
+
+
+@mutant("records.credential", "the credential of another mesh")
+def believes_members_of_any_mesh(patch: Patch) -> None:
+    def foreign(record: Any, **given: Any) -> bool:
+        shown = record.announcement.credential
+        return announcement.authentic(record, **(given | {"mesh_id": shown.mesh_id}))
+
+    _patch_membership(patch, "_authentic", foreign)
+
+
+@mutant("records.by_another", "a member that signs for another")
+def checks_credentials_but_not_who_signed(patch: Patch) -> None:
+    def shown(record: Any, **given: Any) -> bool:
+        said = record.announcement
+        key = credentials.keys.public_key_of(said.peer)
+        return credentials.verify(said.credential, peer_key=key, **given) is None
+
+    _patch_membership(patch, "_authentic", shown)
+
+
+def _signed(record: Any) -> bool:
+    key = credentials.keys.public_key_of(record.announcement.peer)
+    return credentials.keys.verify(key, wire.SIGNING_CONTEXT + record.body, record.signature)
 
 
 def _patch_membership(patch: Patch, name: str, value: Any) -> None:
