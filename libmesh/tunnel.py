@@ -59,9 +59,14 @@ Accept = Acceptance
 RawHandler = Callable[[Stream, Accept], Awaitable[None]]
 """Serves a stream: calls the given function to accept, or raises `ServiceRefused` before that."""
 
+IDLE_LIMIT = 120.0
+"""Seconds that a stream to a service with a door may say nothing; then it is reset. Openers keep some in stock."""
+
+
 Door = Callable[[PeerId], AbstractAsyncContextManager[tuple[str, int] | None]]
-"""Entered for each stream to an exposed service, with the peer that opened it, and left when both
-directions have ended.
+"""Entered for each stream to an exposed service once its first bytes have come, with the peer that opened it, and left when
+both directions have ended. So it is for services that say nothing before they are asked, and a stream that was opened
+before it is needed holds no place.
 
 It may wait, so that peers take turns, and yields the host and port to connect to, or `None` for those that are exposed.
 Raises `ServiceRefused` to turn the stream away."""
@@ -197,16 +202,27 @@ async def expose(
     """Offer what listens at `host:port`, seen from this machine, to members as `service`, until cancelled.
 
     Each stream becomes one TCP connection, once `door` lets it through. If none can be made within 10 s the opener is
-    refused with `unavailable`. Raises `ValueError` for a bad or repeated name.
+    refused with `unavailable`. Streams that wait before the door, for their first bytes, end with the call. Raises
+    `ValueError` for a bad or repeated name.
     """
+    idle: set[trio.CancelScope] = set()
 
     async def serve(stream: Stream, accept: Accept) -> None:
         if door is None:
             await carry(stream, accept, host, port)
             return
+        with trio.move_on_after(IDLE_LIMIT) as waiting:
+            idle.add(waiting)
+            try:
+                first = await stream.receive_some()
+            finally:
+                idle.discard(waiting)
+        if waiting.cancelled_caught or not first:
+            stream.reset()
+            return
         async with AsyncExitStack() as inside:
             elsewhere = await inside.enter_async_context(door(stream.peer))
-            await carry(stream, accept, *(elsewhere or (host, port)), inside.aclose)
+            await carry(stream, accept, *(elsewhere or (host, port)), inside.aclose, first)
 
     async def carry(
         stream: Stream,
@@ -214,6 +230,7 @@ async def expose(
         host: str,
         port: int,
         ended: Callable[[], Awaitable[None]] | None = None,
+        first: bytes | bytearray = b"",
     ) -> None:
         try:
             with trio.fail_after(OPEN_LIMIT):
@@ -224,17 +241,21 @@ async def expose(
             lifeline = mesh.resumption.far(stream.peer, accept.session)
             if lifeline is None:
                 await accept()
-                carried = await splice(stream, sock, ended=ended)
+                carried = await splice(stream, sock, ended=ended, first=first)
             else:
                 lifeline.carried_by(stream)
                 with lifeline:
                     await accept(resumable=True)
-                    carried = await splice(stream, sock, lifeline, ended)
+                    carried = await splice(stream, sock, lifeline, ended, first)
         mesh.count_tunnelled(stream.peer, carried.bytes_sent, carried.bytes_received)
 
-    with mesh.offer_raw(service, serve, scope=scope):
-        task_status.started()
-        await trio.sleep_forever()
+    try:
+        with mesh.offer_raw(service, serve, scope=scope):
+            task_status.started()
+            await trio.sleep_forever()
+    finally:
+        for waiting in idle:
+            waiting.cancel()
 
 
 async def serve_tunnel(

@@ -233,32 +233,6 @@ async def test_a_local_port_leads_to_the_exposed_one() -> None:
                 await trio.sleep(0.01)
 
 
-async def test_a_door_lets_peers_through_when_it_will_and_where_it_will() -> None:
-    async with two_meshes() as (near, far, nursery):
-        opened, inside = trio.Event(), list[str]()
-
-        @asynccontextmanager
-        async def door(peer: str) -> AsyncIterator[tuple[str, int] | None]:
-            await opened.wait()
-            inside.append(peer)
-            yield "127.0.0.1", elsewhere
-            inside.remove(peer)
-
-        elsewhere = await serve(nursery, tcp_echo)
-        await nursery.start(partial(expose, near, "tcp", "127.0.0.1", 9, door=door))
-        port: int = await nursery.start(serve_tunnel, far, near.peer, "tcp")
-        with trio.fail_after(60):
-            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
-                await stream.send_all(b"knock")
-                await trio.testing.wait_all_tasks_blocked(0.05)
-                assert not inside
-                opened.set()
-                assert await stream.receive_some() == b"knock"
-                assert inside == [far.peer]
-            while inside:  # noqa: ASYNC110 - it is left when the stream has ended
-                await trio.sleep(0.01)
-
-
 async def send(stream: trio.SocketStream, data: bytes) -> None:
     await stream.send_all(data)
     await stream.send_eof()

@@ -1,8 +1,9 @@
 """The way in to a llama-server of this node for the rest of the mesh: nodes take turns at it.
 
-Each stream is one request: nodes ask servers of others on a connection of its own each time (`http/upstream.py`). Whoever
-keeps connections open holds places of its own share with them, and of nobody else's. This node's own requests do not come
-by here; there are never more of them at the server than its slots and a few.
+Each stream is one request: nodes ask servers of others on a connection of its own each time (`http/upstream.py`). One that
+has said nothing yet waits before the door and holds no place, so some can be kept in stock (`http/connections.py`); who
+keeps used ones open holds places of its own share with them, and of nobody else's. This node's own requests do not come by
+here; there are never more of them at the server than its slots and a few.
 """
 
 from __future__ import annotations

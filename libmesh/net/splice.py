@@ -57,17 +57,19 @@ async def splice(
     sock: trio.SocketStream,
     lifeline: Lifeline | None = None,
     ended: Callable[[], Awaitable[None]] | None = None,
+    first: bytes | bytearray = b"",
 ) -> SpliceResult:
     """Carry bytes between a stream and a socket until both directions have ended, or either side is reset.
 
     With a `lifeline` it goes on over another stream if the connection of this one is lost. `ended` is awaited once both
     directions have come to their end here, which the other end may still have to be told, for as long as that takes.
+    `first` was received from the stream already.
 
     A stream that wraps another one only until it is opened may name that in an attribute `opened`; the pump then goes
     on with it. Takes over both and closes them, also on error. Cancelling resets both. Never raises for what either side does;
     a refused service resets the socket and raises `ServiceRefused`.
     """
-    pumps = _Pumps(stream, sock, lifeline)
+    pumps = _Pumps(stream, sock, lifeline, first)
     try:
         if sock.socket.family in (socket.AF_INET, socket.AF_INET6):
             tune_socket(sock.socket)
@@ -110,7 +112,9 @@ async def _must_go_on(pumps: _Pumps, lifeline: Lifeline) -> bool:
 
 
 class _Pumps:
-    def __init__(self, stream: Stream, sock: trio.SocketStream, lifeline: Lifeline | None) -> None:
+    def __init__(
+        self, stream: Stream, sock: trio.SocketStream, lifeline: Lifeline | None, first: bytes | bytearray
+    ) -> None:
         self.stream = stream
         self._socket = sock.socket
         self._lifeline = lifeline
@@ -118,10 +122,14 @@ class _Pumps:
         self._unsent: tuple[bytearray, int, int] | None = (
             None  # read and not sent: a buffer, from where to where
         )
-        self._unwritten = b""  # received, and not yet written to the socket when the pump was stopped
+        self._unwritten = bytes(
+            first
+        )  # received, and not yet written to the socket when the pump was stopped
+        if lifeline is not None and first:
+            lifeline.took(len(first))
         self.lost = False
         self.bytes_sent = 0
-        self.bytes_received = 0
+        self.bytes_received = len(first)
         self.reset: str | None = None
         self.refusal: ServiceRefused | None = None
         self.ended = False
@@ -214,10 +222,10 @@ class _Pumps:
         lifeline = self._lifeline
         turn = 0
         try:
-            if lifeline is not None:
+            if self._unwritten:
                 await self._write_all(number, self._unwritten)
-                if lifeline.journal.received_end:
-                    return
+            if lifeline is not None and lifeline.journal.received_end:
+                return
             while True:
                 data: bytes | bytearray | None = stream.receive_nowait()
                 if data is None and isinstance(stream, Libp2pStream):

@@ -94,7 +94,9 @@ class Proxy:
 
     def forget_gone(self, models: Iterable[Model]) -> None:
         """Drop what is known of servers that none of `models` has any more."""
-        self.balance.forget({server.base_url for model in models for server in model.servers})
+        present = {server.base_url for model in models for server in model.servers}
+        self.balance.forget(present)
+        self.upstream.connections.forget(present)
 
     @property
     def waiting(self) -> int:
@@ -150,6 +152,8 @@ class Proxy:
                 except FAILURES as exc:
                     self._note_failure(search, server, exc)
                     continue
+                if not server.local:
+                    self.upstream.connections.prepare(server.base_url)
                 with closing(upstream):
                     search.tried.add(server.base_url)
                     if self._is_for_another(search, upstream, start):

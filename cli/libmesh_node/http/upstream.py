@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Mapping
 import aiohttp
 from yarl import URL
 
+from libmesh_node.http.connections import Loopback
 from libmesh_node.http.sse import MAX_EVENT, holds_event
 
 CONNECT_TIMEOUT = 5.0
@@ -47,15 +48,18 @@ class Upstream:
 
     Attributes:
         waiting: requests that have had no byte of an answer yet.
+        connections: those that serve one request each, and `fresh` a client that has no others.
     """
 
     def __init__(self) -> None:
-        self._kept = _new_session(aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_CONNECTION))
-        self.fresh = _new_session(aiohttp.TCPConnector(limit=0, force_close=True))
+        self._kept = _new_session(Loopback(keep=IDLE_CONNECTION))
+        self.connections = Loopback()
+        self.fresh = _new_session(self.connections)
         self.waiting = 0
 
     async def aclose(self) -> None:
         """Close the connections to all servers."""
+        self.connections.forget(())
         await self._kept.close()
         await self.fresh.close()
 
@@ -130,7 +134,7 @@ def hung_up(failure: Exception) -> bool:
     return isinstance(failure, aiohttp.ServerDisconnectedError | aiohttp.ClientOSError)
 
 
-def _new_session(connector: aiohttp.TCPConnector) -> aiohttp.ClientSession:
+def _new_session(connector: Loopback) -> aiohttp.ClientSession:
     """A client for servers: adds nothing to requests, decodes nothing, waits as long as it takes."""
     return aiohttp.ClientSession(
         connector=connector,

@@ -1,0 +1,117 @@
+"""TCP connections to servers, all of which are ports of this machine; and some to tunnels, made before they are asked for.
+
+What a tunnel adds to a request's first byte is mostly the making of its parts: a connection, a stream of the mesh, and what
+the other node does about it. A stream that says nothing yet holds no place at the server (`libmesh.Door`), so a request can
+find one ready.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import aiohttp
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.client_reqrep import ClientRequest
+from yarl import URL
+
+log = logging.getLogger("libmesh_node.http")
+
+READY = 2
+"""Connections to one tunnel that wait for requests. A request that finds none makes its own."""
+
+READY_FOR = 60.0
+"""Seconds after which one that nobody needed is closed: half of what the other end allows (`libmesh.tunnel.IDLE_LIMIT`)."""
+
+
+class Loopback(aiohttp.BaseConnector):
+    """Connections to `http://127.0.0.1:PORT`. To be made in a running loop.
+
+    A connection that broke while it was ready is not given out; one that breaks in the very moment fails its request as
+    any does. As aiohttp's own connectors are, it is an override of `_create_connection`.
+    """
+
+    def __init__(self, *, keep: float | None = None) -> None:
+        """With `keep`, connections are used again, for as many seconds; otherwise each serves one request."""
+        if keep is None:
+            super().__init__(limit=0, force_close=True)
+        else:
+            super().__init__(limit=0, keepalive_timeout=keep)
+        self._ready: dict[tuple[str, int], deque[_Ready]] = {}
+        self._making: dict[tuple[str, int], asyncio.Task[None]] = {}
+
+    def prepare(self, url: str) -> None:
+        """Have connections ready for coming requests to the server at `url`. Returns at once, and never fails."""
+        where = _address(URL(url))
+        if where not in self._making and self._living(where) < READY:
+            task = self._making[where] = asyncio.create_task(self._make(where))
+            task.add_done_callback(lambda _: self._making.pop(where, None))
+
+    def ready(self, url: str) -> int:
+        """Connections that wait for requests to `url`."""
+        return self._living(_address(URL(url)))
+
+    def forget(self, present: Collection[str]) -> None:
+        """Close what is ready for servers that are gone (`present`: base URLs that are there)."""
+        there = {_address(URL(url)) for url in present}
+        for where in self._making.keys() - there:
+            self._making[where].cancel()
+        for where in self._ready.keys() - there:
+            for one in self._ready.pop(where):
+                one.expiry.cancel()
+                one.connection.close()
+
+    async def _create_connection(
+        self, req: ClientRequest, traces: list[aiohttp.tracing.Trace], timeout: aiohttp.ClientTimeout
+    ) -> ResponseHandler:
+        where = _address(req.url)
+        if self._living(where):
+            ready = self._ready[where].popleft()
+            ready.expiry.cancel()
+            return ready.connection
+        try:
+            async with asyncio.timeout(timeout.sock_connect):
+                return await self._connect(where)
+        except TimeoutError:
+            raise
+        except OSError as exc:
+            raise aiohttp.ClientConnectorError(req.connection_key, exc) from exc
+
+    async def _connect(self, where: tuple[str, int]) -> ResponseHandler:
+        _, connection = await self._loop.create_connection(self._factory, *where)
+        return connection
+
+    async def _make(self, where: tuple[str, int]) -> None:
+        try:
+            while self._living(where) < READY:
+                connection = await self._connect(where)
+                expiry = self._loop.call_later(READY_FOR, self._expire, where, connection)
+                self._ready.setdefault(where, deque()).append(_Ready(connection, expiry))
+        except OSError as exc:
+            log.debug("no connection to port %d was made in advance: %s", where[1], exc)
+
+    def _expire(self, where: tuple[str, int], connection: ResponseHandler) -> None:
+        connection.close()
+        if not self._living(where):
+            self._ready.pop(where, None)
+
+    def _living(self, where: tuple[str, int]) -> int:
+        """How many are ready at `where`. Those that broke are dropped."""
+        waiting = self._ready.get(where, ())
+        for one in [one for one in waiting if not one.connection.is_connected()]:
+            one.expiry.cancel()
+            self._ready[where].remove(one)
+        return len(waiting)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Ready:
+    connection: ResponseHandler
+    expiry: asyncio.TimerHandle
+
+
+def _address(url: URL) -> tuple[str, int]:
+    return url.host or "", url.port or 0
