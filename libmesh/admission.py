@@ -268,10 +268,16 @@ class Admission:
     async def greet_again(self) -> None:
         """Show our credential to all who are connected. Those that do not take it are connected no more."""
         for peer in list(self._admitted):
-            try:
-                await self._say_hello(peer)
-            except MeshError as exc:
-                log.info("%s", exc)
+            await self.greet(peer)
+
+    async def greet(self, peer: PeerId) -> None:
+        """Say hello once more to a peer that may take us for a member no longer. Nothing if we do not know it either."""
+        if peer not in self._admitted:
+            return
+        try:
+            await self._say_hello(peer)
+        except MeshError as exc:
+            log.info("%s", exc)
 
     async def expire_loop(self) -> None:
         """Cut off whoever's membership ends. No table has those who only follow, so nothing else would."""

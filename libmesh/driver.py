@@ -258,7 +258,7 @@ class Driver:
 
     async def _event_loop(self, events: trio.MemoryReceiveChannel[net.NetworkEvent]) -> None:
         async for event in events:
-            if isinstance(event, (net.PeerConnected, net.PathChanged, net.PeerDisconnected)):
+            if isinstance(event, net.PeerConnected | net.PathChanged | net.PathSilent | net.PeerDisconnected):
                 self.pathing.heard(event)
             match event:
                 case net.AddressesChanged():
@@ -267,6 +267,8 @@ class Driver:
                 case net.PeerConnected(peer, _, inbound):
                     if inbound:
                         self._tasks.start_soon(self.admission.expect_hello, peer)
+                case net.PathChanged(peer, _, True):
+                    self._tasks.start_soon(self.admission.greet, peer)
                 case net.PeerDisconnected(peer):
                     self.admission.disconnected(peer)
                 case net.Message(topic, _, data) if topic == self._topic:

@@ -112,8 +112,15 @@ class Pathing:
 
     # ── what happens ─────────────────────────────────────────────────────────────────────────────────────────────
 
-    def heard(self, event: net.PeerConnected | net.PathChanged | net.PeerDisconnected) -> None:
+    def heard(
+        self, event: net.PeerConnected | net.PathChanged | net.PathSilent | net.PeerDisconnected
+    ) -> None:
         """The network told of a connection."""
+        if isinstance(event, net.PathSilent):
+            log.info("no sign of life from %s: looking for another way", event.peer)
+            self._refresh_mine()
+            self._handle(io.PathDoubted(event.peer, self._addresses_of(event.peer)))
+            return
         inbound = isinstance(event, net.PeerConnected) and event.inbound
         self._look_at(event.peer, inbound=inbound)
 

@@ -39,6 +39,7 @@ from libmesh.core.paths_io import (
     Ended,
     Event,
     HereChanged,
+    PathDoubted,
     PathIs,
     PathsConfig,
     Reached,
@@ -85,6 +86,7 @@ class _Search:
 
     addresses: tuple[str, ...] = ()
     wanted: bool = False
+    doubted: bool = False
     kind: PathKind | None = None
     direct: _Lane = field(default_factory=_Lane)
     relay: _Lane = field(default_factory=_Lane)
@@ -139,6 +141,8 @@ class Paths:
                 effects = self._ended(peer, way, reason, now)
             case PathIs(peer, kind, inbound):
                 effects = self._path_is(peer, kind, inbound, now)
+            case PathDoubted(peer, addresses):
+                effects = self._doubt(peer, addresses, now)
             case AddressesAre(peer, addresses):
                 effects = self._addresses_are(peer, addresses, now)
             case HereChanged(addresses):
@@ -188,9 +192,9 @@ class Paths:
         if kind is None:
             return self._lost(peer)
         search = self._searches.setdefault(peer, _Search())
-        before, search.kind = search.kind, kind
+        before, search.kind = None if search.doubted else search.kind, kind
         effects: list[Effect] = [Reached(peer)] if search.wanted else []
-        search.wanted = False
+        search.wanted = search.doubted = False
         if kind is not PathKind.RELAYED:
             search.reasons.clear()
             search.rounds = 0
@@ -209,8 +213,16 @@ class Paths:
         search = self._searches.get(peer)
         if search is None:
             return []
-        search.kind = None
+        search.kind, search.doubted = None, False
         return [] if search.wanted else self._give_up(peer, search)
+
+    def _doubt(self, peer: PeerId, addresses: tuple[str, ...], now: float) -> list[Effect]:
+        search = self._searches.get(peer)
+        if search is None or search.kind is None or search.doubted:
+            return []
+        search.addresses, search.doubted = addresses or search.addresses, True
+        search.again = now
+        return self._go_on(peer, now)
 
     def _addresses_are(self, peer: PeerId, addresses: tuple[str, ...], now: float) -> list[Effect]:
         search = self._searches.get(peer)
@@ -225,7 +237,7 @@ class Paths:
 
     def _hint(self, peer: PeerId, search: _Search, now: float) -> list[Effect]:
         """Something changed that may make a direct path possible: the next round comes at once."""
-        if search.kind is not PathKind.RELAYED:
+        if search.kind is not PathKind.RELAYED and not search.doubted:
             return []
         search.rounds = 0
         search.again = max(now, search.began + self._config.hint_gap)
@@ -238,7 +250,7 @@ class Paths:
         search = self._searches[peer]
         effects: list[Effect] = []
         if search.again <= now:
-            self._begin_round(peer, search, now)
+            effects += self._begin_round(peer, search, now)
         for lane in (search.direct, search.punch):
             effects += self._begin_next(peer, lane, now)
         if search.direct.over and search.relay.todo and not search.relay.running:
@@ -258,18 +270,27 @@ class Paths:
         lane.next = now + self._config.stagger if lane.todo else INFINITY
         return [Try(peer, way)]
 
-    def _begin_round(self, peer: PeerId, search: _Search, now: float) -> None:
+    def _begin_round(self, peer: PeerId, search: _Search, now: float) -> list[Effect]:
         ways = ways_to(peer, search.addresses, me=self._me, mine=self._mine)
+        effects: list[Effect] = []
         search.reasons.clear()
         search.began, search.again = now, INFINITY
+        if search.doubted:  # what is under way began before the path fell silent, maybe in another network
+            effects = [effect for lane in search.lanes for effect in self._stop_lane(peer, lane)]
+            search.relay.begin(ways.circuits, now)
+        else:
+            search.punch.begin([PUNCH], now)
         search.direct.begin(ways.direct, now)
-        search.punch.begin([PUNCH], now)
+        return effects
 
     def _at_the_end(self, peer: PeerId, search: _Search, now: float) -> list[Effect]:
         """Every way has been tried."""
         if search.wanted:
             attempts = _attempts(search)
             return [Unreachable(peer, attempts), *self._give_up(peer, search)]
+        if search.doubted:
+            search.again = min(search.again, now + self._config.doubt_gap)
+            return []
         if search.kind is PathKind.RELAYED and search.again == INFINITY:
             pause = min(self._config.retry_min * 2.0 ** min(search.rounds, 32), self._config.retry_max)
             search.rounds += 1

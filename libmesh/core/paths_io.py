@@ -23,6 +23,7 @@ class PathsConfig:
         retry_min, retry_max: pause between rounds of a relayed path, doubling, each a quarter more or less by lot, so
             that a relay's peers do not all try at the same time.
         hint_gap: least time between the beginnings of two rounds.
+        doubt_gap: between two rounds in search of a path in place of a silent one, which ends or speaks within seconds.
     """
 
     stagger: float = 0.2
@@ -32,6 +33,7 @@ class PathsConfig:
     retry_min: float = 5.0
     retry_max: float = 300.0
     hint_gap: float = 1.0
+    doubt_gap: float = 1.0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
@@ -78,6 +80,14 @@ class PathIs:
 
 
 @dataclass(frozen=True, slots=True)
+class PathDoubted:
+    """The best path to `peer`, which may be reached at `addresses`, is silent. `PathIs` tells how that ended."""
+
+    peer: PeerId
+    addresses: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class AddressesAre:
     """`peer` says that it has these addresses."""
 
@@ -97,7 +107,7 @@ class Wake:
     """`deadline()` has come."""
 
 
-Event = Wanted | Unwanted | Ended | PathIs | AddressesAre | HereChanged | Wake
+Event = Wanted | Unwanted | Ended | PathIs | PathDoubted | AddressesAre | HereChanged | Wake
 
 
 @dataclass(frozen=True, slots=True)

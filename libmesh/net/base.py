@@ -94,11 +94,25 @@ class PathChanged:
     """Another connection is now the best one to a peer that stays connected: new streams go by it.
 
     Streams that are open live on over the connection that they began on. Comes between `PeerConnected` and
-    `PeerDisconnected` of the peer, whether the change was for the better (a dial, a punch) or for the worse (a loss).
+    `PeerDisconnected` of the peer, whether the change was for the better (a dial, a punch) or for the worse (a loss). Also
+    tells that the same connection works after all, if there was a `PathSilent`.
+
+    `renewed`: the connection before was silent, so the peer may not know any more that it had admitted us.
     """
 
     peer: PeerId
     path: Path
+    renewed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PathSilent:
+    """No connection to `peer` answers any more, though none has ended: it is time to look for another way.
+
+    A `PathChanged` or a `PeerDisconnected` follows, whatever comes of it. A transport that cannot tell never says it.
+    """
+
+    peer: PeerId
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +136,7 @@ class Message:
     data: bytes
 
 
-NetworkEvent = PeerConnected | PathChanged | PeerDisconnected | AddressesChanged | Message
+NetworkEvent = PeerConnected | PathChanged | PathSilent | PeerDisconnected | AddressesChanged | Message
 
 
 class Network(ABC):

@@ -2,7 +2,9 @@
 
 A peer may have several at once: both sides dialled, or a relayed one is followed by a direct one. New streams go by the
 best; those that are open stay where they began. A connection that is not the best any more is closed once nothing has
-been open on it for a while.
+been open on it for a while. One that gives no sign of life when asked (`vigil.py`) is worse than any that does, and is ended
+when there is such a one: streams that outlive their connection go on there. Whoever makes another connection had a reason,
+so the ones there are get asked then.
 
 Both ends must not close each other's choice. Kinds are plain to both; of two connections of one kind the one that the
 peer with the lower id dialled counts as better, and of two by the same side only that side closes one.
@@ -25,12 +27,13 @@ from multiaddr import Multiaddr
 
 from libmesh.errors import NetworkError
 from libmesh.net import tcp
-from libmesh.net.base import NetworkEvent, PathChanged, PeerConnected, PeerDisconnected, Stream
+from libmesh.net.base import NetworkEvent, PathChanged, PathSilent, PeerConnected, PeerDisconnected, Stream
 from libmesh.net.eager import was_refused
 from libmesh.net.gossip import Gossip
 from libmesh.net.muxer import YamuxConnection
 from libmesh.net.raw import StreamFace
 from libmesh.net.swarm import is_open, libp2p_id, path_of
+from libmesh.net.vigil import Vigil
 from libmesh.peers import Path, PathKind, PeerId
 
 log = logging.getLogger(__name__)
@@ -78,6 +81,7 @@ class Connections:
         self.peers: dict[PeerId, Peer] = {}
         self.handshakes: OrderedDict[trio.CancelScope, None] = OrderedDict()
         self.tasks: trio.Nursery | None = None
+        self.vigil = Vigil(self._doubt_changed, self._is_silent)
         self._retiring: set[Any] = set()
 
     # ── which there are ──────────────────────────────────────────────────────────────────────────────────────────
@@ -91,9 +95,10 @@ class Connections:
             usable.sort(key=lambda connection: self._rank(peer, connection))
         return [c for c in usable if kind is None or path_of(c).kind is kind]
 
-    def _rank(self, peer: PeerId, connection: Any) -> tuple[bool, bool]:
+    def _rank(self, peer: PeerId, connection: Any) -> tuple[bool, bool, bool]:
         ours = connection.direction is Direction.OUTBOUND
-        return path_of(connection).kind is PathKind.RELAYED, ours != (self._me < peer)
+        relayed = path_of(connection).kind is PathKind.RELAYED
+        return self.vigil.doubts(connection), relayed, ours != (self._me < peer)
 
     def select(self, connections: list[Any], peer_id: Any) -> Any:
         """In place of the swarm's own choice, for the streams that py-libp2p opens."""
@@ -104,6 +109,11 @@ class Connections:
         """The path of the best connection."""
         connections = self.of(peer)
         return path_of(connections[0]) if connections else None
+
+    def answers(self, peer: PeerId) -> bool:
+        """Whether there is a connection to `peer` that is not silent."""
+        connections = self.of(peer)
+        return bool(connections) and not self.vigil.doubts(connections[0])
 
     def idle(self, peer: PeerId) -> bool:
         """See `Network.idle`. A muxer that is not ours does not tell."""
@@ -217,6 +227,8 @@ class Connections:
         """A connection stands."""
         peer = PeerId(str(connection.muxed_conn.peer_id))
         entry = self.entry(peer)
+        for other in entry.connections:
+            self.vigil.ask(other)
         entry.connections.append(connection)
         self._watch(peer, connection)
         if len(entry.connections) == 1:
@@ -237,6 +249,7 @@ class Connections:
 
     def _ended(self, peer: PeerId, connection: Any) -> None:
         """Take a connection that is over out of the books. Harmless to repeat."""
+        self.vigil.forget(connection)
         entry = self.peers.get(peer)
         if entry is None or connection not in entry.connections:
             return
@@ -257,6 +270,25 @@ class Connections:
             await tell_swarm()
 
         muxed.on_close = over
+        self.vigil.watch(connection)
+
+    def _doubt_changed(self, connection: Any) -> None:
+        """A connection fell silent, or speaks again."""
+        peer = PeerId(str(connection.muxed_conn.peer_id))
+        entry = self.peers.get(peer)
+        if entry is None or connection not in entry.connections:
+            return
+        log.debug("%s: silent %s", path_of(connection), self.vigil.doubts(connection))
+        before = entry.best
+        self._choose(peer, entry)
+        if entry.best is before is connection:
+            silent = self.vigil.doubts(connection)
+            self._emit(PathSilent(peer) if silent else PathChanged(peer, path_of(connection)))
+
+    def _is_silent(self, connection: Any) -> None:
+        """A connection has been silent for long."""
+        if self.answers(PeerId(str(connection.muxed_conn.peer_id))):
+            connection.muxed_conn.give_up("it was silent, and replaced")
 
     def _forget(self, peer: PeerId) -> None:
         if self.peers.pop(peer).connections:
@@ -269,8 +301,9 @@ class Connections:
             return
         best = connections[0]
         if best is not entry.best:
+            renewed = entry.best is not None and self.vigil.doubts(entry.best)
             entry.best = best
-            self._emit(PathChanged(peer, path_of(best)))
+            self._emit(PathChanged(peer, path_of(best), renewed))
             if entry.admitted.is_set() and self.tasks is not None:
                 self.tasks.start_soon(self._gossip.moved, best.muxed_conn.peer_id, best)
         for surplus in connections[1:]:

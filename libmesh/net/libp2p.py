@@ -180,7 +180,7 @@ class Libp2pNetwork(Network):
         lock = self._dialling.setdefault(peer, trio.Lock())
         try:
             async with lock:
-                if (path := self.path(peer)) is not None:
+                if (path := self.path(peer)) is not None and self._connections.answers(peer):
                     return path
                 _, failures = await tcp.first_success(addresses, partial(self.dial, peer))
                 if (path := self.path(peer)) is not None:
@@ -260,6 +260,7 @@ class Libp2pNetwork(Network):
     def _moved(self) -> None:
         """The network of this machine is another one, or may be."""
         self._interfaces_stale = float("-inf")
+        self._connections.vigil.ask_all()
         self.reach.moved()
         for watcher in list(self.watchers):
             watcher()
@@ -340,8 +341,8 @@ class Libp2pNetwork(Network):
             self._websocket_port = websocket.port_of(websockets)
             async with self._host.run([]), self._gossip.running(), trio.open_nursery() as nursery:
                 self._tasks = self._connections.tasks = self._server.tasks = nursery
-                nursery.start_soon(self.relaying.run)
-                nursery.start_soon(self.reach.run)
+                for task in (self.relaying.run, self.reach.run, self._connections.vigil.run):
+                    nursery.start_soon(task)
                 nursery.start_soon(watch_network, self._moved)
                 for listener in listeners:
                     nursery.start_soon(
