@@ -94,22 +94,22 @@ class Door:
     async def _refuse(self, stream: trio.SocketStream) -> None:
         """Answer one request with 429, and take the rest of it, so that its sender reads the answer before the end."""
         connection = h11.Connection(h11.SERVER)
-        with trio.move_on_after(REFUSAL_LIMIT), suppress(h11.RemoteProtocolError, trio.BrokenResourceError):
+        with trio.move_on_after(REFUSAL_LIMIT), suppress(h11.ProtocolError, trio.BrokenResourceError):
             while not isinstance(event := connection.next_event(), h11.Request):
                 if event is not h11.NEED_DATA:
                     return
                 connection.receive_data(await stream.receive_some())
-            await stream.send_all(self._refusal(connection, event.target.decode("latin-1")))
+            await stream.send_all(self._refusal(connection, event))
             await stream.send_eof()
             while await stream.receive_some():
                 pass
 
-    def _refusal(self, connection: h11.Connection, path: str) -> bytes:
+    def _refusal(self, connection: h11.Connection, request: h11.Request) -> bytes:
         message = (
             f"The server of `{self._name}` has as many requests of your node waiting as it takes; "
             f"by the present rate there is room in about {self._wait} s."
         )
-        body = encode_error(ApiError(429, "overloaded", message), path)
+        body = encode_error(ApiError(429, "overloaded", message), request.target.decode("latin-1"))
         headers = [
             ("Content-Type", "application/json"),
             ("Content-Length", str(len(body))),
@@ -118,7 +118,7 @@ class Door:
         ]
         pieces = (
             connection.send(h11.Response(status_code=429, reason=b"Too Many Requests", headers=headers)),
-            connection.send(h11.Data(body)),
+            connection.send(h11.Data(b"" if request.method == b"HEAD" else body)),
             connection.send(h11.EndOfMessage()),
         )
         return b"".join(piece or b"" for piece in pieces)

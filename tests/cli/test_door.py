@@ -154,6 +154,14 @@ async def test_node_with_too_many_in_line_is_told_so_in_its_protocol(path: bytes
     assert "15 s" in error["message"]
 
 
+async def test_refused_head_gets_no_body_and_harms_nobody() -> None:
+    async with full_door() as door:
+        answer = await refusal(door, b"HEAD /v1/models HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert (await refusal(door, REQUEST % b"completions")).startswith(b"HTTP/1.1 429 ")
+    assert answer.startswith(b"HTTP/1.1 429 ")
+    assert answer.endswith(b"\r\n\r\n")
+
+
 @pytest.mark.parametrize(
     "garbage", [b"", b"\x00" * 100_000, b"GET", b"POST / HTTP/1.1\r\nContent-Length: x\r\n\r\n"]
 )
