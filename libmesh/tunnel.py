@@ -45,13 +45,16 @@ class Acceptance:
 
     Attributes:
         session: what the opener calls the tunnel, if it would resume it.
+        given: the opener was told, or may have been: what is said from now on are the service's bytes.
     """
 
     def __init__(self, stream: Stream, session: bytes | None) -> None:
         self._stream, self.session = stream, session
+        self.given = False
 
     async def __call__(self, *, resumable: bool = False) -> None:
         """Tell the opener; `resumable`: the tunnel may go on over another connection."""
+        self.given = True
         await self._stream.send_all(frame(wire.encode_opened(None, resumable=resumable)))
 
 
@@ -81,7 +84,10 @@ _REFUSALS = {
 
 
 async def answer(stream: Stream, choose: Callable[[str], RawHandler]) -> None:
-    """Serve one inbound stream: read what is wanted, let `choose` say who serves it or raise `ServiceRefused`."""
+    """Serve one inbound stream: read what is wanted, let `choose` say who serves it or raise `ServiceRefused`.
+
+    One that the handler raises after it has accepted is another service's, which it asked itself: it is raised here, too.
+    """
     try:
         with trio.fail_after(OPEN_LIMIT):
             request = await receive_frame(stream, wire.MAX_OPEN)
@@ -94,6 +100,8 @@ async def answer(stream: Stream, choose: Callable[[str], RawHandler]) -> None:
     try:
         await choose(service)(stream, accept)
     except ServiceRefused as exc:
+        if accept.given:
+            raise
         log.debug("refused %r to the peer %s: %s", service, stream.peer, exc)
         with suppress(trio.BrokenResourceError):
             await stream.send_all(frame(wire.encode_opened(exc.reason)))

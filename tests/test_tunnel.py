@@ -84,6 +84,24 @@ async def test_without_wait_a_refusal_comes_out_of_the_first_receive_and_of_ever
             await opened.receive_some()
 
 
+async def test_a_refusal_that_a_handler_meets_later_is_not_said_among_the_services_bytes() -> None:
+    async def gateway(stream: Stream, accept: tunnel.Accept) -> None:
+        await accept()
+        await stream.send_all(b"so far")
+        raise ServiceRefused("no", reason="unknown_service")
+
+    async def served(stream: Stream) -> None:
+        with pytest.raises(ServiceRefused):
+            await tunnel.answer(stream, lambda _: gateway)
+        stream.reset()
+
+    async with answered(served) as stream:
+        opened = await tunnel.request(stream, "gateway", wait=True)
+        assert await opened.receive_some() == b"so far"
+        with pytest.raises(StreamReset):
+            await opened.receive_some()
+
+
 async def test_a_receive_that_was_cancelled_before_the_answer_loses_nothing() -> None:
     step, steps = trio.open_memory_channel[None](0)
     refusal = frame(wire.encode_opened("busy"))
