@@ -231,8 +231,7 @@ class YamuxConnection(IMuxedConn):
                     nursery.start_soon(self._keep_time)
                     nursery.start_soon(self._receive_loop)
         except* Exception:
-            # Whatever leaves here ends the whole host. A mistake of ours is to cost this connection only. As a group,
-            # since it may come together with a cancellation.
+            # A mistake of ours is to cost this connection only, not the host. It may come with a cancellation.
             log.exception("the connection to %s failed", self.peer_id)
         finally:
             self._fail("the connection was closed here")
@@ -371,26 +370,31 @@ class YamuxConnection(IMuxedConn):
 
     def finish(self, stream: YamuxStream, *, released: bool = False) -> None:
         """Send FIN behind the stream's data. With `released`, reset the stream if the peer never finishes."""
+        if self._streams.get(stream.stream_id) is not stream:
+            return  # it is over, and the peer may have used its number again
         linger_from = trio.current_time() if released else None
         self._outbound.append(self._machine.finish(stream.stream_id, linger_from=linger_from))
         if stream.both_finished:
-            self._streams.pop(stream.stream_id, None)
+            del self._streams[stream.stream_id]
         self._outbound.flush_soon()
 
     def abandon(self, stream: YamuxStream, unread: int) -> None:
         """The stream was closed here, with `unread` bytes in it."""
-        now = trio.current_time()
-        self._outbound.append(self._machine.abandon(stream.stream_id, unread=unread > 0, now=now))
-        self._release(stream, unread)
+        if self._forget(stream):
+            now = trio.current_time()
+            self._outbound.append(self._machine.abandon(stream.stream_id, unread=unread > 0, now=now))
+        self.consumed(stream.stream_id, unread)
 
     def reset_stream(self, stream: YamuxStream, unread: int) -> None:
         """The stream was reset here, with `unread` bytes in it."""
-        self._machine.reset(stream.stream_id)
-        self._release(stream, unread)
-
-    def _release(self, stream: YamuxStream, unread: int) -> None:
+        if self._forget(stream):
+            self._machine.reset(stream.stream_id)
         self.consumed(stream.stream_id, unread)
-        self._streams.pop(stream.stream_id, None)
-        if self._openable:
+
+    def _forget(self, stream: YamuxStream) -> bool:
+        """Whether it was there; a peer may use its number again after it is over."""
+        if there := self._streams.get(stream.stream_id) is stream:
+            del self._streams[stream.stream_id]
             self._openable.unpark_all()
-        self._outbound.flush_soon()
+            self._outbound.flush_soon()
+        return there

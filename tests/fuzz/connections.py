@@ -44,6 +44,8 @@ LINES = (
     b"\x05abcde",
 )
 PEER = PeerId(peer(2))
+AFTERMATH = 100.0
+"""Virtual seconds after the peer's last word in which all must have ended: pings find it dead after 15."""
 
 
 class Scripted:
@@ -139,9 +141,11 @@ async def _accept_all(connection: YamuxConnection, nursery: trio.Nursery) -> Non
 async def _connection_with(data: bytes) -> None:
     lots = Lots(data)
     initiator, hangs_up, uses = bool(lots.below(2)), bool(lots.below(2)), lots.below(4)
-    secured: Any = Scripted(_script(lots), initiator, hangs_up)
+    script = _script(lots)
+    lasts = sum(step for step in script if isinstance(step, float))
+    secured: Any = Scripted(script, initiator, hangs_up)
     connection = YamuxConnection(secured, peer_of(KEYS[1]), SMALL)
-    with trio.fail_after(1000):
+    with trio.fail_after(lasts + AFTERMATH):
         async with trio.open_nursery() as nursery:
             nursery.start_soon(connection.start)
             await connection.event_started.wait()

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import trio
 import trio.testing
 
-from libmesh.core.yamux_frames import DATA, HEADER, SYN
+from libmesh.core.yamux_frames import DATA, HEADER, RST, SYN, WINDOW_UPDATE
 from libmesh.net.base import StreamReset
 from libmesh.net.muxed_stream import YamuxStream
 from libmesh.net.muxer import YamuxConnection
@@ -63,6 +64,28 @@ async def test_what_arrives_in_the_moment_in_which_a_connection_ends_is_dropped(
     with pytest.raises(StreamReset):
         await stream.receive_some()
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+@pytest.mark.parametrize("end", [YamuxStream.reset_nowait, YamuxStream.close_nowait, YamuxStream.release])
+async def test_the_end_of_a_stream_leaves_alone_the_next_one_to_which_the_peer_gives_its_number(
+    end: Callable[[YamuxStream], None],
+) -> None:
+    secured: Any = WaitingConn()
+    connection = YamuxConnection(secured, peer_of(KEYS[1]))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.start)
+        await connection.event_started.wait()
+        secured.say(HELLO)
+        former = await connection.accept_stream()
+        secured.say(HEADER.pack(0, WINDOW_UPDATE, RST, 2, 0) + HELLO)
+        stream = await connection.accept_stream()
+        end(former)
+        secured.say(MORE)
+        assert await stream.receive_some() == b"hello"
+        assert await stream.receive_some() == b"again"
+        connection.give_up("lost")
+        with pytest.raises(StreamReset, match="lost"):
+            await stream.receive_some()
 
 
 async def test_a_mistake_beside_a_cancellation_costs_the_connection_and_not_the_host(
