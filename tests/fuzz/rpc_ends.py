@@ -28,6 +28,7 @@ from libmesh_node.llama.rpc.frames import (
     frame,
 )
 from libmesh_node.llama.rpc.host import HostEnd, ToClient
+from libmesh_node.llama.rpc.prefetch import Fetch
 from libmesh_node.llama.rpc.uploads import FromFile, ToWorker
 from libmesh_node.llama.rpc.weights import LearnedHashes, Place, Weights
 from libmesh_node.llama.rpc.worker import FileToServer, Push, ToHost, ToServer, WorkerEnd
@@ -197,10 +198,11 @@ def _token(lots: Lots) -> bytes:
 
 def _answered(end: HostEnd, lots: Lots) -> bytes:
     """The worker's answer that is due, as a rule; else anything."""
-    if end.waiting and lots.number() % 8:
-        size = end._waiting[0]
+    if end._commands and lots.number() % 8:
+        due = end._commands[0]
+        size = due.size if isinstance(due, Fetch) else end._waiting[0]
         if isinstance(size, int) and size <= 1 << 20:
-            base = 8 if end._commands[0] == Command.ALLOC_BUFFER else 0
+            base = 8 if due == Command.ALLOC_BUFFER else 0
             return frame(Reply.ANSWER, bytes([lots.number() % 4]) * (size + base))
     if lots.number() % 2:
         return frame(Reply.FORESEEN, TICKET.pack(lots.number() % 64) + bytes([lots.number() % 4]) * 64)

@@ -42,6 +42,7 @@ from libmesh_node.llama.rpc.frames import (
     frame,
 )
 from libmesh_node.llama.rpc.opening import UNSAID, printable
+from libmesh_node.llama.rpc.prefetch import Fetch, Prefetch
 from libmesh_node.llama.rpc.uploads import FromFile, ToWorker, Uploads
 from libmesh_node.llama.rpc.weights import LearnedHashes, Weights
 
@@ -91,7 +92,9 @@ class HostEnd:
             deque()
         )  # an answer that must wait its turn, or the size of one to come
         self._allocating = 0  # bytes asked for
-        self._commands: deque[int] = deque()  # those whose answers are to come from the worker
+        self._commands: deque[int | Fetch] = deque()  # those whose answers are to come from the worker
+        self._prefetch = Prefetch()
+        self._held: ToWorker | None = None  # an allocation behind what was fetched in vain
         self._streaming = False  # a large answer is on its way, in pieces
         self._bases: dict[int, int] = {}
         self._watch = Watch(chain, place)
@@ -119,6 +122,7 @@ class HostEnd:
                 case FrameStart():
                     self.engaged = True
                     self._watch.upset()
+                    self._prefetch.other()
                     self._abandon(effects)
                     effects += self._uploads.begin(event)
                 case FramePiece():
@@ -146,6 +150,16 @@ class HostEnd:
         self._forward(command, payload, ticket, effects)
 
     def _forward(self, command: Command, payload: bytes, ticket: int | None, effects: list[Effect]) -> None:
+        if self._held is not None:
+            raise ProtocolError("a request while a buffer is being allocated")
+        if command in (Command.GRAPH_COMPUTE, Command.GRAPH_RECOMPUTE):
+            self._run_graph(command, payload, effects)
+            return
+        if command != Command.GET_TENSOR:
+            self._prefetch.other(command)
+        elif (fetch := self._prefetch.question(payload)) is not None:
+            self._take_fetched(fetch, effects)
+            return
         if command == Command.SET_TENSOR:
             effects += self._uploads.whole(payload)
             return
@@ -158,16 +172,36 @@ class HostEnd:
             self._allocating = int.from_bytes(payload[4:], "little")
         if command == Command.FREE_BUFFER:
             self._bases.pop(int.from_bytes(payload, "little"), None)
+        request = ToWorker(
+            frame(command, payload) if ticket is None else frame(Link.PASS, TICKET.pack(ticket) + payload)
+        )
         size = answer_size(command, payload)
+        if command == Command.ALLOC_BUFFER and self._commands:  # the worker allocates when it owes nothing
+            self._held = request
+        else:
+            effects.append(request)
         if size is not None:
             if len(self._waiting) >= MAX_WAITING:
                 raise ProtocolError(f"more than {MAX_WAITING} requests at once")
             self._waiting.append(size)
             self._commands.append(command)
-        if ticket is not None:
-            effects.append(ToWorker(frame(Link.PASS, TICKET.pack(ticket) + payload)))
+
+    def _run_graph(self, command: Command, payload: bytes, effects: list[Effect]) -> None:
+        """Send a graph, and the questions that will follow. The chain's first worker is asked by the chain."""
+        effects.append(ToWorker(frame(command, payload)))
+        foreseeing = self._watch.chain is not None and not self._watch.place
+        again = command == Command.GRAPH_RECOMPUTE and not foreseeing and not self._commands
+        for fetch in self._prefetch.graph(payload[:4], again=again):
+            self._commands.append(fetch)
+            effects.append(ToWorker(frame(Command.GET_TENSOR, fetch.payload)))
+
+    def _take_fetched(self, fetch: Fetch, effects: list[Effect]) -> None:
+        """llama-server asks what was fetched. If that has come, so has everything that was asked before it."""
+        if fetch.answer is not None:
+            self._got(Command.GET_TENSOR, fetch.answer, effects)
         else:
-            effects.append(ToWorker(frame(command, payload)))
+            fetch.asked = True
+            self._waiting.append(fetch.size)
 
     def _known(self, command: Command, payload: bytes) -> bytes | None:
         """The answer, where it is known here."""
@@ -206,7 +240,9 @@ class HostEnd:
 
     def sent_ahead(self, foreseen: Foreseen) -> bool:
         """The worker is to be sent this before llama-server says it. `False` if something is under way there."""
-        if self._foreseen is not None or self._waiting or self._client.midway:
+        if self._foreseen is not None or self._waiting or self._commands or self._client.midway:
+            return False
+        if self._prefetch.pending:
             return False
         self._foreseen = foreseen
         return True
@@ -243,6 +279,7 @@ class HostEnd:
         foreseen, self._foreseen = self._foreseen, None
         if foreseen is None:
             return
+        self._prefetch.other()
         if self._watch.chain is not None:
             self._watch.chain.misses += 1
         effects.append(ToWorker(frame(Link.DROP, TICKET.pack(foreseen.ticket))))
@@ -274,8 +311,11 @@ class HostEnd:
             case Frame(kind=Reply.LOST):
                 raise ProtocolError(printable(event.payload.decode("utf-8", "replace")) or UNSAID)
             case Frame(kind=Reply.ANSWER):
-                command, size = self._expect()
-                self._got(command, self._take(event.payload, (command, size)), effects)
+                if self._commands and isinstance(self._commands[0], Fetch):
+                    self._fetched(self._commands[0], event.payload, effects)
+                else:
+                    command, size = self._expect()
+                    self._got(command, self._take(event.payload, (command, size)), effects)
             case Frame(kind=Reply.FORESEEN):
                 foreseen = self._foreseen
                 if foreseen is not None and TICKET.unpack_from(event.payload)[0] == foreseen.ticket:
@@ -294,13 +334,27 @@ class HostEnd:
                     self._release(effects)
             case _:
                 raise ProtocolError("a reply out of turn")
+        if self._held is not None and len(self._commands) == 1:
+            effects.append(self._held)
+            self._held = None
+
+    def _fetched(self, fetch: Fetch, payload: bytes, effects: list[Effect]) -> None:
+        if len(payload) != fetch.size:
+            raise ProtocolError(f"an answer of {len(payload)} bytes instead of {fetch.size}")
+        self._commands.popleft()
+        if fetch.asked:
+            self._waiting.popleft()
+            self._got(Command.GET_TENSOR, payload, effects)
+        elif not fetch.dropped:
+            fetch.answer = payload
 
     def _expect(self) -> tuple[int, int]:
-        if not self._commands:
+        command = self._commands.popleft() if self._commands else None
+        if not isinstance(command, int):
             raise ProtocolError("an answer that nobody asked for")
         size = self._waiting.popleft()
         assert isinstance(size, int)
-        return self._commands.popleft(), size
+        return command, size
 
     def _take(self, payload: bytes, expected: tuple[int, int]) -> bytes:
         command, size = expected
