@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import trio
 
+from libmesh.net.base import Stream
 from libmesh.wire_pieces import WireError
 
 _LONGEST_PREFIX = 4
+_PIECE_BYTES = 64 * 1024
 
 
 def frame(data: bytes) -> bytes:
@@ -53,10 +55,26 @@ class FrameReader:
             prefix, missing = self._missing()
             if not missing:
                 return bytes(self._data[prefix:])
-            piece = await self._stream.receive_some(min(missing, 64 * 1024))
-            if not piece:
-                raise WireError("the stream ended within a message")
-            self._data += piece
+            self._add(await self._stream.receive_some(min(missing, _PIECE_BYTES)))
+
+    def receive_nowait(self) -> bytes | None:
+        """What `receive` would return at once, `None` if it has to wait. No checkpoint. Raises as `receive`."""
+        stream = self._stream
+        if not isinstance(stream, Stream):
+            return None
+        while True:
+            prefix, missing = self._missing()
+            if not missing:
+                return bytes(self._data[prefix:])
+            piece = stream.receive_nowait(min(missing, _PIECE_BYTES))
+            if piece is None:
+                return None
+            self._add(piece)
+
+    def _add(self, piece: bytes | bytearray) -> None:
+        if not piece:
+            raise WireError("the stream ended within a message")
+        self._data += piece
 
 
 async def receive_frame(stream: trio.abc.ReceiveStream, limit: int) -> bytes:

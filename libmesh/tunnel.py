@@ -20,7 +20,7 @@ import trio
 
 from libmesh import wire
 from libmesh.errors import AddressUnavailable, MeshError, PeerUnreachable, ServiceRefused
-from libmesh.framing import FrameReader, frame, receive_frame
+from libmesh.framing import FrameReader, frame
 from libmesh.net.base import Stream, StreamReset
 from libmesh.net.splice import splice
 from libmesh.net.tcp import connect
@@ -55,7 +55,9 @@ class Acceptance:
     async def __call__(self, *, resumable: bool = False) -> None:
         """Tell the opener; `resumable`: the tunnel may go on over another connection."""
         self.given = True
-        await self._stream.send_all(frame(wire.encode_opened(None, resumable=resumable)))
+        said = frame(wire.encode_opened(None, resumable=resumable))
+        if not self._stream.post(said):
+            await self._stream.send_all(said)
 
 
 Accept = Acceptance
@@ -88,9 +90,12 @@ async def answer(stream: Stream, choose: Callable[[str], RawHandler]) -> None:
 
     One that the handler raises after it has accepted is another service's, which it asked itself: it is raised here, too.
     """
+    reader = FrameReader(stream, wire.MAX_OPEN)
     try:
-        with trio.fail_after(OPEN_LIMIT):
-            request = await receive_frame(stream, wire.MAX_OPEN)
+        request = reader.receive_nowait()
+        if request is None:
+            with trio.fail_after(OPEN_LIMIT):
+                request = await reader.receive()
         service, accept = wire.decode_open(request), Acceptance(stream, session_of_open(request))
     except (WireError, trio.TooSlowError, trio.BrokenResourceError) as exc:
         log.debug("the peer %s opened a tunnel and made no sense: %s", stream.peer, exc or "too slow")
@@ -140,14 +145,18 @@ class _OpeningStream(Stream):
 
     async def ask(self) -> None:
         session = b"" if self._lifeline is None else self._lifeline.session
-        await self._stream.send_all(frame(wire.encode_open(self._service, session)))
+        said = frame(wire.encode_open(self._service, session))
+        if not self._stream.post(said):
+            await self._stream.send_all(said)
 
     async def hear(self) -> None:
         """Wait for the answer. Raises `ServiceRefused`, each time, or `WireError`; if cancelled, nothing is lost."""
         if self._refusal is not None:
             raise self._refusal
         try:
-            answer = await self._answer.receive()
+            answer = self._answer.receive_nowait()
+            if answer is None:
+                answer = await self._answer.receive()
             refusal = wire.decode_opened(answer)
             if self._lifeline is not None:
                 self._lifeline.agreed(resumable=is_resumable(answer))
@@ -245,7 +254,7 @@ async def expose(
                 sock = await connect(host, port)
         except (OSError, UnicodeError, trio.TooSlowError) as exc:  # Unicode: what cannot be a host's name
             raise ServiceRefused(f"{host}:{port} does not answer: {exc}", reason="unavailable") from exc
-        async with sock:
+        with sock.socket:
             lifeline = mesh.resumption.far(stream.peer, accept.session)
             if lifeline is None:
                 await accept()
@@ -295,7 +304,7 @@ async def serve_tunnel(
 
 
 async def _carry(mesh: Mesh, peer: PeerId, service: str, sock: trio.SocketStream) -> None:
-    async with sock:
+    with sock.socket:
         try:
             stream, lifeline = await mesh.open_tunnel(peer, service)
         except (MeshError, trio.BrokenResourceError) as exc:

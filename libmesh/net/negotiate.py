@@ -228,6 +228,14 @@ class Libp2pStream(Stream):
             self._raise_refusal()
             raise
 
+    def post(self, data: bytes) -> bool:
+        """See `Stream`."""
+        if not isinstance(self._inner, YamuxStream):
+            return False
+        self._propose()
+        self._inner.post(data, hurry=not self._inner.unread)
+        return True
+
     def _raise_refusal(self) -> None:
         if self._refused:
             raise self._refusal()

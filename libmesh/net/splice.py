@@ -73,10 +73,15 @@ async def splice(
     try:
         if sock.socket.family in (socket.AF_INET, socket.AF_INET6):
             tune_socket(sock.socket)
+        # Whoever opened the stream has bytes for it already, if anybody has. They leave with the question, or go to the
+        # socket with the answer, as its pump needs no other turn of the scheduler; nor a task of its own.
+        pump, other = (
+            (pumps.send, pumps.receive) if hasattr(stream, "opened") else (pumps.receive, pumps.send)
+        )
         while True:
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(pumps.send, nursery.cancel_scope)
-                nursery.start_soon(pumps.receive, nursery.cancel_scope)
+                nursery.start_soon(other, nursery.cancel_scope)
+                await pump(nursery.cancel_scope)
             if ended is not None and pumps.reset is None and not pumps.lost:
                 await ended()
                 ended = None
