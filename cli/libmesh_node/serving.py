@@ -205,6 +205,8 @@ class LocalModels:
         """End the server of a model that is served alone. That of a split ends when its entry is `leaving`."""
         if entry.life is not None:
             entry.life.cancel()
+        if entry.failed and entry.alone:  # its life is over, and it stays to be seen until now
+            entry.servers.clear()
         while entry.servers and entry.alone:  # noqa: ASYNC110 - ends within 2.5 s
             await trio.sleep(0.02)
 
@@ -229,7 +231,7 @@ class LocalModels:
             await server.run()
         if server.plan.draft is None:
             entry.plan = replace(entry.plan, draft=None)  # given up, and not tried again after a sleep
-        if life.cancelled_caught:
+        if life.cancel_called:
             entry.servers.remove(server)
         self.on_change()
 
