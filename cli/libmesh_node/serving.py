@@ -116,17 +116,17 @@ class LocalModels:
         """Serve a model from now on; returns as soon as that has begun. Nothing is changed if it is served already.
 
         One that does not fit is served together with other nodes that have it, if it is `named`. `digest` is the model's,
-        if it is known. Raises `NodeError`.
+        if it is known. Raises `NodeError`, also while `prepare` is at work: a model that came in between could keep the node from
+        starting.
         """
+        self._running()
         await self.equipment.set_up()
         async with self._loading:
             entry = self.entries.get(model.name)
             if entry is None:
                 entry = await self._enter(model, None, named=named)
                 entry.digest = digest
-                if self._tasks is None:
-                    raise NodeError("The node is still starting; try again in a moment.")
-                self._tasks.start_soon(self._identify, entry)
+                self._running().start_soon(self._identify, entry)
                 if entry.alone:
                     self._serve(entry)
                 self.on_change()
@@ -153,14 +153,18 @@ class LocalModels:
         if entry is None:
             have = ", ".join(self.entries) or "none"
             raise NodeError(f"This node serves no model named {name}; it has {have}.")
-        if self._tasks is None:
-            raise NodeError("The node is still starting; try again in a moment.")
+        tasks = self._running()
         if not entry.unloading:
             entry.unloading = entry.leaving = True
             self.on_change()
-            self._tasks.start_soon(self._unload, entry)
+            tasks.start_soon(self._unload, entry)
         while self.entries.get(name) is entry:  # noqa: ASYNC110 - one of two tasks may be the one that waits
             await trio.sleep(0.05)
+
+    def _running(self) -> trio.Nursery:
+        if self._tasks is None:
+            raise NodeError("The node is still starting; try again in a moment.")
+        return self._tasks
 
     async def _unload(self, entry: Entry) -> None:
         if entry.servers and not entry.failed:

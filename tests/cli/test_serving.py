@@ -11,6 +11,7 @@ import trio.testing
 from libmesh_node import serving
 from libmesh_node.datadir import DataDir
 from libmesh_node.entries import Entry
+from libmesh_node.errors import NodeError
 from libmesh_node.llama.engine import Binary, Engine
 from libmesh_node.llama.restart import RestartConfig, RestartPolicy
 from libmesh_node.llama.server import plan_server
@@ -51,4 +52,11 @@ async def test_model_whose_server_failed_for_good_is_unloaded(
             assert [process.status for process in models.processes] == ["failed"]
             await models.unload(entry.name)
             nursery.cancel_scope.cancel()
+    assert models.entries == {}
+
+
+async def test_nothing_is_loaded_before_what_the_command_line_names(tmp_path: Path, demo_path: Path) -> None:
+    models = local_models(tmp_path, "/bin/false")
+    with pytest.raises(NodeError, match="still starting"):
+        await models.load(open_model(demo_path), named=True)
     assert models.entries == {}
