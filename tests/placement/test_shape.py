@@ -2,7 +2,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 from libmesh_node.llama.gguf import TensorInfo, read_header
 from libmesh_node.models.demo import SMALL, write_model
 from libmesh_node.placement.shape import shape_of
@@ -62,3 +64,14 @@ def test_a_model_with_a_state_is_known_by_its_keys(tmp_path: Path) -> None:
     header = read_header(path)
     state = replace(header, values={**header.values, "mamba.ssm.state_size": 16})
     assert shape_of([state], "ab" * 32, 4096).recurrent
+
+
+@pytest.mark.parametrize("wide", [float("inf"), float("nan"), -1, "wide", (float("nan"), 1408, float("inf"))])
+def test_a_width_that_is_no_number_counts_for_nothing(tmp_path: Path, wide: Any) -> None:
+    path = tmp_path / "m.gguf"
+    write_model(path, SMALL, 1)
+    header = read_header(path)
+    key = f"{header.architecture}.feed_forward_length"
+    strange = shape_of([replace(header, values={**header.values, key: wide})], "ab" * 32, 4096)
+    known = {**header.values, key: 1408 if isinstance(wide, tuple) else 0}
+    assert strange == shape_of([replace(header, values=known)], "ab" * 32, 4096)

@@ -102,6 +102,8 @@ def _compute(header: GgufHeader) -> int:
     An estimate from above for dense models: 60 MB where llama.cpp took 45 to 53.
     """
     inside = header.values.get(f"{header.architecture}.feed_forward_length", 0)
-    widest = max(inside) if isinstance(inside, tuple) and inside else inside
-    wide = int(widest) if isinstance(widest, int | float) else 0
+    widths = inside if isinstance(inside, tuple) else (inside,)
+    wide = max(
+        (int(width) for width in widths if isinstance(width, int | float) and 0 <= width < 1 << 53), default=0
+    )
     return BATCH * 4 * (6 * header.embedding_length + 3 * wide)
