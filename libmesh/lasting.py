@@ -236,6 +236,8 @@ class LastingStream(Stream):
             finally:
                 if self._phase is not _Phase.STEADY:
                     self._fail("this node leaves the mesh")
+                if self._closed:  # since the stream was found, so that `reset` has not seen it
+                    self._stream.reset()
 
     async def _repeat(self, stream: Stream) -> bool:
         """Say again what the other end lacks. False if the connection was lost over that."""
@@ -278,12 +280,16 @@ class LastingStream(Stream):
             self._let_go()
 
     async def aclose(self) -> None:
-        """See `trio.abc.AsyncResource.aclose`. Waits for a stream that is being sought."""
+        """See `trio.abc.AsyncResource.aclose`. Waits for a stream that is being sought.
+
+        While another task is in `send_all` it is a `reset`: the peer must not take half a message for the whole.
+        """
         try:
             if not self._closed:
-                with suppress(*_BROKEN, trio.BusyResourceError):
+                with suppress(*_BROKEN):
                     if not self._lifeline.journal.sent_end:
                         await self.send_eof()
+                await self._steady()
             if not self._closed and self._failure is None:
                 self._closed = True
                 self._lifeline.end()
@@ -291,6 +297,9 @@ class LastingStream(Stream):
                 await self._stream.aclose()
             else:
                 await trio.lowlevel.checkpoint()
+        except trio.BusyResourceError:
+            self.reset()
+            await trio.lowlevel.checkpoint()
         finally:
             self.reset()
 
