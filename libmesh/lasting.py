@@ -170,9 +170,13 @@ class LastingStream(Stream):
         with self._alone("sending"):
             await self._steady()
             stream = self._stream
-            self._lifeline.journal.sent_end = not self._closed
+            journal = self._lifeline.journal
+            before, journal.sent_end = journal.sent_end, not self._closed
             try:
                 await stream.send_eof()
+            except trio.Cancelled:
+                journal.sent_end = before  # no stream that was cancelled in this has ended
+                raise
             except _BROKEN as exc:
                 if not await self._may_go_on(stream, _Phase.STEADY):
                     raise self._error(exc) from None

@@ -91,3 +91,22 @@ async def test_closing_after_the_end_was_sent_waits_for_the_stream_that_is_sough
 async def cannot_receive(stream: LastingStream) -> None:
     with pytest.raises(trio.ClosedResourceError):
         await stream.receive_some()
+
+
+async def test_an_end_whose_sending_was_cancelled_was_not_sent(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with town() as place, pair(place) as (near, far, (one, other)), trio.open_nursery() as nursery:
+        nursery.start_soon(swallow, one)
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await one.send_eof()
+        place.hub.cut(near.peer, far.peer)
+        nursery.start_soon(say_all, one, b"not the end")
+        assert b"".join([bytes(data) async for data in other]) == b"not the end"
+        await other.aclose()
+
+
+async def say_all(stream: Stream, data: bytes) -> None:
+    await stream.send_all(data)
+    await stream.send_eof()
