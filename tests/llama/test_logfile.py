@@ -45,6 +45,17 @@ def test_full_disk_loses_lines_and_nothing_else() -> None:
     assert log.lost == 2
 
 
+def test_file_that_cannot_be_opened_loses_lines_until_it_can(tmp_path: Path) -> None:
+    (tmp_path / "in the way").write_text("")
+    log = BoundedLog(tmp_path / "in the way" / "log")
+    log.write("lost")
+    assert (log.lost, log.tail) == (1, ("lost",))
+    (tmp_path / "in the way").unlink()
+    log.write("kept")
+    log.close()
+    assert log.path.read_text() == "kept\n"
+
+
 def test_what_is_no_unicode_is_written_all_the_same(tmp_path: Path) -> None:
     log = BoundedLog(tmp_path / "log")
     log.write("path \udcff")

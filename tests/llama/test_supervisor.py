@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import socket
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from http.client import HTTPException
@@ -16,6 +17,7 @@ from typing import Any
 
 import pytest
 import trio
+from libmesh_node.llama import process as process_module
 from libmesh_node.llama import supervisor
 from libmesh_node.llama.engine import Binary, Engine
 from libmesh_node.llama.restart import RestartConfig, RestartPolicy
@@ -204,6 +206,32 @@ async def test_program_that_cannot_be_started_fails_with_the_reason(plan: Server
             process = await run.server.wait_settled()
     assert process.status == "failed"
     assert "No such file" in process.failure
+
+
+async def test_want_of_file_descriptors_is_a_failure_like_any_other(
+    plan: ServerPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the port, for the way to the guard, and for the guard; then there are some again."""
+    wants = ["port", "way", "guard"]
+
+    def short_of(what: str, real: Callable[..., Any]) -> Callable[..., Any]:
+        def act(*about: Any, **more: Any) -> Any:
+            if wants[:1] == [what]:
+                raise OSError(errno.EMFILE, f"no {wants.pop(0)}")
+            return real(*about, **more)
+
+        return act
+
+    monkeypatch.setattr(supervisor, "free_port", short_of("port", supervisor.free_port))
+    monkeypatch.setattr(process_module.socket, "socketpair", short_of("way", socket.socketpair))
+    monkeypatch.setattr(
+        process_module.trio.lowlevel, "open_process", short_of("guard", trio.lowlevel.open_process)
+    )
+    patient = script(tmp_path, "import time; time.sleep(300)")
+    async with running(patient, plan, tmp_path / "log") as run:
+        await eventually(lambda: run.server.process.pid is not None)
+    told = [seen.failure for seen in run.seen if seen.status == "restarting"]
+    assert [words.split()[-1] for words in told] == ["port", "way", "guard"]
 
 
 @pytest.fixture

@@ -7,8 +7,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import trio
@@ -72,9 +72,10 @@ async def open_guarded(
 
     Raises `ProgramNotStarted`.
     """
-    ours, theirs = socket.socketpair()
+    with _told_of(argv[0]):
+        ours, theirs = socket.socketpair()
     with ours:
-        with theirs:
+        with theirs, _told_of(argv[0]):
             guard = await trio.lowlevel.open_process(
                 [sys.executable, "-I", "-S", str(_GUARD), *argv],
                 stdin=theirs.fileno(),
@@ -100,6 +101,15 @@ async def open_guarded(
                 await control.aclose()  # the end of file that kills the program, if anything above failed
                 await guard.wait()
                 await output.aclose()
+
+
+@contextmanager
+def _told_of(program: str) -> Iterator[None]:
+    """What the system lacks for its guard, such as file descriptors, processes or memory, is told of the program."""
+    try:
+        yield
+    except OSError as exc:
+        raise ProgramNotStarted(f"{program} could not be started: {exc.strerror or exc}.") from exc
 
 
 async def _started(program: str, control: _Control) -> int:

@@ -129,8 +129,7 @@ class LlamaServer:
 
         `task_status.started` is called when supervision has begun, long before the server is ready. When cancelled,
         ends the server within 2.5 s: SIGTERM, once more, then SIGKILL. Whatever ends the node, kill -9 included, ends
-        the server too. Raises `OSError` if the log cannot be opened; a server that cannot be kept running is no
-        exception but the state `failed`.
+        the server too. A server that cannot be kept running is no exception but the state `failed`.
         """
         log = BoundedLog(self._log_path)
         try:
@@ -160,15 +159,15 @@ class LlamaServer:
 
     async def _live(self, log: BoundedLog) -> Ended:
         """One life of the server, from launch to end."""
-        port = free_port()
-        argv = server_args(self._binary, self.plan, port)
-        log.mark(f"$ {' '.join(argv)}")
-        self._change("starting", pid=None, port=port)
         try:
+            port = free_port()
+            argv = server_args(self._binary, self.plan, port)
+            log.mark(f"$ {' '.join(argv)}")
+            self._change("starting", pid=None, port=port)
             async with open_guarded(argv, environment=self._environment) as process:
                 self._change("starting", pid=process.pid)
                 status = await self._attend(process, port, log)
-        except ProgramNotStarted as exc:
+        except (ProgramNotStarted, OSError) as exc:  # without a port, it is an OSError
             return self._ended(str(exc).rstrip("."), False)
         said = [line for line in log.tail if line.strip()]
         return self._ended(self._cause or _in_words(status, said), any(_PORT_TAKEN in line for line in said))
