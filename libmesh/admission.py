@@ -154,7 +154,7 @@ class Admission:
         if not self._admitted:
             self._lonely.set()
 
-    def _greeting(self) -> hello.Greeting:
+    def _greeting(self, peer: PeerId) -> hello.Greeting:
         return hello.Greeting(
             self._agent,
             self._credential,
@@ -162,7 +162,7 @@ class Admission:
             self._now(),
             following=self._membership.following,
             attributes=self.attributes,
-            room=len(self._followers) < self._config.max_followers,
+            room=peer in self._followers or len(self._followers) < self._config.max_followers,
         )
 
     async def connect(self, peer: PeerId, addresses: Sequence[str]) -> None:
@@ -195,7 +195,7 @@ class Admission:
         try:
             with trio.fail_after(self._config.hello_limit):
                 async with await self._network.open_stream(peer, hello.PROTOCOL) as stream:
-                    await self._admit(stream, await hello.greet(stream, self._greeting()), dialled=True)
+                    await self._admit(stream, await hello.greet(stream, self._greeting(peer)), dialled=True)
         except AdmissionRefused:
             await self._network.disconnect(peer)
             raise
@@ -224,7 +224,9 @@ class Admission:
     async def _answer(self, stream: Stream) -> None:
         try:
             with trio.fail_after(self._config.hello_limit):
-                await self._admit(stream, await hello.answer(stream, self._greeting()), dialled=False)
+                await self._admit(
+                    stream, await hello.answer(stream, self._greeting(stream.peer)), dialled=False
+                )
         except AdmissionRefused as exc:
             log.info("%s", exc)
             await self._network.disconnect(stream.peer)

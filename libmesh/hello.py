@@ -51,7 +51,7 @@ class Greeting:
         now_unix: the time, for expiry.
         following: we announce nothing ourselves.
         attributes: what we would say, if we follow.
-        room: whether we take another one that follows.
+        room: whether we take the peer if it follows.
     """
 
     agent: str

@@ -7,8 +7,10 @@ import trio
 import trio.testing
 
 from libmesh import (
+    AdmissionConfig,
     AdmissionRefused,
     Mesh,
+    MeshConfig,
     PeerState,
     Scope,
     Stream,
@@ -69,6 +71,23 @@ async def test_renewed_membership_keeps_its_streams_beyond_the_first_end(
         for mesh in (founder, other):
             _, end = mesh.admission_of(guest.peer) or ((), 0)
             assert end is None
+
+
+async def test_follower_renews_where_there_is_room_for_no_other(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with town() as place:
+        full = MeshConfig(admission=AdmissionConfig(max_followers=1))
+        founder = await place._open(1, mesh_key=key(100), config=full)
+        guest = await place._open(2, invite=invite(founder), follow=True)
+        with founder.offer("echo", echo):
+            stream = await guest.open_service(founder.peer, "echo")
+            await guest.renew(invite(founder, ends=None))
+            await trio.sleep(2 * END)
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+            with pytest.raises(AdmissionRefused, match="no room"):
+                await place._open(3, invite=invite(founder, ends=None), follow=True)
 
 
 async def test_wider_scope_counts_on_connections_that_stand(autojump_clock: trio.testing.MockClock) -> None:
