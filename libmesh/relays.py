@@ -12,6 +12,7 @@ import trio
 
 from libmesh.core.plan import lot
 from libmesh.core.ways import is_circuit
+from libmesh.meeting import meet_at_relays
 from libmesh.net.base import Approach, Network, Stream
 from libmesh.net.relay_client import split_relay
 from libmesh.peers import PathKind, PeerId, PeerState, PeerView
@@ -131,6 +132,8 @@ async def relays_of(mesh: Mesh, driver: Driver, use: RelayUse) -> AsyncIterator[
         elif use.volunteer:
             nursery.start_soon(volunteer, mesh, driver.network)
         nursery.start_soon(follow_relays, mesh, driver.network, use, driver.approach)
+        if use.keep:
+            nursery.start_soon(meet_at_relays, mesh, driver)
         try:
             yield
         finally:

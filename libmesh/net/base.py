@@ -223,6 +223,21 @@ class Network(ABC):
         """
         return
 
+    async def register(self, point: PeerId, namespace: str, addresses: tuple[str, ...]) -> float:
+        """Leave word at a connected rendezvous point that this node is of `namespace` and at `addresses`.
+
+        Returns the seconds until it must be repeated; in the meantime whoever asks there hears of it. Raises `NetworkError`
+        if it was refused, and `ServiceRefused` if the peer is no such point.
+        """
+        raise NetworkError("this transport knows no rendezvous")
+
+    async def discover(self, point: PeerId, namespace: str) -> dict[PeerId, tuple[str, ...]]:
+        """The peers that have left word in `namespace`, 64 at most, and the addresses that they signed. Not this node.
+
+        It may be long ago, and anybody may have. Raises as `register`.
+        """
+        raise NetworkError("this transport knows no rendezvous")
+
     def reaching(self) -> Reaching:
         """What is known of how others reach this node."""
         return Reaching()

@@ -238,6 +238,14 @@ class Libp2pNetwork(Network):
         """See `Network.set_relays`."""
         self.relaying.client.set_relays(relays, approach)
 
+    async def register(self, point: PeerId, namespace: str, addresses: tuple[str, ...]) -> float:
+        """See `Network.register`."""
+        return await self.relaying.rendezvous.register(point, namespace, addresses)
+
+    async def discover(self, point: PeerId, namespace: str) -> dict[PeerId, tuple[str, ...]]:
+        """See `Network.discover`."""
+        return await self.relaying.rendezvous.discover(point, namespace)
+
     def relay_load(self) -> tuple[int, int, int]:
         """Of this node as a relay: peers that have a place here, circuits, and bytes carried by those that ended."""
         server = self.relaying.server

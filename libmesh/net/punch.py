@@ -200,7 +200,7 @@ class Puncher:
                     raise WireError("no sign to start")
             await self._meet(peer, request.addresses, initiator=True)
         except (WireError, NetworkError, trio.BrokenResourceError, trio.TooSlowError) as exc:
-            log.debug("hole punch of %s: %s", peer, exc or "too slow")
+            log.debug("hole punch of %s: %s", peer, str(exc) or "too slow")
             stream.reset()
         finally:
             del self._answering[peer]

@@ -186,7 +186,7 @@ class RelayClient:
                 await self._underlay.connect(relay, ways)
                 lasts = await self._reserve(relay)
         except (MeshError, trio.BrokenResourceError, trio.TooSlowError) as exc:
-            log.debug("no place at the relay %s: %s", relay, exc or "it did not answer in time")
+            log.debug("no place at the relay %s: %s", relay, str(exc) or "it did not answer in time")
             self._handle(core.Failed(relay))
         else:
             self._handle(core.Reserved(relay, lasts))
@@ -260,7 +260,7 @@ class RelayClient:
             with trio.fail_after(ANSWER_LIMIT):
                 request = wire.decode_stop_request(await receive_frame(stream, wire.MAX_MESSAGE))
         except (WireError, trio.TooSlowError) as exc:
-            log.debug("%s led nobody here: %s", stream.peer, exc or "too slow")
+            log.debug("%s led nobody here: %s", stream.peer, str(exc) or "too slow")
             stream.reset()
             return
         relay = stream.peer

@@ -13,6 +13,7 @@ from libmesh.errors import NetworkError
 from libmesh.net import tcp
 from libmesh.net.relay_client import CIRCUIT, RelayClient
 from libmesh.net.relay_server import RelayServer
+from libmesh.net.rendezvous import RendezvousClient, RendezvousPoint
 from libmesh.net.underlay import Underlay
 from libmesh.peers import Path, PathKind, PeerId
 
@@ -30,6 +31,8 @@ class Relaying:
     Attributes:
         client: uses relays.
         server: is one; `None` if this node is not to be.
+        point: is where others leave word, on a relay.
+        rendezvous: leaves word and asks at other points.
     """
 
     def __init__(
@@ -43,8 +46,11 @@ class Relaying:
     ) -> None:
         self._underlay = underlay
         self.client = RelayClient(underlay, changed=changed)
+        self.rendezvous = RendezvousClient(underlay, seed)
         self.server: RelayServer | None = None
+        self.point: RendezvousPoint | None = None
         if limits is not None:
+            self.point = RendezvousPoint(underlay, open_to_all=open_to_all)
             self.server = RelayServer(
                 underlay, seed, limits, addresses=self._own_addresses, open_to_all=open_to_all
             )

@@ -22,7 +22,8 @@ def add_parser(subparsers: Any) -> None:
         help="relay for nodes that cannot reach each other",
         description=(
             "Runs a relay and nothing else: no models, no API, no console. Nodes behind routers are reached through "
-            "it by the others, until they find a direct way. It cannot read what it passes on. It needs a machine that "
+            "it by the others, until they find a direct way. It cannot read what it passes on. It also keeps word of "
+            "where nodes are, for those that find nobody where he was. It needs a machine that "
             "can be reached from outside at --bind-port. It prints the addresses that a node's --relay takes; members "
             "of the mesh that it joins find it by themselves."
         ),
