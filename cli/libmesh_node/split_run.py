@@ -122,8 +122,8 @@ class SplitRun:
         with self.scope:
             try:
                 await self._live()
-            except (OSError, NodeError) as exc:
-                self._fail(SplitFailed(str(exc)))
+            except* (OSError, NodeError) as group:
+                self._fail(SplitFailed(str(group.exceptions[0])))
         return self._failure
 
     async def _live(self) -> None:

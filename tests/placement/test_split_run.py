@@ -1,0 +1,61 @@
+"""One split, of which this machine's own part fails. The workers are not real, the rest is; tests/node has all of it real."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import trio
+from libmesh_node import split_run
+from libmesh_node.llama.engine import Binary
+from libmesh_node.llama.gguf import read_header
+from libmesh_node.models.digest import model_digest
+from libmesh_node.models.reference import ModelFile
+from libmesh_node.placement.shape import shape_of
+from libmesh_node.placement.splitting import Placement, Share
+from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting
+
+
+class Worker:
+    """In place of `Borrowed`: it is there, and this machine has no port for it."""
+
+    def __init__(self, *_: object) -> None:
+        self.lost = trio.Event()
+
+    async def open(self) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def listen(self, _nursery: trio.Nursery) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    def close(self) -> None:
+        pass
+
+
+async def test_split_that_gets_no_port_fails_and_says_why(
+    tmp_path: Path, demo_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(split_run, "Borrowed", Worker)
+    header = read_header(demo_path)
+    model = ModelFile(name="m", parts=(demo_path,), size_bytes=1, header=header)
+    mesh: Any = SimpleNamespace(open_service=print)
+    setting = SplitSetting(
+        mesh=mesh,
+        binary=Binary(path=tmp_path / "none", version="", rpc_protocol="7.0.0", origin="PATH"),
+        model=model,
+        shape=shape_of([header], await model_digest(model.parts), 4096),
+        log=tmp_path / "log",
+        own_devices=(),
+        slots=4,
+    )
+    home, worker = (Share(peer=peer, layers=2, weights=1, granted=1 << 30) for peer in ("home", "worker"))
+    placement = Placement(host="home", home=home, workers=(worker,), tokens_per_second=1.0)
+    run = SplitRun(setting, placement, {"home": 1 << 30, "worker": 1 << 30}, lambda: None)
+    failure = await run.run()
+    assert isinstance(failure, SplitFailed)
+    assert "Too many open files" in str(failure)
+    assert not failure.peer
