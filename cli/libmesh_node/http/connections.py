@@ -23,6 +23,9 @@ log = logging.getLogger("libmesh_node.http")
 READY = 2
 """Connections to one tunnel that wait for requests. A request that finds none makes its own."""
 
+AFTER = 0.005
+"""Seconds after which they are made: what has come for a client just then goes first."""
+
 READY_FOR = 60.0
 """Seconds after which one that nobody needed is closed: half of what the other end allows (`libmesh.tunnel.IDLE_LIMIT`)."""
 
@@ -85,6 +88,7 @@ class Loopback(aiohttp.BaseConnector):
         return connection
 
     async def _make(self, where: tuple[str, int]) -> None:
+        await asyncio.sleep(AFTER)
         try:
             while self._living(where) < READY:
                 connection = await self._connect(where)
