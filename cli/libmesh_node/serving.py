@@ -16,7 +16,7 @@ from libmesh_node.datadir import DataDir
 from libmesh_node.entries import Entry, announced, bytes_in_words, least_context, read_headers, usable_context
 from libmesh_node.equipment import Equipment
 from libmesh_node.errors import NodeError
-from libmesh_node.llama.supervisor import LlamaServer, busy
+from libmesh_node.llama.supervisor import DRAIN_LIMIT, LlamaServer
 from libmesh_node.models.digest import model_digest
 from libmesh_node.models.reference import ModelFile, model_folders, resolve
 from libmesh_node.options import NodeOptions
@@ -28,9 +28,6 @@ log = logging.getLogger(__name__)
 
 MAX_ENTRIES = 64
 """Models that a node has a part in at once: as many as it may announce. One more is refused."""
-
-DRAIN_LIMIT = 120.0
-"""Seconds that a server that is unloaded may take to finish what it is answering."""
 
 _HEARD = 1.0
 """Seconds until all have heard that a server gets nothing new. What they sent before is finished."""
@@ -200,10 +197,7 @@ class LocalModels:
                 self.on_change()
 
     async def _is_busy(self, entry: Entry) -> bool:
-        """Whether its server is at work. One too busy to say so is; whoever asks again and again has a limit."""
-        if not entry.servers or entry.servers[0].base_url is None:
-            return False
-        return await busy(entry.servers[0].process.port, unsaid=True)
+        return bool(entry.servers) and await entry.servers[0].is_busy()
 
     async def _end(self, entry: Entry) -> None:
         """End the server of a model that is served alone. That of a split ends when its entry is `leaving`."""

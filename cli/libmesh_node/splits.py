@@ -22,7 +22,7 @@ from libmesh import Mesh, PeerId, Scope
 from libmesh_node.announced import AnnouncedModel, NodeStatus
 from libmesh_node.entries import Entry
 from libmesh_node.llama.rpc.lender import Lender, LentModel
-from libmesh_node.llama.supervisor import LlamaServer, busy
+from libmesh_node.llama.supervisor import LlamaServer
 from libmesh_node.models.digest import model_digest
 from libmesh_node.options import NodeOptions
 from libmesh_node.placement.electing import elect_at, predict
@@ -386,7 +386,7 @@ class _Host:
 
 
 async def _is_busy(server: LlamaServer) -> bool:
-    return server.base_url is not None and await busy(server.process.port, unsaid=True)
+    return await server.is_busy()
 
 
 def rules_of(options: NodeOptions) -> SplitRules:

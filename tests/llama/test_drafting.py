@@ -11,6 +11,7 @@ import trio.testing
 from libmesh_node import serving
 from libmesh_node.datadir import DataDir
 from libmesh_node.entries import Entry
+from libmesh_node.llama import supervisor
 from libmesh_node.llama.drafting import (
     LEAST_STEPS,
     DraftTrial,
@@ -22,8 +23,8 @@ from libmesh_node.llama.drafting import (
 )
 from libmesh_node.llama.engine import Binary, Engine
 from libmesh_node.llama.gguf import read_header
-from libmesh_node.llama.server import DraftPlan, ServerPlan
-from libmesh_node.models.reference import ModelFile
+from libmesh_node.llama.server import DraftPlan, ServerPlan, plan_server
+from libmesh_node.models.reference import ModelFile, open_model
 from libmesh_node.options import NodeOptions
 from libmesh_node.snapshot import Process
 
@@ -120,6 +121,9 @@ class Sleeper:
         self.plan, self.base_url = plan, None
         self.process = Process(name="llama-server", pid=None, port=0, model="m", status="stopping")
 
+    async def is_busy(self) -> bool:
+        return False
+
     async def run(self) -> None:
         self.plan = replace(self.plan, draft=None)
         await trio.sleep_forever()
@@ -144,3 +148,25 @@ async def test_a_draft_that_was_given_up_is_not_tried_again_after_a_sleep(
         models.wake(entry.digest)
         assert entry.servers[0].plan.draft is None
         nursery.cancel_scope.cancel()
+
+
+async def test_a_server_that_gives_up_its_draft_is_waited_for_within_a_limit(
+    tmp_path: Path, demo_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    asked: list[bool] = []
+
+    async def always(_port: int, *, unsaid: bool = False) -> bool:
+        asked.append(unsaid)
+        return True
+
+    monkeypatch.setattr(supervisor, "busy", always)
+    plan = plan_server(open_model(demo_path), memory_bytes=1 << 30)
+    binary = Binary(path=tmp_path / "none", version="", rpc_protocol=None, origin="PATH")
+    server = supervisor.LlamaServer(
+        binary, replace(plan, draft=DraftPlan(path=demo_path)), log=tmp_path / "log", environment={}
+    )
+    began = trio.current_time()
+    assert await server._try_draft(trial(400, 0, StepCosts(0.1, 0.2)), b"", 1)
+    assert trio.current_time() - began == pytest.approx(supervisor.DRAIN_LIMIT)
+    assert all(asked)
+    assert server.plan.draft is None

@@ -277,6 +277,28 @@ async def test_stranger_at_the_port_is_not_taken_for_the_server(
         assert run.server.process.status == "starting"
 
 
+async def test_server_that_stands_still_while_it_loads_is_ended(plan: ServerPlan, tmp_path: Path) -> None:
+    still = script(tmp_path, "import time; time.sleep(300)")
+    async with running(still, plan, tmp_path / "log", config=RestartConfig(failures=1)) as run:
+        run.server._stalled_after = 0.5
+        process = await run.until("failed")
+    assert "it stood still for 0.5 s, and was ended" in process.failure
+
+
+async def test_server_that_takes_nothing_new_is_asked_whether_it_is_busy(
+    plan: ServerPlan, tmp_path: Path
+) -> None:
+    """As while it gives up its draft. One that does not answer counts as busy, one that loads has nothing to do."""
+    still = script(tmp_path, "import time; time.sleep(300)")
+    async with running(still, plan, tmp_path / "log") as run:
+        await eventually(lambda: run.server.process.pid is not None)
+        assert not await run.server.is_busy()
+        run.server._change("restarting")
+        assert await run.server.is_busy()
+        run.server._change("restarting", pid=None)
+        assert not await run.server.is_busy()
+
+
 async def test_output_without_end_fills_no_disk(plan: ServerPlan, tmp_path: Path) -> None:
     loud = script(tmp_path, "import sys\nwhile True: sys.stdout.write('x' * 5000 + '\\n')")
     async with running(loud, plan, tmp_path / "log"):

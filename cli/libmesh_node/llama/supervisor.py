@@ -9,8 +9,8 @@ What a life looks like, in the words of `snapshot.Process.status`:
 *starting*: the process runs and does not answer. *loading*: it answers that it is loading (503). *ready*: it answers
 200, and serves the right model under the right name. *restarting*: it ended, and waits for its next start.
 
-Once ready, health is not asked again. What ends a server besides its own end is a stall (`stall.py`): health says "ok"
-then as before. One whose draft model makes it slower (`drafting.py`) is started again without, when it has nothing to do.
+Once ready, health is not asked again. What ends a server besides its own end is a stall (`stall.py`), also of one that
+loads: health says "ok" then, or "loading", as before. One whose draft model makes it slower (`drafting.py`) is started again without, when it has nothing to do.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ POLL_LIMIT = 2.0
 
 STALLED_AFTER = 60.0
 """Seconds without any sign of life after which a server that computes on this machine only is ended."""
+
+DRAIN_LIMIT = 120.0
+"""Seconds that a server which is to be started again, or to be unloaded, may take to finish what it is answering."""
 
 TERM_AGAIN_AFTER = 0.8
 KILL_AFTER = 1.6
@@ -118,6 +121,14 @@ class LlamaServer:
     def base_url(self) -> str | None:
         """Where requests go; `None` unless it is ready."""
         return f"http://127.0.0.1:{self.process.port}" if self.process.status == "ready" else None
+
+    async def is_busy(self) -> bool:
+        """Whether it is answering requests, also while it gets no new ones because it is to be started again.
+
+        One too busy to say so is; whoever asks again and again has a limit.
+        """
+        takes_or_took = self.process.pid is not None and self.process.status in ("ready", "restarting")
+        return takes_or_took and await busy(self.process.port, unsaid=True)
 
     async def wait_settled(self) -> Process:
         """Wait until the server is ready, has failed for good or is being ended, the first time. Returns its state then."""
@@ -208,16 +219,14 @@ class LlamaServer:
         return Ended(reason, port_taken)
 
     async def _watch(self, process: GuardedProcess, port: int) -> None:
-        await self._watch_health(port)
         progress, answers = Progress(self._stalled_after), 0
+        if not await self._wait_ready(process, port, progress):
+            return
         trial = DraftTrial() if self.plan.draft is not None else None
         while True:
             metrics = await _get(port, "/metrics")
             answers += bool(metrics)
-            now, used = trio.current_time(), cpu_seconds(process.pid)
-            if progress.stalled(now, answers, self._lines, now if used is None else used):
-                self._cause = f"it stood still for {self._stalled_after:g} s, and was ended"
-                await process.send_signal(signal.SIGKILL)
+            if await self._end_stalled(process, progress, answers):
                 return
             load, done = read_load(metrics, self.load), read_work(metrics)
             if load.busy or done != self._done:
@@ -229,6 +238,15 @@ class LlamaServer:
                 await _end(process)
                 return
             await trio.sleep(LOAD_POLL)
+
+    async def _end_stalled(self, process: GuardedProcess, progress: Progress, answers: int) -> bool:
+        """Whether it stands still; then it is ended."""
+        now, used = trio.current_time(), cpu_seconds(process.pid)
+        stalled = progress.stalled(now, answers, self._lines, now if used is None else used)
+        if stalled:
+            self._cause = f"it stood still for {self._stalled_after:g} s, and was ended"
+            await process.send_signal(signal.SIGKILL)
+        return stalled
 
     async def _try_draft(self, trial: DraftTrial, metrics: bytes, port: int) -> bool:
         """Whether the server is to be started again without its draft; it has nothing to do then."""
@@ -243,11 +261,13 @@ class LlamaServer:
         self._cause, self._again = f"{why}; it goes on without", True
         self.plan = replace(self.plan, draft=None)
         self._change("restarting")  # nothing new comes; what came in the meantime is answered
-        while await busy(port):  # noqa: ASYNC110 - another process is asked
-            await trio.sleep(0.2)
+        with trio.move_on_after(DRAIN_LIMIT):
+            while await busy(port, unsaid=True):  # noqa: ASYNC110 - another process is asked
+                await trio.sleep(0.2)
         return True
 
-    async def _watch_health(self, port: int) -> None:
+    async def _wait_ready(self, process: GuardedProcess, port: int, progress: Progress) -> bool:
+        """Ask until it serves, for as long as it gets on with loading; False if it did not, and was ended."""
         pause = FIRST_POLL
         while True:
             status = await _get_status(port, "/health")
@@ -255,9 +275,11 @@ class LlamaServer:
                 self._policy.handle(Ready(), trio.current_time())
                 self.used_at, self._done = trio.current_time(), 0.0
                 self._change("ready", failure="")
-                return
+                return True
             if status == 503 and self.process.status == "starting":
                 self._change("loading")
+            if await self._end_stalled(process, progress, 0):
+                return False
             await trio.sleep(pause)
             pause = min(pause * 1.5, SLOWEST_POLL)
 
