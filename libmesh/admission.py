@@ -7,7 +7,8 @@ is connected, tries the contacts that our invite named.
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import trio
@@ -80,7 +81,7 @@ class Admission:
         self._ending = Alarm()
         self.attributes = b""
         self._lonely = trio.Event()
-        self._answering: set[PeerId] = set()
+        self._answering: dict[PeerId, trio.Lock] = {}
         self._waiting: dict[PeerId, trio.CancelScope] = {}
         self._connecting: dict[PeerId, trio.Lock] = {}
 
@@ -173,16 +174,10 @@ class Admission:
         Once our own membership has ended, nobody is bothered any more.
         """
         self._check_not_ended(peer)
-        lock = self._connecting.setdefault(peer, trio.Lock())
-        try:
-            async with lock:
-                await self._find_path(peer, self.allowed(peer, addresses))
-                if peer not in self._admitted:
-                    await self._say_hello(peer)
-        finally:
-            waiting = lock.statistics()
-            if not waiting.locked and not waiting.tasks_waiting:
-                self._connecting.pop(peer, None)
+        async with _turn(self._connecting, peer):
+            await self._find_path(peer, self.allowed(peer, addresses))
+            if peer not in self._admitted:
+                await self._say_hello(peer)
 
     def _check_not_ended(self, peer: PeerId) -> None:
         end = self._credential.not_after_unix
@@ -211,15 +206,16 @@ class Admission:
             ) from exc
 
     async def answer_hello(self, stream: Stream) -> None:
-        """Serve an inbound hello; one of a peer at a time."""
-        if stream.peer in self._answering:
+        """Serve an inbound hello; one of a peer at a time.
+
+        Another one waits, for it may overtake the last words of the one before; a third is reset.
+        """
+        lock = self._answering.get(stream.peer)
+        if lock is not None and lock.statistics().tasks_waiting:
             stream.reset()
             return
-        self._answering.add(stream.peer)
-        try:
+        async with _turn(self._answering, stream.peer):
             await self._answer(stream)
-        finally:
-            self._answering.discard(stream.peer)
 
     async def _answer(self, stream: Stream) -> None:
         try:
@@ -273,13 +269,17 @@ class Admission:
             await self.greet(peer)
 
     async def greet(self, peer: PeerId) -> None:
-        """Say hello once more to a peer that may take us for a member no longer. Nothing if we do not know it either."""
-        if peer not in self._admitted:
-            return
-        try:
-            await self._say_hello(peer)
-        except MeshError as exc:
-            log.info("%s", exc)
+        """Say hello once more to a peer that may take us for a member no longer. Nothing if we do not know it either.
+
+        One at a time, like `connect`.
+        """
+        async with _turn(self._connecting, peer):
+            if peer not in self._admitted:
+                return
+            try:
+                await self._say_hello(peer)
+            except MeshError as exc:
+                log.info("%s", exc)
 
     async def expire_loop(self) -> None:
         """Cut off whoever's membership ends. No table has those who only follow, so nothing else would."""
@@ -326,3 +326,16 @@ class Admission:
             except MeshError as exc:
                 log.log(logging.DEBUG if str(exc) == told else logging.INFO, "still alone: %s", exc)
                 told = str(exc)
+
+
+@asynccontextmanager
+async def _turn(locks: dict[PeerId, trio.Lock], peer: PeerId) -> AsyncIterator[None]:
+    """Be the only one who does something with `peer`; keeps no lock that nobody uses."""
+    lock = locks.setdefault(peer, trio.Lock())
+    try:
+        async with lock:
+            yield
+    finally:
+        use = lock.statistics()
+        if not use.locked and not use.tasks_waiting:
+            locks.pop(peer, None)

@@ -6,7 +6,7 @@ import pytest
 import trio
 import trio.testing
 
-from libmesh import AdmissionRefused, Mesh, Scope, Stream
+from libmesh import AdmissionRefused, Mesh, Scope, Stream, StreamReset, hello
 from tests.members import NOW
 from tests.town import Town, town
 
@@ -46,6 +46,26 @@ async def test_many_that_need_an_unconnected_peer_share_one_hello(
                     await stream.aclose()
                 opened.clear()
         assert not two._driver.admission._connecting
+
+
+async def test_one_hello_waits_for_another_of_the_same_peer_and_a_third_does_not(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with town() as place:
+        two, three = await _three(place)
+        admission, streams = two._driver.admission, []
+        for _ in range(3):
+            streams.append(await two._driver.network.open_stream(three.peer, hello.PROTOCOL))
+            await trio.sleep(0.1)
+        with pytest.raises(StreamReset):
+            await streams.pop().receive_some()
+        for stream in streams:
+            async with stream:
+                said = await hello.greet(stream, admission._greeting(three.peer))
+                await admission._admit(stream, said, dialled=True)
+        await trio.sleep(20)
+        assert two.view.get(three.peer).path is not None  # type: ignore[union-attr]
+        assert not three._driver.admission._answering
 
 
 async def test_cancelled_hello_leaves_nobody_half_admitted(autojump_clock: trio.testing.MockClock) -> None:

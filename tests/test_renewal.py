@@ -90,6 +90,21 @@ async def test_follower_renews_where_there_is_room_for_no_other(
                 await place._open(3, invite=invite(founder, ends=None), follow=True)
 
 
+async def test_renewals_in_a_row_keep_a_followers_streams(autojump_clock: trio.testing.MockClock) -> None:
+    async with town() as place:
+        founder, other = await place.of(2)
+        guest = await place._open(3, invite=invite(founder), follow=True)
+        await until(lambda: state(guest, other) is PeerState.ALIVE)
+        with founder.offer("echo", echo), other.offer("echo", echo):
+            streams = [await guest.open_service(mesh.peer, "echo") for mesh in (founder, other)]
+            for ends in (END + 1, END + 2, END + 3, None):
+                await guest.renew(invite(founder, ends=ends))
+            await trio.sleep(2 * END)
+            for stream in streams:
+                await stream.send_all(b"x")
+                assert await stream.receive_some() == b"x"
+
+
 async def test_wider_scope_counts_on_connections_that_stand(autojump_clock: trio.testing.MockClock) -> None:
     async with town() as place:
         founder = await place.found()
