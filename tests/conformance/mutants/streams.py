@@ -133,7 +133,8 @@ def accepts_five_byte_lengths(patch: Patch) -> None:
 
 @mutant("frame.too_long.open", "left open", slow=True)
 def waits_for_whatever_was_promised(patch: Patch) -> None:
-    for module in (tunnel, probing, hello):
+    patch.setattr(tunnel, "FrameReader", lambda stream, limit: framing.FrameReader(stream, 2**30))
+    for module in (probing, hello):
         patch.setattr(module, "receive_frame", lambda stream, limit: framing.receive_frame(stream, 2**30))
 
 
