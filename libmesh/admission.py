@@ -140,6 +140,10 @@ class Admission:
             self._admitted[peer] = credential
             self._ending.moved()
 
+    def slept(self) -> None:
+        """The date has jumped: memberships may have ended."""
+        self._ending.moved()
+
     def revoke(self, peer: PeerId) -> None:
         """Treat `peer` as a stranger from now on."""
         self._admitted.pop(peer, None)

@@ -189,6 +189,7 @@ class Driver:
         """Tell the membership machine, and do what it asks."""
         if slept := self._clock.woke():
             log.info("this machine slept for %.0f s", slept)
+            self.admission.slept()
             self.handle(io.Slept(slept))
         changed = isinstance(event, io.Connected | io.Disconnected)
         for effect in self.membership.handle(event, self.now()):

@@ -115,3 +115,15 @@ async def test_membership_that_ended_in_the_sleep_has_ended(
         await until(lambda: state(founder, guest) is PeerState.ALIVE)
         machine.slept += 2 * 3600
         await until(lambda: state(founder, guest) is PeerState.DEAD, limit=10)
+
+
+async def test_whoever_only_follows_is_cut_off_when_its_membership_ended_in_the_sleep(
+    autojump_clock: trio.testing.MockClock, machine: Machine
+) -> None:
+    async with town() as place:
+        founder = await place.found()
+        token = founder.invite(scope=Scope.CLIENT, not_after_unix=NOW + 3600)
+        await place._open(2, invite=token, follow=True)
+        await until(lambda: len(founder.view.followers) == 1)
+        machine.slept += 2 * 3600
+        await until(lambda: founder.view.followers == (), limit=60)
