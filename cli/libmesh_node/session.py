@@ -47,7 +47,7 @@ MAX_EXPOSED = 128
 """Services that people may expose: half of what a node may offer, so that its models always find room."""
 
 RETRY_AFTER = 5.0
-"""Seconds until a tunnel to a model is tried again for which this machine had no port."""
+"""Seconds until a tunnel to a model, or the offer of one, is tried again for which this machine had no port."""
 
 MAX_TUNNELS = 1024
 """Tunnels to models, and as many that people asked for. Further models of peers are left out, with a line in the log."""
@@ -158,12 +158,16 @@ class Session:
     async def _offer(self, name: str, port: int, door: Door, scope: trio.CancelScope) -> None:
         with scope:
             async with self._offering.setdefault(name, trio.Lock()):  # until its predecessor is withdrawn
-                try:
-                    async with trio.open_nursery() as nursery:
-                        await nursery.start(door.run)
-                        await expose(self.mesh, SERVICE_PREFIX + name, "127.0.0.1", port, door=door)
-                except* (ValueError, OSError) as group:
-                    log.warning("%s is served on this machine only: %s", name, group.exceptions[0])
+                told = ""
+                while True:
+                    try:
+                        async with trio.open_nursery() as nursery:
+                            await nursery.start(door.run)
+                            await expose(self.mesh, SERVICE_PREFIX + name, "127.0.0.1", port, door=door)
+                    except* (ValueError, OSError) as group:
+                        if told != (told := str(group.exceptions[0])):
+                            log.warning("%s is served on this machine only, for now: %s", name, told)
+                    await trio.sleep(RETRY_AFTER)
 
     # ── what others offer ────────────────────────────────────────────────────────────────────────────────────────
 
