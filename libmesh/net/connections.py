@@ -46,6 +46,11 @@ RETIRE_AFTER = 2.0
 than a round trip, so that streams that the peer opened before it saw the better one are not cut."""
 
 
+REPLACED_FOR = 1.0
+"""Seconds for which another connection must have been there before a silent one is ended: when a link comes back, both speak
+again, and which one first is chance."""
+
+
 @dataclass(slots=True)
 class Peer:
     """A peer with at least one connection. Its first stream may come before py-libp2p tells of the connection."""
@@ -53,6 +58,7 @@ class Peer:
     admitted: trio.Event = field(default_factory=trio.Event)
     connections: list[Any] = field(default_factory=list)
     best: Any = None
+    best_since: float = 0.0
     waiting: int = 0
 
 
@@ -232,7 +238,7 @@ class Connections:
         entry.connections.append(connection)
         self._watch(peer, connection)
         if len(entry.connections) == 1:
-            entry.best = connection
+            entry.best, entry.best_since = connection, trio.current_time()
             inbound = connection.direction is Direction.INBOUND
             self._emit(PeerConnected(peer, path_of(connection), inbound))
             if entry.admitted.is_set():
@@ -287,7 +293,11 @@ class Connections:
 
     def _is_silent(self, connection: Any) -> None:
         """A connection has been silent for long."""
-        if self.answers(PeerId(str(connection.muxed_conn.peer_id))):
+        peer = PeerId(str(connection.muxed_conn.peer_id))
+        entry = self.peers.get(peer)
+        if entry is None or not self.answers(peer):
+            return
+        if trio.current_time() - entry.best_since >= REPLACED_FOR:
             connection.muxed_conn.give_up("it was silent, and replaced")
 
     def _forget(self, peer: PeerId) -> None:
@@ -302,7 +312,7 @@ class Connections:
         best = connections[0]
         if best is not entry.best:
             renewed = entry.best is not None and self.vigil.doubts(entry.best)
-            entry.best = best
+            entry.best, entry.best_since = best, trio.current_time()
             self._emit(PathChanged(peer, path_of(best), renewed))
             if entry.admitted.is_set() and self.tasks is not None:
                 self.tasks.start_soon(self._gossip.moved, best.muxed_conn.peer_id, best)

@@ -9,7 +9,7 @@ import pytest
 import trio
 
 from libmesh.core import pulse
-from libmesh.net import vigil
+from libmesh.net import connections, vigil
 from libmesh.net.base import NetworkEvent, PathChanged, PathSilent, StreamReset
 from libmesh.net.libp2p import Libp2pNetwork
 from libmesh.net.tcp import host_and_port
@@ -21,6 +21,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vigil, "LOOK_EVERY", 0.02)
     monkeypatch.setattr(vigil, "SILENT_FOR", 0.2)
     monkeypatch.setattr(pulse, "LEAST_PATIENCE", 0.1)
+    monkeypatch.setattr(connections, "REPLACED_FOR", 0.1)
 
 
 class Line:
