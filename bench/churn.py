@@ -1,6 +1,6 @@
-"""Connects to one peer and disconnects again, ten thousand times, and tells what that peer still holds: tasks, files, memory.
+"""Connects to one peer and disconnects again, thousands of times, and tells what that peer still holds: tasks, files, memory.
 
-    python -m bench.churn [COUNT]
+    python bench/churn.py [COUNT]            two thousand unless told
 
 Twenty peers do it at once, each anew under another identity after every fiftieth time. What is held at the end is compared
 with what was held after the first tenth, when caches are full. The last line is their ratio: 1.00 is no growth.
@@ -89,4 +89,4 @@ async def main(total: int) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, int(sys.argv[1]) if len(sys.argv) > 1 else 10_000)
+    trio.run(main, int(sys.argv[1]) if len(sys.argv) > 1 else 2_000)
