@@ -34,6 +34,7 @@ def test_request_that_nobody_can_answer_is_told_at_once_and_as_long_as_it_waits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(asking, "EVERY", 0.01)
+    monkeypatch.setattr(asking, "SOONEST", 0.0)
     told: list[tuple[Asked, ...]] = []
 
     async def main() -> None:
@@ -51,8 +52,25 @@ def test_request_that_nobody_can_answer_is_told_at_once_and_as_long_as_it_waits(
     assert told[-1] == ()
 
 
+def test_however_many_wait_the_node_is_told_of_them_now_and_then_only(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(asking, "SOONEST", 3600.0)
+    told: list[tuple[Asked, ...]] = []
+
+    async def main() -> None:
+        counting = Asking(told.append)
+        for _ in range(50):
+            with counting.counted(exchange(), model("m")):
+                await asyncio.sleep(0.001)
+
+    asyncio.run(main())
+    assert told == [(asked("m", 1, 1),)]
+
+
 def test_requests_are_gathered_and_models_without_a_digest_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(asking, "EVERY", 0.01)
+    monkeypatch.setattr(asking, "SOONEST", 0.0)
     monkeypatch.setattr(asking, "MAX_MODELS", 2)
     told: list[tuple[Asked, ...]] = []
 

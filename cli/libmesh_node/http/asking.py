@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,7 +13,10 @@ from libmesh_node.http.exchange import Exchange
 from libmesh_node.snapshot import Model
 
 EVERY = 1.0
-"""Seconds between two reports. Of a request for a model that nobody serves the node hears at once."""
+"""Seconds between two reports. Of a request for a model that nobody serves the node hears at once, or `SOONEST` after."""
+
+SOONEST = 0.1
+"""Seconds from one report to the next, whatever is asked for."""
 
 MAX_MODELS = 64
 """Models in a report. When full, requests for further ones wait for the next."""
@@ -27,6 +31,7 @@ class Asking:
         self._names: dict[str, str] = {}
         self._open: dict[int, tuple[Exchange, str]] = {}
         self._due: asyncio.TimerHandle | None = None
+        self._reported = -math.inf
         self._said_waiting = False
 
     @contextmanager
@@ -46,14 +51,15 @@ class Asking:
 
     def _report_in(self, seconds: float) -> None:
         loop = asyncio.get_running_loop()
+        when = max(loop.time() + seconds, self._reported + SOONEST)
         if self._due is not None:
-            if self._due.when() <= loop.time() + seconds:
+            if self._due.when() <= when:
                 return
             self._due.cancel()
-        self._due = loop.call_later(seconds, self._report)
+        self._due = loop.call_at(when, self._report)
 
     def _report(self) -> None:
-        self._due = None
+        self._due, self._reported = None, asyncio.get_running_loop().time()
         waiting = Counter(digest for exchange, digest in self._open.values() if exchange.seeking)
         digests = {*self._new, *waiting}
         if self._new or waiting or self._said_waiting:
