@@ -51,7 +51,7 @@ from libmesh.core.yamux_frames import (
     Writable,
 )
 from libmesh.core.yamux_parser import FrameParser, Header
-from libmesh.core.yamux_streams import State, StreamState, StreamTable, widen
+from libmesh.core.yamux_streams import MAY_SEND, State, StreamState, StreamTable, widen
 
 _MAX_STREAM_ID = 2**32 - 1
 _MAX_REFUSALS = 1024  # streams refused in a row before the peer is cut off; go-yamux refuses for ever
@@ -73,15 +73,13 @@ class Yamux:
         self._windows = self.table.windows
         self._next_id = 1 if initiator else 2
         self._peer_parity = 0 if initiator else 1
-        self._open_refused = False
+        self._open_refused = self._gone = False
         self._refusals = 0
-        self._gone = False
         self.broken: str | None = None
         self._control = ControlQueue()
         # where the parser stands
         self._parser = FrameParser()
-        self._body_left = 0
-        self._body_stream = 0
+        self._body_left = self._body_stream = 0
         self._body_known = False  # the body belongs to a live stream; otherwise it is skipped
         self._body_finishes = False
         self.keepalive = Keepalive(
@@ -124,7 +122,7 @@ class Yamux:
         The frame must be sent: the window has been charged.
         """
         stream = self._streams.get(stream_id)
-        if stream is None or stream.state not in (State.OPEN, State.REMOTE_FINISHED):
+        if stream is None or stream.state not in MAY_SEND:
             return b"", 0
         count = min(size, stream.send_window, self._options.max_frame)
         if count <= 0:
@@ -258,6 +256,8 @@ class Yamux:
         if not data or self.broken is not None:
             return events
         self.keepalive.heard(now)
+        if (whole := self._parser.whole(data)) is not None and self.table.takes(whole):
+            return [Data(whole[3], data[HEADER.size :])]  # a message in a record of its own, as most are
         for item in self._parser.feed(data):
             if isinstance(item, tuple):
                 self._header(events, now, item)

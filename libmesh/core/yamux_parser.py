@@ -18,6 +18,13 @@ class FrameParser:
         self._partial = b""
         self._body_left = 0
 
+    def whole(self, data: bytes | memoryview) -> Header | None:
+        """The header if `data` is one DATA frame with its body, no more and no less; then it needs no `feed`."""
+        if self._body_left or self._partial or len(data) <= HEADER.size:
+            return None
+        header: Header = HEADER.unpack_from(data)
+        return header if header[1] == DATA and len(data) - HEADER.size == header[4] else None
+
     def feed(self, data: bytes | memoryview) -> list[Header | bytes | memoryview]:
         """Headers, and behind each DATA header the pieces of its body (like `data`, never empty) as far as they came."""
         items: list[Header | bytes | memoryview] = []

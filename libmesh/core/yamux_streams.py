@@ -13,6 +13,7 @@ from __future__ import annotations
 from enum import Enum
 
 from libmesh.core.yamux_frames import SPEC_WINDOW, Options
+from libmesh.core.yamux_parser import Header
 
 MAX_SEND_WINDOW = 2**32 - 1
 """What a peer's grants may add up to; more is not believed."""
@@ -27,6 +28,10 @@ class State(Enum):
     LOCAL_FINISHED = 1
     REMOTE_FINISHED = 2
     LINGERING = 3
+
+
+MAY_SEND = (State.OPEN, State.REMOTE_FINISHED)
+MAY_RECEIVE = (State.OPEN, State.LOCAL_FINISHED)
 
 
 class StreamState:
@@ -156,6 +161,18 @@ class StreamTable:
         else:
             self.unacknowledged += 1
         return stream
+
+    def takes(self, header: Header) -> bool:
+        """Charge a whole DATA frame, if nothing about it or its stream is out of the ordinary; if not, do nothing."""
+        version, _, flags, stream_id, length = header
+        stream = self.states.get(stream_id)
+        if version or flags or stream is None or length > stream.receive_window:
+            return False
+        if stream.state not in MAY_RECEIVE or not self.windows.fits(length):
+            return False
+        stream.receive_window -= length
+        self.windows.unread += length
+        return True
 
     def answer(self, stream: StreamState) -> None:
         """The ACK of a stream came or was sent. Harmless to repeat."""

@@ -168,7 +168,8 @@ class YamuxStream(StockFace):
 
         Raises like `send_all`. The memory is free again when this returns.
         """
-        self._check_sendable()
+        if self._closed or self._eof_sent or self._broken is not None:
+            self._check_sendable()
         view = _bytes_of(data)
         return self._outbound.send_nowait(self, view) if len(view) else 0
 
@@ -319,18 +320,22 @@ class YamuxStream(StockFace):
 
     # ---- told by the connection -------------------------------------------------------------------------------
 
-    @property
-    def takes_at_once(self) -> bool:
-        """Whether a sink waits for what arrives next: it is better given all of it together, by `deliver_all`."""
-        return self._sink is not None and not self._chunks
+    def arrive(self, data: bytes | memoryview, held: dict[YamuxStream, Pieces] | None) -> None:
+        """Bytes arrived. A sink gets them at once, or where more is to follow, from `held` with `deliver_all`."""
+        if self._sink is None or self._chunks:
+            self._deliver(data)
+        elif held is None:
+            self.deliver_all([data])
+        else:
+            held.setdefault(self, []).append(data)
 
-    def deliver(self, data: bytes | memoryview) -> None:
-        """Bytes arrived that are to wait for their reader. A view is copied."""
+    def _deliver(self, data: bytes | memoryview) -> None:
+        """Have bytes wait for their reader. A view is copied."""
         self._chunks.append(bytes(data))
         self._receivable.wake()
 
     def deliver_all(self, pieces: Pieces) -> None:
-        """What arrived since `takes_at_once`. What the sink leaves waits for the reader."""
+        """What `arrive` held back. What the sink leaves waits for the reader."""
         taken = self._sink(pieces) if self._sink is not None else 0
         if taken:
             self.muxed_conn.consumed(self.stream_id, taken)
@@ -338,7 +343,7 @@ class YamuxStream(StockFace):
             if taken >= len(piece):
                 taken -= len(piece)
             else:
-                self.deliver(piece[taken:])
+                self._deliver(piece[taken:])
                 taken = 0
 
     def peer_finished(self) -> None:

@@ -49,7 +49,6 @@ SHORT_PATH = 0.001
 CLOSE_TIME = 0.5
 """Seconds that `close` waits for what is queued to leave."""
 
-
 Serve = Callable[[YamuxStream], None]
 """Takes over an inbound stream at once, with what has arrived on it. Must not block or raise."""
 
@@ -253,8 +252,9 @@ class YamuxConnection(IMuxedConn):
                 if self._over is not None:
                     return  # it ended while this was under way, and its streams are gone
                 now = trio.current_time()
+                alone = len(records) == 1
                 for record in records:
-                    self._handle(machine.receive(record, now))
+                    self._handle(machine.receive(record, now), alone=alone)
                     taken += len(record)
                 if self._held:
                     self._deliver_held()
@@ -285,16 +285,13 @@ class YamuxConnection(IMuxedConn):
 
     # ---- events -----------------------------------------------------------------------------------------------
 
-    def _handle(self, events: list[Event]) -> None:
-        streams = self._streams
+    def _handle(self, events: list[Event], *, alone: bool = False) -> None:
+        streams, alone = self._streams, alone and len(events) == 1
         for event in events:
+            if type(event) is Data:  # nearly all are, and a pattern costs three times as much
+                streams[event.stream].arrive(event.data, None if alone else self._held)
+                continue
             match event:
-                case Data(stream_id, data):
-                    stream = streams[stream_id]
-                    if stream.takes_at_once:
-                        self._held.setdefault(stream, []).append(data)
-                    else:
-                        stream.deliver(data)
                 case Writable(stream_id):
                     self._outbound.window_opened(streams[stream_id])
                 case Opened(stream_id):

@@ -101,18 +101,33 @@ class Outbound:
         header, count = self._machine.data(stream.stream_id, len(view))
         if not count:
             return 0
-        self.append(header, bytes(view[:count]))
-        if not self._blocked:
-            now = trio.current_time()
-            company = now - self._last_small_at < CORK_TIME and self._last_small is not stream
-            if stream.peer_has_finished:
-                company = True  # the answer to all that was asked: our own end follows at once
-            self._last_small, self._last_small_at = stream, now
+        if self._blocked:
+            self.append(header, bytes(view[:count]))
+            return count
+        # The end of a peer that has asked all is followed by ours at once. The clock is read when the frame has left.
+        company = stream.peer_has_finished or (
+            self._last_small is not stream and trio.current_time() - self._last_small_at < CORK_TIME
+        )
+        if not (company or self._outbox or self._ready or self._machine.has_control):
+            self._send_alone((header, view[:count]))
+        else:
+            self.append(header, bytes(view[:count]))
             if company:
                 self.flush_soon()
             else:
                 self.pump()
+        self._last_small, self._last_small_at = stream, trio.current_time()
         return count
+
+    def _send_alone(self, pieces: tuple[bytes, memoryview]) -> None:
+        """What `pump` does, for a frame when nothing else waits: a message that is answered is mostly alone."""
+        try:
+            self._channel.put(pieces)
+            if not self._channel.flush_nowait():
+                self._blocked = True
+                self.flush_soon()
+        except StreamReset as exc:
+            self._fail(str(exc))
 
     def post(self, stream: YamuxStream, data: bytes, *, hurry: bool) -> None:
         """Send a few bytes of a new stream, soon. The window has room for them.

@@ -122,16 +122,19 @@ class RecordChannel(Channel):
             view = memoryview(buffer)
             try:
                 tail = self._tail
-                start = len(tail)
-                view[:start] = tail
+                if start := len(tail):
+                    view[:start] = tail
                 # Where an unfinished record ends and no further than a batch, so that in bulk a read ends where a record
                 # does. Reading what fits left nearly a record over each time, and moving that was a tenth of all work.
                 missing = 2 + ((tail[0] << 8) | tail[1]) - start if start >= 2 else 0
                 rest = view[start : start + missing + _BATCH_BYTES]
-                count = pipe.receive_nowait(rest) if self._more else await pipe.receive_into(rest)
-                self._more = count == len(rest)
+                count = pipe.receive_nowait(rest)
                 if count is None:
-                    continue
+                    if self._more:
+                        self._more = False
+                        continue
+                    count = await pipe.receive_into(rest)
+                self._more = count == len(rest)
                 if count == 0:
                     if start:
                         raise StreamReset("connection lost inside a record")

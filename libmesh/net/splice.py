@@ -180,10 +180,10 @@ class _Pumps:
         try:
             count = os.readv(self._socket.fileno(), (buffer,))
             if count:
-                with memoryview(buffer) as whole, whole[:count] as view:
-                    if self._journal is not None:
-                        self._journal.append(view)
-                    sent = self.stream.send_nowait(view)
+                view = memoryview(buffer)[:count]
+                if self._journal is not None:
+                    self._journal.append(view)
+                sent = self.stream.send_nowait(view)
                 self.bytes_sent += count
                 if sent < count:
                     self._unsent = buffer, sent, count

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from libmesh.core.yamux_frames import (
     ACK,
@@ -326,3 +329,38 @@ def test_a_released_stream_delivers_until_it_is_reset_for_lingering() -> None:
 
 
 # ---- windows ----------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([DATA, DATA, DATA, WINDOW_UPDATE]),
+            st.sampled_from([0, 0, 0, 0, SYN, ACK, FIN, RST, SYN | FIN]),
+            st.sampled_from([1, 1, 3, 5]),
+            st.sampled_from([0, 1, 64, 5000, SPEC_WINDOW // 2]),
+        ),
+        max_size=12,
+    )
+)
+def test_frames_one_by_one_mean_what_they_mean_when_cut_anywhere(
+    headers: list[tuple[int, int, int, int]],
+) -> None:
+    whole, cut = (Side(False, replace(PLAIN, max_unread=SPEC_WINDOW)) for _ in "ab")
+    for side in (whole, cut):
+        side.take(frame(WINDOW_UPDATE, SYN, 1, 0))
+    for kind, flags, stream_id, length in headers:
+        data = frame(kind, flags, stream_id, length, bytes(length) if kind == DATA else b"")
+        whole.take(data)
+        for start in (0, 5, 12, 13):
+            end = {0: 5, 5: 12, 12: 13, 13: len(data)}[start]
+            cut.take(data[start:end])
+    events = [[event for event in side.events if not isinstance(event, Data)] for side in (whole, cut)]
+    assert events[0] == events[1]
+    assert whole.got == cut.got
+    assert whole.machine.take_control() == cut.machine.take_control()
+    states = [
+        {number: (state.state, state.receive_window) for number, state in side.machine.table.states.items()}
+        for side in (whole, cut)
+    ]
+    assert states[0] == states[1]
+    assert whole.machine.table.windows.unread == cut.machine.table.windows.unread
