@@ -24,7 +24,8 @@ ROUND_TRIPS = 4
 """The same as round trips, where they are long."""
 
 SILENT_FOR = 2.0
-"""Seconds of silence after a question from which on a connection is given up, if there is another one."""
+"""Seconds of silence after a question from which on a connection is given up, if there is another one; or twice
+`ROUND_TRIPS`, where that is longer."""
 
 
 class Seen(Enum):
@@ -54,9 +55,10 @@ class Pulse:
         if self._asked_at is not None:
             self._asked_at += seconds
 
-    def silence(self, now: float) -> float:
-        """Seconds since the question that is not answered; 0 without one."""
-        return 0.0 if self._asked_at is None else now - self._asked_at
+    def gone(self, *, rtt: float | None, now: float) -> bool:
+        """Whether the silence is so long that another connection should have what goes on over this one."""
+        patience = max(SILENT_FOR, 2 * ROUND_TRIPS * (rtt or 0.0))
+        return self._asked_at is not None and now - self._asked_at >= patience
 
     def look(self, *, sent: int, heard_at: float, waiting: bool, rtt: float | None, now: float) -> Seen:
         """Look at the connection.

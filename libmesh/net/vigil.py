@@ -7,7 +7,7 @@ from typing import Any
 
 import trio
 
-from libmesh.core.pulse import LOOK_EVERY, SILENT_FOR, Pulse, Seen
+from libmesh.core.pulse import LOOK_EVERY, Pulse, Seen
 from libmesh.net.muxer import YamuxConnection
 
 
@@ -79,5 +79,5 @@ class Vigil:
         if (seen is Seen.DOUBTED) != (connection in self._doubted):
             self._doubted ^= {connection}
             self._changed(connection)
-        if connection in self._doubted and pulse.silence(now) >= SILENT_FOR:
+        if connection in self._doubted and pulse.gone(rtt=muxer.rtt, now=now):
             self._silent(connection)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from libmesh.core.pulse import LEAST_PATIENCE, ROUND_TRIPS, Pulse, Seen
+from libmesh.core.pulse import LEAST_PATIENCE, ROUND_TRIPS, SILENT_FOR, Pulse, Seen
 
 
 def look(
@@ -34,7 +34,10 @@ def test_who_sends_and_hears_nothing_asks_and_then_doubts() -> None:
     assert look(pulse, 1, sent=1) is Seen.ASK
     assert look(pulse, 1 + LEAST_PATIENCE / 2, sent=2) is Seen.WAITING
     assert look(pulse, 1 + LEAST_PATIENCE, sent=2) is Seen.DOUBTED
-    assert pulse.silence(4) == 3
+    assert not pulse.gone(rtt=None, now=1 + SILENT_FOR - 0.01)
+    assert pulse.gone(rtt=0.001, now=1 + SILENT_FOR)
+    assert not pulse.gone(rtt=1.0, now=1 + SILENT_FOR)
+    assert pulse.gone(rtt=1.0, now=1 + 2 * ROUND_TRIPS)
 
 
 def test_a_stream_that_is_not_answered_is_asked_for_even_if_it_was_sent_before_the_last_sign_of_life() -> (
@@ -48,7 +51,7 @@ def test_any_sign_of_life_ends_the_doubt() -> None:
     look(pulse, 1, sent=1)
     assert look(pulse, 9, sent=1) is Seen.DOUBTED
     assert look(pulse, 10, sent=1, heard=9.5) is Seen.CALM
-    assert pulse.silence(10) == 0
+    assert not pulse.gone(rtt=None, now=1000)
     assert look(pulse, 11, sent=1, heard=9.5) is Seen.CALM, "what was sent before it counts as answered"
 
 
@@ -57,7 +60,7 @@ def test_what_came_before_the_question_is_no_answer_to_it() -> None:
     pulse.asked(5)
     pulse.asked(6)
     assert look(pulse, 6, heard=4.9) is Seen.DOUBTED
-    assert pulse.silence(6) == 1
+    assert pulse.gone(rtt=None, now=5 + SILENT_FOR)
 
 
 def test_on_a_long_path_the_answer_has_more_time() -> None:
@@ -73,4 +76,5 @@ def test_the_time_in_which_this_process_did_nothing_does_not_count() -> None:
     pulse.asked(1)
     pulse.postpone(9)
     assert look(pulse, 10) is Seen.WAITING
-    assert pulse.silence(12) == 2
+    assert not pulse.gone(rtt=None, now=10 + SILENT_FOR - 0.01)
+    assert pulse.gone(rtt=None, now=10 + SILENT_FOR)

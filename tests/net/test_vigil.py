@@ -19,7 +19,7 @@ from tests.net.hosts import PROTOCOL, answers, collect, echo, networks, until
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vigil, "LOOK_EVERY", 0.02)
-    monkeypatch.setattr(vigil, "SILENT_FOR", 0.2)
+    monkeypatch.setattr(pulse, "SILENT_FOR", 0.2)
     monkeypatch.setattr(pulse, "LEAST_PATIENCE", 0.1)
     monkeypatch.setattr(connections, "REPLACED_FOR", 0.1)
 
