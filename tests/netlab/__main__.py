@@ -16,6 +16,7 @@ from pathlib import Path
 
 from tests.netlab.figures import tell_figures
 from tests.netlab.lab import PORT, Host, Kind, Lab, Site, open_lab
+from tests.netlab.losses import tell_losses
 
 _DEFAULT = ("public", "upnp", "conex2", "cone", "symmetric")
 _PATIENCE = 60.0
@@ -32,12 +33,20 @@ def main() -> int:
     parser.add_argument(
         "--figures", action="store_true", help="measure how fast peers reach each other, and end"
     )
+    parser.add_argument(
+        "--losses",
+        action="store_true",
+        help="measure how soon a pulled cable is known, and end (four minutes)",
+    )
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with open_lab() as lab:
             if args.figures:
                 tell_figures(lab, args.delay / 1000, _say)
+                return 0
+            if args.losses:
+                tell_losses(lab, args.delay / 1000, _say)
                 return 0
             _populate(lab, args.sites, args.delay / 1000)
             _say("\nCtrl-C ends all of it.")
