@@ -210,11 +210,14 @@ async def test_each_connection_is_a_session_of_its_own(fork: Binary, model: Path
         assert not worker.lost.is_set()
 
 
-async def test_what_is_no_message_of_the_forks_ends_the_session(fork: Binary, model: Path) -> None:
+async def test_what_is_no_message_of_the_forks_ends_the_session(
+    fork: Binary, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     async with split(fork, model, 1) as (worker,), client(worker) as only:
         assert await only.ask(14) == bytes([4, 1, 0])
         await only.say(REGISTER_PEER, bytes(131))
         await worker.lost.wait()
+    assert "speaks to the fork's rpc-server and makes no sense" in caplog.text
 
 
 async def test_stock_and_fork_are_told_apart(fork: Binary, model: Path) -> None:

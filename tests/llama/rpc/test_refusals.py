@@ -104,6 +104,18 @@ async def test_another_protocol_is_refused_with_both_versions(
     assert f"the host speaks llama.cpp's RPC protocol {ours}, the worker 6.1.0" in told
 
 
+async def test_a_worker_whose_program_ends_at_once_says_so(
+    engine: Engine, model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "rpc-server"
+    path.write_text("#!/bin/sh\nexit 3\n")
+    path.chmod(0o755)
+    ours = engine.require_rpc_server().rpc_protocol
+    broken = Binary(path=path, version="", rpc_protocol=ours, origin="PATH")
+    told = await Worker(broken, model, ends.DIGEST).refusal(ends.request(engine), model)
+    assert "its rpc-server does not run: the worker's rpc-server ended with 3 at once" in told
+
+
 async def test_a_host_believes_its_own_eyes(engine: Engine, model: Path) -> None:
     """A worker that lends to anybody, whatever they speak."""
     facts = WorkerFacts((6, 1, 0), (Device(64, 1 << 40, 1 << 30, 1 << 30, True),))

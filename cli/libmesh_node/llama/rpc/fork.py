@@ -52,8 +52,8 @@ async def converse(
 ) -> bool:
     """Carry bytes both ways until either side has ended, through the filters. Closes neither.
 
-    `first` has come from `one` already. Returns whether it was `one` that ended; raises what a filter raises, and nothing
-    for what either side does. A side that reads slowly slows the other one down; at most one read is held.
+    `first` has come from `one` already. Returns whether it was `one` that ended; raises what a filter raises, in an
+    `ExceptionGroup`, and nothing for what either side does. A side that reads slowly slows the other one down; at most one read is held.
     """
     ended: trio.abc.HalfCloseableStream = one
 

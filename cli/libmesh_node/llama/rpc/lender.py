@@ -47,6 +47,8 @@ log = logging.getLogger(__name__)
 
 MAX_SESSIONS = 16
 
+_FAILURES = (NodeError, OSError, ProtocolError, trio.TooSlowError, trio.BrokenResourceError)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LentModel:
@@ -135,11 +137,14 @@ class Lender:
         try:
             with lent.scope:
                 await self._run(stream, request, rest, model, lent)
-        except (NodeError, OSError) as exc:
-            log.warning("no session for the peer %s: %s", stream.peer, exc)
-            await say(
-                stream, frame(Reply.OPENED, encode_answer(Refusal(f"its rpc-server does not run: {exc}")))
-            )
+        except* _FAILURES as group:
+            why = str(group.exceptions[0]) or f"it did not answer within {START_LIMIT:g} s"
+            log.warning("no session for the peer %s: %s", stream.peer, why)
+            if lent.process.pid is None:  # the host knows of no session yet
+                refusal = Refusal(f"its rpc-server does not run: {why}")
+                await say(stream, frame(Reply.OPENED, encode_answer(refusal)))
+            else:
+                stream.reset()
         finally:
             del self._sessions[token]
             lent.over.set()
@@ -231,9 +236,11 @@ class Lender:
             self._doors.add(request.token, request.neighbours, port)
             try:
                 await converse(stream, sock, rewriter.from_host, rewriter.from_server, rest)
-            except ProtocolError as exc:
+            except* ProtocolError as group:
                 log.warning(
-                    "the peer %s speaks to the fork's rpc-server and makes no sense: %s", stream.peer, exc
+                    "the peer %s speaks to the fork's rpc-server and makes no sense: %s",
+                    stream.peer,
+                    group.exceptions[0],
                 )
             finally:
                 self._doors.remove(request.token, port)
