@@ -304,6 +304,8 @@ class WorkerEnd:
         match event:
             case Frame():
                 expected = self._expected.popleft()
+                if expected.passed_on:  # first: the next worker waits for nothing else
+                    effects.append(Push(expected.passed_on, event.payload))
                 if expected.command == Command.ALLOC_BUFFER:
                     self._allocated(expected, event.payload, effects)
                 elif self._allocation is not None:
@@ -314,8 +316,6 @@ class WorkerEnd:
                     )
                 else:
                     effects.append(ToHost(frame(Reply.ANSWER, event.payload)))
-                if expected.passed_on:
-                    effects.append(Push(expected.passed_on, event.payload))
             case FrameStart():
                 if self._expected.popleft().foreseen:
                     raise ProtocolError("what was sent ahead has a large answer")
