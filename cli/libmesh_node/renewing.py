@@ -11,7 +11,8 @@ import argparse
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 
 import trio
 
@@ -117,24 +118,34 @@ class Renewal:
             )
 
     async def _renew(self) -> bool:
-        for token in self._candidates():
-            try:
-                if read_invite(token).mesh_id == self._mesh.mesh_id and self.gains(token):
-                    await self.by(token)
-                    return True
-            except MeshError as exc:
-                if token not in self._refused:
-                    log.warning("an invite that would renew this node's membership does not: %s", exc)
-                self._refused.add(token)
-        return False
-
-    def _candidates(self) -> Iterator[str]:
+        """By what the command line names, the files last: one may lie on a share that does not answer."""
+        for token in self._options.join:
+            if await self._renew_by(token):
+                return True
         for file in self._options.join_files:
             try:
-                yield opt.invite(f"@{file}")
+                token = await _in_thread(partial(opt.invite, f"@{file}"))
             except argparse.ArgumentTypeError as exc:
                 log.debug("%s", exc)
-        yield from self._options.join
+                continue
+            if await self._renew_by(token):
+                return True
+        return False
+
+    async def _renew_by(self, token: str) -> bool:
+        try:
+            if read_invite(token).mesh_id == self._mesh.mesh_id and self.gains(token):
+                await self.by(token)
+                return True
+        except MeshError as exc:
+            if token not in self._refused:
+                log.warning("an invite that would renew this node's membership does not: %s", exc)
+            self._refused.add(token)
+        return False
+
+
+async def _in_thread(read: Callable[[], str]) -> str:
+    return await trio.to_thread.run_sync(read, abandon_on_cancel=True)
 
 
 def gains(token: str, mesh: Mesh, now: float) -> bool:

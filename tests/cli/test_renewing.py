@@ -6,7 +6,8 @@ Days are short here, so that a month is not half a million probes.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator
+import os
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,12 +30,24 @@ DAY = 10
 
 WEEK = 7
 
+IN_THREAD = renewing._in_thread
+
 
 @pytest.fixture(autouse=True)
 def _short_days(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(renewing, "SOON", float(WEEK * DAY))
     monkeypatch.setattr(renewing, "SAY_EVERY", float(DAY))
     monkeypatch.setattr(renewing, "LOOK_EVERY", DAY / 10)
+
+
+@pytest.fixture(autouse=True)
+def _no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Virtual time does not wait for them."""
+
+    async def read_here(read: Callable[[], str]) -> str:
+        return read()
+
+    monkeypatch.setattr(renewing, "_in_thread", read_here)
 
 
 class Guest:
@@ -159,6 +172,20 @@ async def test_a_file_of_no_use_is_passed_over(
             await day(2)
             assert node.renewals == 0
     assert len(said) <= 3
+
+
+async def test_a_file_that_cannot_be_read_to_its_end_stops_nothing(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a share whose server is gone. The invite of the command line counts meanwhile."""
+    monkeypatch.setattr(renewing, "_in_thread", IN_THREAD)
+    file = tmp_path / "shared"
+    os.mkfifo(file)
+    async with guest(tmp_path, 2, 4, join_files=(file,)) as node:
+        await day(3.9)
+        assert node.renewals == 1
+        assert_told(node, "membership ends on")
+    os.close(os.open(file, os.O_RDWR))  # lets the thread go
 
 
 async def test_an_invite_to_another_mesh_in_the_file_moves_nobody(
