@@ -73,7 +73,7 @@ Door = Callable[[PeerId], AbstractAsyncContextManager[tuple[str, int] | None]]
 both directions have ended. So it is for services that say nothing before they are asked, and a stream that was opened
 before it is needed holds no place.
 
-It may wait, so that peers take turns, and yields the host and port to connect to, or `None` for those that are exposed.
+It may wait, so that peers take turns, and is cancelled if the stream is lost meanwhile. It yields the host and port to connect to, or `None` for those that are exposed.
 Raises `ServiceRefused` to turn the stream away."""
 
 _REFUSALS = {
@@ -237,9 +237,14 @@ async def expose(
         if waiting.cancelled_caught or not first:
             stream.reset()
             return
-        async with AsyncExitStack() as inside:
-            elsewhere = await inside.enter_async_context(door(stream.peer))
-            await carry(stream, accept, *(elsewhere or (host, port)), inside.aclose, first)
+        with trio.CancelScope() as standing:
+            stream.when_lost(standing)
+            async with AsyncExitStack() as inside:
+                elsewhere = await inside.enter_async_context(door(stream.peer))
+                stream.when_lost(None)
+                await carry(stream, accept, *(elsewhere or (host, port)), inside.aclose, first)
+        if standing.cancelled_caught:
+            stream.reset()
 
     async def carry(
         stream: Stream,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
 
@@ -74,6 +74,44 @@ async def test_a_stream_that_says_nothing_waits_before_the_door_until_the_servic
             async with silent.pop() as last:
                 await reset_is_seen(last)
         assert len(entered) == 1
+
+
+@pytest.mark.parametrize("by", ["reset", "disconnect", "end of file"])
+async def test_whoever_has_gone_stands_in_line_no_more(by: str) -> None:
+    async with two_meshes() as (near, far, nursery):
+        waiting, opened = list[str](), trio.Event()
+
+        @asynccontextmanager
+        async def door(peer: str) -> AsyncIterator[tuple[str, int] | None]:
+            waiting.append(peer)
+            try:
+                with trio.CancelScope():
+                    await opened.wait()
+                    yield None
+            finally:
+                waiting.remove(peer)
+
+        behind = await serve(nursery, tcp_echo)
+        await nursery.start(partial(expose, near, "tcp", "127.0.0.1", behind, door=door))
+        stream = await far.open_service(near.peer, "tcp", wait=False)
+        await stream.send_all(b"let me in")
+        with trio.fail_after(60):
+            await holds(lambda: waiting == [far.peer])
+            if by == "end of file":  # only asks, and then listens
+                await stream.send_eof()
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                opened.set()
+                assert b"".join([bytes(data) async for data in stream]) == b"let me in"
+            elif by == "reset":
+                stream.reset()
+            else:
+                await far._driver.network.disconnect(near.peer)
+            await holds(lambda: not waiting)
+
+
+async def holds(condition: Callable[[], bool]) -> None:
+    while not condition():  # noqa: ASYNC110 - whoever is at a door tells nobody
+        await trio.sleep(0.01)
 
 
 async def test_a_stream_that_never_says_anything_is_reset(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,6 +73,14 @@ class Stream(trio.abc.HalfCloseableStream):
         """
         return False
 
+    def when_lost(self, scope: trio.CancelScope | None) -> bool:
+        """Cancel `scope` once the peer has reset the stream or its connection is over; at once if that is so already.
+
+        For whoever has a stream and waits for something else. One scope at a time; `None` to take it back. False if the
+        implementation does not hear of such things while nobody receives; it may always say so.
+        """
+        return False
+
     @abstractmethod
     def reset(self) -> None:
         """End the stream abruptly in both directions, now. Never blocks, never raises, harmless to repeat.

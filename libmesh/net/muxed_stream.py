@@ -47,6 +47,7 @@ class YamuxStream(StockFace):
         "_deadline",
         "_eof_sent",
         "_finished",
+        "_losing",
         "_offset",
         "_outbound",
         "_receivable",
@@ -80,6 +81,7 @@ class YamuxStream(StockFace):
         self._sink: Sink | None = None
         self._write_lock: trio.Lock | None = None
         self._deadline = float("inf")
+        self._losing: trio.CancelScope | None = None
         # What `send_all` waits to get rid of; the connection takes from it when the socket and the window allow.
         self.view: memoryview | None = None
         self.sent = 0
@@ -308,6 +310,12 @@ class YamuxStream(StockFace):
         """The address of the peer's end of the connection."""
         return self.muxed_conn.get_remote_address()
 
+    def when_lost(self, scope: trio.CancelScope | None) -> None:
+        """Cancel `scope` once the peer has reset the stream or the connection is over. One at a time."""
+        self._losing = scope
+        if scope is not None and self._broken is not None:
+            scope.cancel()
+
     def _drop(self) -> int:
         unread = self.unread
         self._chunks.clear()
@@ -365,6 +373,8 @@ class YamuxStream(StockFace):
         """Both directions ended; what had arrived can still be read."""
         if self._broken is None:
             self._broken = reason
+        if self._losing is not None:
+            self._losing.cancel()
         self._wake()
 
     def sending_possible(self) -> None:

@@ -268,6 +268,13 @@ class Libp2pStream(Stream):
             self._closed.set()
         self._inner.reset_nowait()
 
+    def when_lost(self, scope: trio.CancelScope | None) -> bool:
+        """See `Stream`."""
+        if not isinstance(self._inner, YamuxStream):
+            return False
+        self._inner.when_lost(scope)
+        return True
+
     async def wait_closed(self) -> None:
         """Wait until whoever the stream was given to closes or resets it. For one waiter, from before that happens."""
         self._closed = trio.Event()

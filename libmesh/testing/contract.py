@@ -299,6 +299,33 @@ async def a_dead_connection_fails_every_stream(bench: Bench) -> None:
             await expect_reset(far)
 
 
+@_rule
+async def a_loss_is_heard_of_while_nobody_receives(bench: Bench) -> None:
+    """By whoever asked, and before or after it happens. An end of file is no loss."""
+    near, far = await bench.open()
+    with trio.CancelScope() as late:
+        if not far.when_lost(late):
+            return
+        await near.send_eof()
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await trio.lowlevel.checkpoint()
+        near.reset()
+        await trio.sleep_forever()
+    with trio.CancelScope() as early:
+        far.when_lost(early)
+        await trio.sleep_forever()
+    near, far = await bench.open()
+    with trio.CancelScope() as dead, trio.CancelScope() as forgotten:
+        near.when_lost(forgotten)
+        near.when_lost(dead)
+        await bench.near.disconnect(bench.far.peer)
+        await trio.sleep_forever()
+    assert late.cancelled_caught
+    assert early.cancelled_caught
+    assert dead.cancelled_caught
+    assert not forgotten.cancel_called
+
+
 # ---- paths ------------------------------------------------------------------------------------------------------
 
 

@@ -24,6 +24,7 @@ class Pipe:
         self.broken = False
         self.unwanted = False  # the reader closed: bytes are dropped, as the writer learns by an error
         self.changed = trio.Event()
+        self.losing: trio.CancelScope | None = None  # of the reader
 
     def notify(self) -> None:
         """Wake whoever waits for a change."""
@@ -159,10 +160,19 @@ class MemoryStream(Stream):
         self._lost = True
         self._break()
 
+    def when_lost(self, scope: trio.CancelScope | None) -> bool:
+        """See `Stream`."""
+        self._incoming.losing = scope
+        if scope is not None and self._incoming.broken:
+            scope.cancel()
+        return True
+
     def _break(self) -> None:
         for pipe in (self._outgoing, self._incoming):
             pipe.broken = True
             pipe.notify()
+            if pipe.losing is not None:
+                pipe.losing.cancel()
 
     async def aclose(self) -> None:
         """See `trio.abc.AsyncResource.aclose`."""

@@ -215,7 +215,11 @@ async def stock_pair() -> AsyncIterator[tuple[Network, Network]]:
         yield StockNetwork(a), StockNetwork(b)
 
 
-KEPT = {"end_of_file_leaves_the_other_direction_open", "unknown_protocols_are_refused"}
+KEPT = {
+    "a_loss_is_heard_of_while_nobody_receives",  # or it says that it cannot
+    "end_of_file_leaves_the_other_direction_open",
+    "unknown_protocols_are_refused",
+}
 """What stock streams do keep under our adapter. The rest is why there is a muxer of ours."""
 
 SOMETIMES = {
