@@ -56,10 +56,15 @@ async def main(options: dict[str, Any]) -> None:
         relay=RelayLimits(),
         map_port=True,
     )
-    config = MeshConfig(relays=RelayUse(offer=options.get("relay", False)), lan=options.get("lan", False))
-    founded = SecretKey.generate() if "invite" not in options else None
+    use = RelayUse(offer=options.get("relay", False), known=tuple(options.get("relays", ())))
+    config = MeshConfig(relays=use, lan=options.get("lan", False))
+    seed = options.get("seed")
+    me, mesh_key = (
+        SecretKey.generate() if seed is None else SecretKey(bytes([seed, n]) + bytes(30)) for n in (1, 2)
+    )
+    founded = mesh_key if "invite" not in options else None
     opened = open_mesh(
-        SecretKey.generate(),
+        me,
         mesh_key=founded,
         invite=options.get("invite"),
         listen=listen,

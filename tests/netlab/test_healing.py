@@ -9,6 +9,7 @@ from contextlib import ExitStack, closing
 
 import pytest
 
+from tests.netlab.children import ours
 from tests.netlab.crowd import Forks, LabPeer
 from tests.netlab.lab import Host, Kind, Lab
 
@@ -83,6 +84,24 @@ def test_a_relay_that_dies_is_replaced_by_another(lab: Lab, forks: Forks, stack:
     first.close()
     reaches(one, other, "relayed")
     reaches(other, one, "relayed")
+
+
+def test_members_whose_addresses_all_changed_find_each_other_by_a_relay_that_knows_no_mesh(
+    lab: Lab, forks: Forks, stack: ExitStack
+) -> None:
+    office, *homes = (lab.site(Kind.PUBLIC, delay=DELAY) for _ in range(3))
+    founder = start(stack, forks, lab, homes[0].host, seed=1)
+    member = start(stack, forks, lab, homes[1].host, seed=2, invite=founder.invite)
+    reaches(member, founder, "direct")
+    for home, peer in zip(homes, (founder, member), strict=True):
+        peer.close()
+        home.renumber()
+    relay = stack.enter_context(ours(office.host, 1, relay=True))
+    known = [f"/ip4/{office.public}/tcp/4001/p2p/{relay.hello['peer']}"]
+    stale = founder.invite
+    founder = start(stack, forks, lab, homes[0].host, seed=1, relays=known)
+    member = start(stack, forks, lab, homes[1].host, seed=2, invite=stale, relays=known)
+    reaches(member, founder, "direct")
 
 
 def test_a_tunnel_keeps_its_port_through_all_that_happens_to_the_network(

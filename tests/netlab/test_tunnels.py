@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from contextlib import ExitStack, closing
 
 import pytest
 
-from tests.netlab.carrying import PIECE
+from tests.netlab.carrying import PAUSE, PIECE
 from tests.netlab.crowd import Forks, LabPeer
 from tests.netlab.lab import Kind, Lab
 
@@ -41,8 +43,13 @@ def test_a_connection_goes_on_from_relayed_to_direct_and_back(lab: Lab, forks: F
         one.until("path", lambda path: path["kind"] == "punched", peer=other.id)
         carries_on(one)
         here.block(there)
+        started = time.monotonic()
         one.until("path", lambda path: path["kind"] == "relayed", peer=other.id)
+        sys.stdout.write(f"the direct path was cut, relayed after {time.monotonic() - started:.1f} s\n")
         carries_on(one)
+        sys.stdout.write(
+            f"ten pieces later, {10 * PAUSE:.1f} s of them: {time.monotonic() - started:.1f} s\n"
+        )
         one.ask("carried", stop=True)
         end = one.until("carried", lambda found: found["done"] or found["failure"])
         assert not end["failure"], f"{end}\n{one.words()}"
