@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -31,8 +32,9 @@ async def expose_echo(mesh: Mesh) -> None:
     """Offer a TCP server that gives back what it gets, until cancelled."""
 
     async def echo(stream: trio.SocketStream) -> None:
-        async for data in stream:
-            await stream.send_all(data)
+        with suppress(trio.BrokenResourceError):  # a tunnel that was cut for good resets it
+            async for data in stream:
+                await stream.send_all(data)
 
     async with trio.open_nursery() as nursery:
         listeners = await nursery.start(partial(trio.serve_tcp, echo, 0, host="127.0.0.1"))
