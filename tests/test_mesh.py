@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 import pytest
@@ -19,6 +20,7 @@ from libmesh import (
     hello,
     open_mesh,
 )
+from libmesh.net.base import PathChanged
 from tests.members import NOW, key, peer, seed
 from tests.town import MESH_KEY, client_invite, clock, settled, state, town, until
 
@@ -231,3 +233,31 @@ async def test_a_membership_that_ends_is_cut_off(autojump_clock: trio.testing.Mo
         await trio.sleep(140)
         assert state(founder, guest) is PeerState.DEAD
         assert place.networks[1].path(guest.peer) is None
+
+
+async def test_a_connection_in_place_of_a_silent_one_is_a_sign_of_life(
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Of two peers that lose many packets each connection may be stuck; that they can make new ones tells that both live."""
+
+    async def unanswered(*_: object) -> bool:
+        await trio.lowlevel.checkpoint()
+        return False
+
+    async with town() as place:
+        one, two = await place.of(2)
+        path = place.networks[1].path(two.peer)
+        assert path is not None
+        monkeypatch.setattr(one._driver._prober, "_ask", unanswered)
+        monkeypatch.setattr(one._driver, "_publish", lambda _: None)  # nobody is told, so nobody refutes
+        caplog.set_level(logging.INFO, "libmesh.driver")
+        for _ in range(5):
+            await until(lambda: state(one, two) is PeerState.SUSPECT)
+            await trio.sleep(3.0)
+            place.networks[1].emit(PathChanged(two.peer, path, True))
+            await trio.testing.wait_all_tasks_blocked()
+            assert state(one, two) is PeerState.ALIVE
+        assert "is dead" not in caplog.text
+        assert await until(lambda: "is dead" in caplog.text) <= 5.0

@@ -24,8 +24,9 @@ class MembershipConfig:
             machine gone, or TCP waiting ever longer to send again what was lost. Longer forgives longer stalls; with
             a probe's turn and two timeouts it is what the news takes of a machine that lost its power. It counts from
             when we first wondered, but goes on for a quarter of itself after our own attempts have failed.
-        alone: the same in a mesh of two, where nobody can be asked: five losses in a row on one connection take TCP 6 s,
-            and happen. The muxer's pings end the connection of a machine that is gone before that.
+        alone: the same in a mesh of two, where nobody can be asked. Losses in a row on one connection stop it for 6 s and
+            more, and happen; but whoever hears nothing on a connection makes another one beside it (`paths`,
+            `doubt_gap`), and the next probe goes there. It should leave time for two attempts at that.
         tombstone: how long the dead are remembered, and dialled now and then.
         coalesce: changes of one's own announcement within this time go out as one.
         refute_every: between two refutations of others' suspicions of us. Bounds what a liar can make us say.
@@ -52,7 +53,7 @@ class MembershipConfig:
     refresh: float = 300.0
     suspicion: float = 2.5
     stall: float = 2.5
-    alone: float = 15.0
+    alone: float = 3.5
     tombstone: float = 600.0
     coalesce: float = 0.1
     refute_every: float = 0.5

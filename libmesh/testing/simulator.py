@@ -16,8 +16,9 @@ What can be done to a mesh: `join`, `leave`, `kill`, `vanish`, `restart` (with a
 `part` and `heal`, `slow`, `corrupt`. What can be asked: `gone`, `known`, `agreed`, `deaths`, `false_deaths`,
 `suspicions`, `traffic`.
 
-What is not modelled: CPU time, the bandwidth of links, NAT, relays, streams of services, the pings of the muxer and
-the control messages of gossipsub. A pause is shorter than the five seconds after which connections end.
+What is not modelled: CPU time, the bandwidth of links, NAT, relays, streams of services, the pings of the muxer, second
+connections in place of silent ones, and the control messages of gossipsub. A pause is shorter than the five seconds
+after which connections end.
 """
 
 from __future__ import annotations

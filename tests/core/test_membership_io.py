@@ -38,3 +38,5 @@ def test_a_preset_forgives_a_pause_of_two_seconds_and_finds_a_death_in_time(
         2 * liveness.interval + liveness.timeout + liveness.indirect_timeout
     )  # of a machine that vanished
     assert noticed + rest <= limit
+    assert liveness.interval + liveness.timeout + membership.alone <= limit
+    assert membership.alone > 2.0

@@ -112,6 +112,20 @@ def test_a_killed_peer_is_known_to_be_dead_in_time(
     assert world.false_deaths == []
 
 
+def test_who_has_just_begun_to_dial_a_machine_that_vanished_knows_in_time_too() -> None:
+    """Where others die first, their neighbours look for new ones, among whom are some that have vanished meanwhile."""
+    world = settled(wan(24), 100)
+    running = [peer.peer for peer in world.running]
+    killed, gone = running[:10], running[10:15]
+    for peer in killed:
+        world.kill(peer)
+    assert world.run_until(lambda: all(map(world.gone, killed)), limit=15) is not None, world
+    for peer in gone:
+        world.vanish(peer)
+    assert world.run_until(lambda: all(map(world.gone, gone)), limit=15) is not None, world
+    assert world.false_deaths == []
+
+
 def test_a_tenth_of_a_mesh_that_vanishes_at_once_is_known_to_be_gone() -> None:
     world = settled(lan(8), 100)
     gone = [world.peer(number) for number in range(10)]
@@ -155,6 +169,16 @@ def test_nobody_dies_of_a_fifth_of_all_packets_lost_for_ten_minutes(count: int) 
     world.run(TEN_MINUTES)
     assert world.false_deaths == []
     assert world.agreed(), world
+
+
+def test_in_a_mesh_of_two_nobody_dies_of_losses_and_pauses() -> None:
+    for seed in SEEDS:
+        world = settled(lan(seed, loss=0.2), 2)
+        for number in range(100):
+            world.pause(world.peer(number % 2), 2.0)
+            world.run(TEN_MINUTES / 100)
+        assert world.suspicions > 0
+        assert world.false_deaths == []
 
 
 @pytest.mark.parametrize("count", [2, 10, 60])
@@ -213,14 +237,17 @@ def test_a_mesh_that_was_parted_for_so_long_that_it_forgot_itself_is_one_again(
     assert world.false_deaths == []
 
 
-@pytest.mark.parametrize("count", [3, 10, 60])
-def test_a_vanished_machine_is_known_to_be_gone_within_five_seconds(count: int) -> None:
-    world = settled(lan(22), count)
+@pytest.mark.parametrize(("make", "limit"), [(lan, 5.0), (wan, 15.0)])
+@pytest.mark.parametrize("count", [2, 3, 10, 60])
+def test_a_vanished_machine_is_known_to_be_gone_in_time(
+    count: int, make: Callable[..., Simulator], limit: float
+) -> None:
+    world = settled(make(seed=22), count)
     for _ in range(4):
         world.run(5 + world.rng.random())
         gone = world.rng.choice(world.running).peer
         world.vanish(gone)
-        assert world.run_until(lambda gone=gone: world.gone(gone), limit=5) is not None, world  # type: ignore[misc]
+        assert world.run_until(lambda gone=gone: world.gone(gone), limit=limit) is not None, world  # type: ignore[misc]
         world.restart(gone)
         world.run(15)
     assert world.false_deaths == []
