@@ -76,7 +76,7 @@ def node_status() -> Iterator[Case]:
     yield Case("a client", NodeStatus(version="0.1.0", hostname="laptop", client=True, node_status="Client"))
     model = AnnouncedModel(
         name="Qwen3-8B", digest=DIGEST, size_bytes=5_027_783_488, context_length=40960, slots=4, ready=True,
-        workers=(WORKER,), busy=2, speed=12.5,
+        workers=(WORKER,), busy=2, speed=12.5, tools=True, vision=True, first=0.384,
     )  # fmt: skip
     host = NodeStatus(
         version="0.1.0", hostname="desk", memory_bytes=24 * 10**9, models=(model,), node_status="Serving (split)",

@@ -45,6 +45,9 @@ class AnnouncedModel:
     busy: int = 0
     speed: float = 0.0  # tokens per second
     coming: bool = False
+    tools: bool = False
+    vision: bool = False
+    first: float = 0.0  # seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +152,9 @@ def encode_status(status: NodeStatus) -> bytes:
                 ready=model.ready,
                 coming=model.coming,
                 workers=model.workers[:MAX_WORKERS],
+                tools=model.tools,
+                vision=model.vision,
+                first_ms=min(round(model.first * 1000), 0xFFFFFFFF),
             )
             for model in status.models[:MAX_MODELS]
         ],
@@ -176,6 +182,9 @@ def decode_status(attributes: bytes) -> NodeStatus:
             ready=model.ready,
             coming=model.coming,
             workers=tuple(map(_clean, model.workers[:MAX_WORKERS])),
+            tools=model.tools,
+            vision=model.vision,
+            first=model.first_ms / 1000,
         )
         for model in message.models[:MAX_MODELS]
         if model.name and model.name == _clean(model.name)

@@ -9,7 +9,7 @@ import trio
 from libmesh_node.announced import AnnouncedModel
 from libmesh_node.door import Door
 from libmesh_node.llama.gguf import GgufHeader, read_header
-from libmesh_node.llama.load import coarse
+from libmesh_node.llama.load import IDLE, UNABLE, coarse
 from libmesh_node.llama.server import MIN_CONTEXT, ServerPlan
 from libmesh_node.llama.supervisor import LlamaServer
 from libmesh_node.models.reference import ModelFile
@@ -90,7 +90,8 @@ _OVER = ("failed", "stopping")
 
 def announced(entry: Entry) -> AnnouncedModel:
     """What the other nodes are told of it."""
-    plan = entry.servers[0].plan if entry.servers else entry.plan
+    server = entry.servers[0] if entry.servers else None
+    plan, load, able = (server.plan, server.load, server.abilities) if server else (entry.plan, IDLE, UNABLE)
     return AnnouncedModel(
         name=entry.model.name,
         digest=entry.digest,
@@ -100,10 +101,11 @@ def announced(entry: Entry) -> AnnouncedModel:
         ready=entry.base_url is not None,
         coming=entry.coming,
         workers=entry.workers if entry.base_url is not None else (),
-        busy=coarse(entry.servers[0].load.busy + (entry.door.turns.waiting if entry.door else 0))
-        if entry.servers
-        else 0,
-        speed=entry.servers[0].load.speed if entry.servers else 0.0,
+        busy=coarse(load.busy + (entry.door.turns.waiting if entry.door else 0)) if server else 0,
+        speed=load.speed,
+        first=load.first,
+        tools=able.tools,
+        vision=able.vision,
     )
 
 

@@ -37,6 +37,9 @@ def server(
         context_length=model.context_length,
         speed=model.speed or None,
         busy=model.busy,
+        first=model.first or None,
+        tools=model.tools,
+        vision=model.vision,
     )
 
 

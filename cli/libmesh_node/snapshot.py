@@ -23,6 +23,8 @@ class Server:
         context_length: tokens that one request may use there; 0 if unknown.
         speed: tokens per second of one request, as its node announces; `None` if unknown.
         busy: requests that it answers or makes wait, as announced a moment ago, ours among them.
+        first: seconds from a request's turn there to its first token, as its node announces; `None` if unknown.
+        tools, vision: whether it takes tools, and pictures, as far as is known.
     """
 
     peer: str
@@ -34,6 +36,9 @@ class Server:
     context_length: int = 0
     speed: float | None = None
     busy: int = 0
+    first: float | None = None
+    tools: bool = False
+    vision: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

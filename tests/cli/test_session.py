@@ -14,7 +14,7 @@ from libmesh_node.announced import NodeStatus
 from libmesh_node.datadir import DataDir
 from libmesh_node.door import Door
 from libmesh_node.entries import Entry
-from libmesh_node.llama.load import IDLE
+from libmesh_node.llama.load import IDLE, UNABLE
 from libmesh_node.llama.server import plan_server
 from libmesh_node.models.reference import open_model
 from libmesh_node.options import NodeOptions
@@ -29,6 +29,7 @@ class Ready:
 
     def __init__(self, plan: Any) -> None:
         self.plan, self.load, self.base_url = plan, IDLE, "http://127.0.0.1:1"
+        self.abilities = UNABLE
 
 
 async def test_model_that_could_not_be_offered_for_want_of_a_port_is_offered_later(

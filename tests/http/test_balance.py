@@ -57,6 +57,27 @@ def test_faster_server_is_chosen_until_its_load_makes_it_slower() -> None:
     assert 3 < chosen["a"] / chosen["b"] < 6
 
 
+def test_server_that_takes_what_a_request_brings_goes_before_a_faster_one() -> None:
+    able = server("d", speed=1.0, tools=True, vision=True)
+    known = balance()
+    known.answered(A, speed=1000)
+    for wanted in (Wanted(tools=True), Wanted(vision=True), Wanted(tools=True, vision=True)):
+        assert known.choose([A, able], (), wanted, 0) is able
+        assert known.choose([A, able], {able.base_url}, wanted, 0) is A
+    assert known.choose([A, able], (), NOTHING, 0) is A
+
+
+def test_announced_time_to_first_token_counts_until_it_was_measured() -> None:
+    slow, quick = server("a", first=2.0, speed=20.0), server("b", first=0.1, speed=20.0)
+    known = balance()
+    assert known.choose([slow, quick], (), NOTHING, 0) is quick
+    limits = [known.first_byte_limit(one, NOTHING) for one in (slow, quick)]
+    assert limits[0] - limits[1] == pytest.approx(DOUBT * 1.9)
+    known.answered(slow, first=0.01)
+    known.answered(quick, first=3.0)
+    assert known.choose([slow, quick], (), NOTHING, 0) is slow
+
+
 def test_equals_share_alike() -> None:
     known, chosen = balance(), Counter()
     for _ in range(64):

@@ -43,6 +43,25 @@ def test_every_answer_has_an_id_of_its_own(two_models: Node) -> None:
     assert len(ids) == len(asked)
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status"),
+    [
+        ("GET", "/v1/models", None, 200),
+        ("GET", "/v1/models/nope", None, 404),
+        ("OPTIONS", "/v1/models", None, 204),
+        ("PUT", "/x", None, 405),
+        ("POST", "/v1/completions", BODY | {"model": "nope"}, 404),
+        ("POST", "/v1/completions", BODY | {"model": "auto", "tools": [{"type": "function"}]}, 400),
+    ],
+)
+def test_answer_that_no_server_gave_names_this_node_and_nobody_tried(
+    two_models: Node, method: str, path: str, body: object, status: int
+) -> None:
+    said, headers, _ = call(two_models.api_port, method, path, body)
+    assert (said, headers["x-libmesh-attempts"]) == (status, "0")
+    assert headers["x-libmesh-node"] == two_models.bridge.snapshot.node_id
+
+
 def test_page_may_read_the_id(two_models: Node) -> None:
     _, headers, _ = call(two_models.api_port, "GET", "/v1/models", headers={"Origin": "http://localhost:1"})
     assert "X-Request-Id" in headers["access-control-expose-headers"]

@@ -87,12 +87,52 @@ SIZES = [
         (Wanted(), "large"),
         (Wanted(prompt_tokens=20_000), "long"),
         (Wanted(prompt_tokens=8_000, max_tokens=500), "long"),
-        (Wanted(prompt_tokens=10**9), "large"),
+        (Wanted(prompt_tokens=10**9), "long"),
     ],
     ids=["largest that is fast", "long prompt", "long answer", "fits nowhere"],
 )
 def test_automatic_choice(wanted: Wanted, picked: str) -> None:
     assert pick_model([*SIZES, COLD], wanted).name == picked
+
+
+ABLE = [
+    *SIZES,
+    Model(
+        name="caller",
+        digest="",
+        size_bytes=20,
+        context_length=4096,
+        servers=(server("a", tools=True), server("b", speed=30.0)),
+    ),
+    Model(name="seer", digest="", size_bytes=5, context_length=4096, servers=(server("a", vision=True),)),
+    Model(
+        name="long-caller", digest="", size_bytes=1, context_length=8192, servers=(server("a", tools=True),)
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "picked"),
+    [
+        (Wanted(), "large"),
+        (Wanted(tools=True), "caller"),
+        (Wanted(vision=True), "seer"),
+        (Wanted(tools=True, prompt_tokens=6000), "long-caller"),
+        (Wanted(tools=True, prompt_tokens=10**6), "long-caller"),
+    ],
+    ids=["text", "tools", "pictures", "long with tools", "too long with tools"],
+)
+def test_automatic_choice_is_of_what_takes_all_that_the_request_brings(wanted: Wanted, picked: str) -> None:
+    assert pick_model(ABLE, wanted).name == picked
+
+
+def test_automatic_choice_says_what_nobody_takes() -> None:
+    with pytest.raises(ApiError) as caught:
+        pick_model(ABLE, Wanted(tools=True, vision=True))
+    assert (caught.value.status, caught.value.code) == (400, "no_capable_model")
+    assert "tools are taken by `caller`, `long-caller`; pictures are taken by `seer`" in str(caught.value)
+    with pytest.raises(ApiError, match="pictures are taken by none"):
+        pick_model(SIZES, Wanted(vision=True))
 
 
 def test_automatic_choice_of_nothing_is_refused() -> None:

@@ -44,6 +44,26 @@ def test_client_of_a_slow_server_is_told_once_why_and_reads_the_whole(tools: boo
     assert (body.count(b"Hello"), len(events(body)), events(body)[-1]) == (1, 3, b"data: [DONE]")
 
 
+def test_client_that_waited_is_told_who_answers_when_it_is_another_than_the_headers_say() -> None:
+    told = threading.Event()
+    with (
+        hesitating_server(b"", told) as dying,
+        scripts(second=[WHOLE]) as (good,),
+        running_node(replace(model(), servers=(dying,))) as node,
+    ):
+        moved = replace(model(), servers=(good.server, dying))
+
+        def die() -> None:
+            node.publish(moved)
+            told.set()
+
+        threading.Timer(0.4, die).start()
+        status, headers, body = call(node.api_port, "POST", PATH, STREAM)
+    assert (status, headers["x-libmesh-node"], headers["x-libmesh-attempts"]) == (200, "hesitant", "1")
+    assert b": X-Libmesh-Node: second; X-Libmesh-Attempts: " in body
+    assert events(body)[-1] == b"data: [DONE]"
+
+
 @pytest.mark.parametrize("path", [PATH, "/v1/messages"])
 def test_refusal_after_the_wait_is_an_event(path: str) -> None:
     with running_node(model()) as node:

@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from libmesh_node.llama.load import IDLE, ServerLoad, read_load
+from libmesh_node.llama.load import (
+    IDLE,
+    UNABLE,
+    Abilities,
+    FirstToken,
+    ServerLoad,
+    read_abilities,
+    read_load,
+)
 
 
 def metrics(processing: float, deferred: float, speed: float) -> bytes:
@@ -48,3 +56,42 @@ def test_what_cannot_be_read_changes_nothing(answer: bytes) -> None:
     before = ServerLoad(busy=2, speed=3.0)
     assert read_load(answer, before) is before
     assert read_load(answer) is IDLE
+
+
+def test_first_token_is_smoothed_over_requests_and_told_in_steps() -> None:
+    first = FirstToken()
+    assert first.told == 0.0
+    for line in (
+        "0.00.062.451 I cmn          init: llama threadpool init, n_threads = 2",
+        "0.00.408.516 I slot print_timing: id  1 | task 0 |        eval time =      18.36 ms /     5 tokens",
+        "prompt eval time = ..... ms",
+    ):
+        first.saw(line)
+    assert first.told == 0.0
+    line = (
+        "0.00.408.499 I slot print_timing: id  1 | task 0 | prompt eval time = {:10.2f} ms /    23 tokens (…)"
+    )
+    first.saw(line.format(200.0))
+    assert first.told == 0.192
+    for _ in range(30):
+        first.saw(line.format(2000.0))
+    assert first.told == 2.048
+
+
+@pytest.mark.parametrize(
+    ("props", "able"),
+    [
+        (
+            b'{"chat_template_caps": {"supports_tools": true}, "modalities": {"vision": true}}',
+            Abilities(tools=True, vision=True),
+        ),
+        (b'{"chat_template_caps": {"supports_tools": false}, "modalities": {"vision": false}}', UNABLE),
+        (b'{"chat_template_caps": null, "modalities": {"vision": 1}}', UNABLE),
+        (b'{"chat_template_caps": []}', UNABLE),
+        (b"[]", UNABLE),
+        (b"", UNABLE),
+        (b"[" * 100_000, UNABLE),
+    ],
+)
+def test_server_can_do_what_it_says_and_nothing_else(props: bytes, able: Abilities) -> None:
+    assert read_abilities(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n" + props) == able

@@ -256,6 +256,9 @@ class ModelStatus(_message.Message):
     BUSY_FIELD_NUMBER: _builtins.int
     MILLI_SPEED_FIELD_NUMBER: _builtins.int
     COMING_FIELD_NUMBER: _builtins.int
+    TOOLS_FIELD_NUMBER: _builtins.int
+    VISION_FIELD_NUMBER: _builtins.int
+    FIRST_MS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """what requests call it; the part after "api/" in the service's name"""
     digest: _builtins.str
@@ -273,6 +276,12 @@ class ModelStatus(_message.Message):
     """thousandths of a token per second that one request gets, coarse; 0 if unknown"""
     coming: _builtins.bool
     """it is being loaded, or will be as soon as a request waits for it"""
+    tools: _builtins.bool
+    """its chat template has a place for tools; not set: it has none, or that is not known yet"""
+    vision: _builtins.bool
+    """it takes pictures; not set: it takes none, or that is not known yet"""
+    first_ms: _builtins.int
+    """milliseconds from a request's turn to its first token, smoothed and coarse; 0 if unknown"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """peer ids, in the order of a token's way, of those it is split over; at most 16"""
@@ -290,10 +299,13 @@ class ModelStatus(_message.Message):
         busy: _builtins.int = ...,
         milli_speed: _builtins.int = ...,
         coming: _builtins.bool = ...,
+        tools: _builtins.bool = ...,
+        vision: _builtins.bool = ...,
+        first_ms: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "coming", b"coming", "context_length", b"context_length", "digest", b"digest", "milli_speed", b"milli_speed", "name", b"name", "ready", b"ready", "size_bytes", b"size_bytes", "slots", b"slots", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "coming", b"coming", "context_length", b"context_length", "digest", b"digest", "first_ms", b"first_ms", "milli_speed", b"milli_speed", "name", b"name", "ready", b"ready", "size_bytes", b"size_bytes", "slots", b"slots", "tools", b"tools", "vision", b"vision", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -82,7 +82,14 @@ class Api:
         """Answer one request. Never raises except when cancelled, which is how a client's departure shows."""
         name = request_id(request.headers.get("X-Request-Id", ""))
         ids = {"X-Request-Id": name} | ({"Request-Id": name} if speaks_anthropic(request.path) else {})
-        exchange = Exchange(request=request, id=name, body=b"", headers=ids, began=time.perf_counter())
+        exchange = Exchange(
+            request=request,
+            id=name,
+            body=b"",
+            headers=ids,
+            began=time.perf_counter(),
+            home=self._source.snapshot.node_id,
+        )
         status = 499  # as nginx logs it: the client left
         try:
             response = await self._answer(exchange)
@@ -90,7 +97,7 @@ class Api:
             return response
         except ApiError as error:
             status = error.status
-            return refuse(error, request.path, exchange.headers)
+            return refuse(error, request.path, exchange.headers | exchange.labels())
         finally:
             self._note(exchange, status)
 
@@ -156,11 +163,11 @@ class Api:
         exchange.headers |= self._check_page(request)
         method, path = request.method, request.path.rstrip("/")
         if method == "OPTIONS":
-            return _preflight(request, exchange.headers)
+            return _preflight(request, exchange.headers | exchange.labels())
         if method in ("GET", "HEAD") and (answer := self._own_answer(path)) is not None:
             status, value = answer
-            headers = exchange.headers | ({"Retry-After": str(RETRY_AFTER)} if status == 503 else {})
-            return _json(status, value, headers)
+            headers = {"Retry-After": str(RETRY_AFTER)} if status == 503 else {}
+            return _json(status, value, exchange.headers | exchange.labels() | headers)
         check_endpoint(method, request.path)
         if (snapshot := self._source.snapshot) is not self._looked_at:
             self._looked_at = snapshot
@@ -179,7 +186,7 @@ class Api:
         """Choose a model for a request that says `auto`, and say so in its body: the server's answer names it."""
         snapshot, headers = self._source.snapshot, exchange.request.headers
         wanted = await asyncio.to_thread(read_wanted, exchange.body, headers)
-        name = pick_model(snapshot.models, wanted, snapshot.notices).name
+        name = exchange.model = pick_model(snapshot.models, wanted, snapshot.notices).name
         exchange.body = await asyncio.to_thread(with_model, exchange.body, name)
         return name
 
@@ -236,7 +243,12 @@ class Api:
             "digest": model.digest,
             "nodes": sorted({server.peer for server in model.servers}),
             "status": {"value": "loaded" if model.servers else "unloaded"},
-            "meta": {"n_ctx": model.context_length, "size": model.size_bytes},
+            "meta": {
+                "n_ctx": model.context_length,
+                "size": model.size_bytes,
+                "tools": any(server.tools for server in model.servers),
+                "vision": any(server.vision for server in model.servers),
+            },
         }
 
 

@@ -98,12 +98,13 @@ class Balance:
         """The server for the next try; `None` when none is left that has not been `tried` (base URLs).
 
         `warm` is a peer that has the prompt's beginning; it is taken unless it is full and another is not. Servers
-        whose context the request cannot fit are left out, unless it fits none: then the server says so best. So are
-        servers that keep failing, while there are others; and so are those that have all slots busy and `backlog` requests
-        waiting besides, if that is given.
+        whose context the request cannot fit are left out, unless it fits none: then the server says so best; likewise those
+        not known to take its tools or pictures. So are servers that keep failing, while there are others; and so are those
+        that have all slots busy and `backlog` requests waiting besides, if that is given.
         """
         left = [server for server in servers if server.base_url not in tried]
         left = [server for server in left if self._fits(server, wanted)] or left
+        left = [server for server in left if can(server, wanted)] or left
         left = [server for server in left if self._is_up(server, now)] or left
         if backlog is not None:
             left = [server for server in left if not self.is_full(server, backlog)] or left
@@ -124,7 +125,7 @@ class Balance:
         known = self._known.get(server.base_url, _Known())
         speed = known.speed or server.speed or self._usual_speed(among)
         tokens = min(wanted.max_tokens if wanted.max_tokens is not None else TYPICAL_TOKENS, TYPICAL_TOKENS)
-        alone = (known.first or 0.0) + max(tokens, 1) / speed
+        alone = (known.first or server.first or 0.0) + max(tokens, 1) / speed
         return alone * (1 + self.load(server) / max(server.slots, 1)) + 2 * _distance(server)
 
     def first_byte_limit(self, server: Server, wanted: Wanted) -> float:
@@ -139,7 +140,8 @@ class Balance:
         if not wanted.streams:
             limit = wanted.max_tokens
             own += limit if limit is not None else server.context_length or LONGEST_ANSWER
-        return FIRST_BYTE + DOUBT * ((known.first or 0.0) + (ahead + own) / speed + 2 * _distance(server))
+        first = max(known.first or 0.0, server.first or 0.0)
+        return FIRST_BYTE + DOUBT * (first + (ahead + own) / speed + 2 * _distance(server))
 
     def load(self, server: Server) -> int:
         """Requests under way at `server`: ours, or more if it told of more."""
@@ -230,6 +232,11 @@ class Balance:
         told = [self._known.get(server.base_url, nothing).speed or server.speed for server in servers]
         speeds = sorted(speed for speed in told if speed)
         return speeds[len(speeds) // 2] if speeds else UNKNOWN_SPEED
+
+
+def can(server: Server, wanted: Wanted) -> bool:
+    """Whether a server is known to take what a request brings besides text."""
+    return (server.tools or not wanted.tools) and (server.vision or not wanted.vision)
 
 
 def _distance(server: Server) -> float:

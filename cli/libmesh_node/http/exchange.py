@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiohttp import web
 
@@ -18,7 +18,8 @@ class Exchange:
 
     Attributes:
         id: names the request in the log, at the server and to the client.
-        headers: for the answer: the id, and CORS.
+        headers: for the answer: the id, and CORS; `labels` has the others that every answer has.
+        home: peer id of this node, which gives the answers for which no server is needed, and refusals.
         began: when its head had been read, by `time.perf_counter`.
         wanted: what it says of itself.
         transcript: of its answer, if that could be continued.
@@ -27,7 +28,7 @@ class Exchange:
         seeking: whether it waits for a server.
         broken: whether its answer broke off, and the client was told so.
         first: when the first bytes of a streamed answer came, by the same clock as `began`.
-        response: the answer, if it was begun before there was a server (`waiting.py`).
+        response: the answer, if it was begun before there was a server (`waiting.py`), and `labelled` its labels.
         received: bytes of the answer so far, and `tail` the last of them.
     """
 
@@ -36,6 +37,7 @@ class Exchange:
     body: bytes
     headers: dict[str, str]
     began: float
+    home: str = ""
     wanted: Wanted = NOTHING
     transcript: Transcript | None = None
     attempts: int = 0
@@ -46,8 +48,14 @@ class Exchange:
     server: Server | None = None
     first: float | None = None
     response: web.StreamResponse | None = None
+    labelled: dict[str, str] = field(default_factory=dict)
     received: int = 0
     tail: bytes = b""
+
+    def labels(self, node: str = "") -> dict[str, str]:
+        """Who answers, as headers: `node`, or this one; how many servers were asked so far, and for which model."""
+        labels = {"X-Libmesh-Node": node or self.home, "X-Libmesh-Attempts": str(self.attempts)}
+        return labels | ({"X-Libmesh-Model": self.model} if self.model else {})
 
     def saw(self, data: bytes) -> None:
         """More of the answer came."""

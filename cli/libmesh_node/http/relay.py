@@ -54,10 +54,8 @@ async def relay(
     off; `exchange.broken` says whether the client's answer did.
     """
     headers = returned_headers(upstream.headers.items())
-    headers.update(exchange.headers)
-    headers["X-Libmesh-Node"] = exchange.server.peer if exchange.server else ""
-    headers["X-Libmesh-Model"] = exchange.model
-    headers["X-Libmesh-Attempts"] = str(exchange.attempts)
+    labels = exchange.labels(exchange.server.peer if exchange.server else "")
+    headers.update(exchange.headers | labels)
     status, reason, request = upstream.status, upstream.reason, exchange.request
     streams = upstream.content_type == "text/event-stream" and status == 200
     transcript = exchange.transcript if streams else None
@@ -83,6 +81,8 @@ async def relay(
     if response is None:
         response = web.StreamResponse(status=status, reason=reason, headers=headers)
         await response.prepare(request)
+    elif labels != exchange.labelled:
+        await response.write(comment("; ".join(f"{name}: {value}" for name, value in labels.items())))
     if transcript is not None:
         carrier = _Carrier(exchange, transcript, response, succession, balance, seat)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 
+from libmesh_node.http.balance import can
 from libmesh_node.http.errors import ApiError
 from libmesh_node.http.wanted import Wanted
 from libmesh_node.snapshot import Model
@@ -53,20 +54,48 @@ FAST_ENOUGH = 10.0
 def pick_model(models: Sequence[Model], wanted: Wanted, notices: Sequence[str] = ()) -> Model:
     """The model for a request that leaves the choice to the mesh.
 
-    Of those that are served, and whose context has room for it if any has: the largest of those that answer fast enough
-    for a reader, or if none is known to, the largest; ties by name. Raises `ApiError` 503 if none is served.
+    Of those of which a server takes what the request brings (tools, pictures), and whose context has room for it if any has:
+    the largest of those that answer fast enough for a reader, or if none is known to, the largest; ties by name. How long a
+    prompt is, is a guess: where it fits nowhere, the largest context is chosen, whose server counts and says so best.
+
+    Raises `ApiError`: 503 if none is served, 400 if none takes what the request brings, with what is missing where.
     """
     served = [model for model in models if model.servers]
     if not served:
         raise ApiError(503, "no_models", " ".join(notices) or IDLE, retry_after=RETRY_AFTER)
+    able = [model for model in served if any(can(server, wanted) for server in model.servers)]
+    if not able:
+        raise ApiError(400, "no_capable_model", _missing(served, wanted), param="model")
     room = wanted.prompt_tokens + (wanted.max_tokens or 0)
-    fitting = [model for model in served if model.context_length >= room] or served
+    fitting = [model for model in able if model.context_length >= room]
+    if not fitting:
+        longest = max(model.context_length for model in able)
+        fitting = [model for model in able if model.context_length == longest]
 
     def rank(model: Model) -> tuple[bool, int, str]:
-        speeds = [server.speed for server in model.servers if server.speed is not None]
+        speeds = [
+            server.speed for server in model.servers if can(server, wanted) and server.speed is not None
+        ]
         return not speeds or max(speeds) >= FAST_ENOUGH, model.size_bytes, model.name
 
     return max(fitting, key=rank)
+
+
+def _missing(served: Sequence[Model], wanted: Wanted) -> str:
+    brought = [(word, said) for word, said in _BROUGHT if getattr(wanted, word)]
+    takers = [
+        f"{said} are taken by "
+        + (_listing([m for m in served if any(getattr(server, word) for server in m.servers)]) or "none")
+        for word, said in brought
+    ]
+    what = " and ".join(said for _, said in brought)
+    return (
+        f"No server of this mesh is known to take {what}: {'; '.join(takers)}. "
+        "Name a model in `model` to ask it all the same."
+    )
+
+
+_BROUGHT = (("tools", "tools"), ("vision", "pictures"))
 
 
 def no_server(model: Model) -> ApiError:

@@ -1,7 +1,7 @@
 """Keep the client of a stream that waits long for its first byte: with comments, which every reader of events skips.
 
 Before `SILENCE` has passed, a request that cannot be answered gets its status. After that the answer has begun, and what
-goes wrong is an event of it.
+goes wrong is an event of it. Its headers name who was asked by then; if another one answers, a comment says so.
 """
 
 from __future__ import annotations
@@ -56,7 +56,10 @@ async def kept(
 async def _say(exchange: Exchange, why: str) -> None:
     said = ""
     if exchange.response is None:
-        headers = exchange.headers | {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
+        asked = exchange.server if not exchange.seeking else None
+        exchange.labelled = exchange.labels(asked.peer if asked else "")
+        headers = exchange.headers | exchange.labelled
+        headers |= {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
         exchange.response = web.StreamResponse(headers=headers)
         await exchange.response.prepare(exchange.request)
         said = why

@@ -1,7 +1,8 @@
-"""How busy a llama-server is and how fast, as it tells itself. Pure."""
+"""How busy a llama-server is and how fast, and what it can do, as it tells itself. Pure."""
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 
@@ -18,13 +19,66 @@ class ServerLoad:
     Attributes:
         busy: requests that are answered or wait, rounded up to a power of two.
         speed: tokens per second of one request, to the next of 1, 1.5, 2, 3, 4, 6, 8, 12 and so on; 0 if unknown.
+        first: seconds from a request's turn to its first token, in milliseconds to the same steps; 0 if unknown.
     """
 
     busy: int = 0
     speed: float = 0.0
+    first: float = 0.0
 
 
 IDLE = ServerLoad()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Abilities:
+    """What requests a server can take besides plain text."""
+
+    tools: bool = False
+    vision: bool = False
+
+
+UNABLE = Abilities()
+
+SMOOTHING = 0.2
+"""Weight of a new measurement."""
+
+_FIRST = re.compile(r"prompt eval time = *([0-9.]{1,16}) ms")
+"""What llama-server logs of each request (tools/server/server-context.cpp, `print_timings`); `/metrics` has no count of
+requests by which its sum could be divided."""
+
+
+class FirstToken:
+    """Time to first token, smoothed over the requests of one server. Feed it the server's log."""
+
+    def __init__(self) -> None:
+        self._seconds: float | None = None
+
+    def saw(self, line: str) -> None:
+        """A line of the log. Those of other things change nothing."""
+        if (found := _FIRST.search(line)) is None:
+            return
+        try:
+            seconds = float(found[1]) / 1000
+        except ValueError:
+            return
+        before = seconds if self._seconds is None else self._seconds
+        self._seconds = before + SMOOTHING * (seconds - before)
+
+    @property
+    def told(self) -> float:
+        """Seconds, as in `ServerLoad.first`."""
+        return _step(self._seconds * 1000) / 1000 if self._seconds else 0.0
+
+
+def read_abilities(props: bytes) -> Abilities:
+    """By llama-server's answer to `/props`, head and body; what it does not say, it cannot do."""
+    try:
+        said = json.loads(props.partition(b"\r\n\r\n")[2])
+        caps, modalities = said.get("chat_template_caps") or {}, said.get("modalities") or {}
+        return Abilities(tools=caps.get("supports_tools") is True, vision=modalities.get("vision") is True)
+    except (ValueError, RecursionError, AttributeError):
+        return UNABLE
 
 
 def read_load(metrics: bytes, before: ServerLoad = IDLE) -> ServerLoad:
@@ -43,6 +97,7 @@ def read_load(metrics: bytes, before: ServerLoad = IDLE) -> ServerLoad:
     return ServerLoad(
         busy=coarse(busy),
         speed=_step(speed) if 0 < speed < 1e6 else before.speed,
+        first=before.first,
     )
 
 

@@ -29,7 +29,7 @@ import trio
 
 from libmesh_node.llama.drafting import DraftTrial, measure_costs, read_guesses
 from libmesh_node.llama.engine import Binary
-from libmesh_node.llama.load import IDLE, read_load, read_work
+from libmesh_node.llama.load import IDLE, UNABLE, FirstToken, read_abilities, read_load, read_work
 from libmesh_node.llama.logfile import BoundedLog
 from libmesh_node.llama.process import GuardedProcess, Lines, ProgramNotStarted, open_guarded
 from libmesh_node.llama.restart import Effect, Ended, GiveUp, Launch, Ready, RestartPolicy, Wake
@@ -74,6 +74,7 @@ class LlamaServer:
     Attributes:
         process: its state now. A new value at each change.
         load: how busy it is, as it said a moment ago.
+        abilities: what it takes besides text, since it was ready.
         used_at: when it was last seen at work, by trio's clock; its start, if it never was.
     """
 
@@ -105,7 +106,8 @@ class LlamaServer:
         )
         self._binary = binary
         self._log_path = log
-        self.load = IDLE
+        self.load, self.abilities = IDLE, UNABLE
+        self._first = FirstToken()
         self.used_at = -math.inf
         self._done: float | None = None
         self._environment = child_environment(environment)
@@ -206,6 +208,7 @@ class LlamaServer:
         with scope:
             while (line := await lines.receive()) is not None:
                 self._lines += 1
+                self._first.saw(line)
                 log.write(line)
 
     def _ended(self, reason: str, port_taken: bool) -> Ended:
@@ -229,6 +232,7 @@ class LlamaServer:
             if await self._end_stalled(process, progress, answers):
                 return
             load, done = read_load(metrics, self.load), read_work(metrics)
+            load = replace(load, first=self._first.told)
             if load.busy or done != self._done:
                 self.used_at, self._done = trio.current_time(), done
             if load != self.load:
@@ -274,6 +278,7 @@ class LlamaServer:
             if status == 200 and await _serves(port, self.plan.alias):
                 self._policy.handle(Ready(), trio.current_time())
                 self.used_at, self._done = trio.current_time(), 0.0
+                self.abilities = read_abilities(await _get(port, "/props"))
                 self._change("ready", failure="")
                 return True
             if status == 503 and self.process.status == "starting":
