@@ -249,16 +249,20 @@ class Mesh:
     def tunnelled(self) -> Mapping[tuple[PathKind, str], int]:
         """Bytes that `serve_tunnel` and `expose` have carried since the mesh was opened, by path and `sent` or `received`.
 
-        Each connection counts when it is over, for the path to its peer at that moment.
+        Each connection counts when it is over, however that came, for the path to its peer when it began.
         """
         return self._tunnelled
 
-    def count_tunnelled(self, peer: PeerId, sent: int, received: int) -> None:
-        """For `tunnel.py`: a connection with `peer` is over."""
+    def tunnel_counter(self, peer: PeerId) -> Callable[[int, int], None]:
+        """For `tunnel.py`, as a connection with `peer` begins: takes the bytes sent and received once it is over."""
         path = self._driver.network.path(peer)
-        if path is not None:
-            self._tunnelled[path.kind, "sent"] += sent
-            self._tunnelled[path.kind, "received"] += received
+
+        def count(sent: int, received: int) -> None:
+            if path is not None:
+                self._tunnelled[path.kind, "sent"] += sent
+                self._tunnelled[path.kind, "received"] += received
+
+        return count
 
     def invite(self, *, scope: Scope, not_after_unix: float | None) -> str:
         """A token that lets its holder join with `scope` until `not_after_unix` (cut to this node's own end).

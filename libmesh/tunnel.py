@@ -261,15 +261,15 @@ async def expose(
             raise ServiceRefused(f"{host}:{port} does not answer: {exc}", reason="unavailable") from exc
         with sock.socket:
             lifeline = mesh.resumption.far(stream.peer, accept.session)
+            count = mesh.tunnel_counter(stream.peer)
             if lifeline is None:
                 await accept()
-                carried = await splice(stream, sock, ended=ended, first=first)
+                await splice(stream, sock, ended=ended, first=first, count=count)
             else:
                 lifeline.carried_by(stream)
                 with lifeline:
                     await accept(resumable=True)
-                    carried = await splice(stream, sock, lifeline, ended, first)
-        mesh.count_tunnelled(stream.peer, carried.bytes_sent, carried.bytes_received)
+                    await splice(stream, sock, lifeline, ended, first, count)
 
     try:
         with mesh.offer_raw(service, serve, scope=scope):
@@ -318,8 +318,7 @@ async def _carry(mesh: Mesh, peer: PeerId, service: str, sock: trio.SocketStream
             return
         try:
             with lifeline or nullcontext():
-                carried = await splice(stream, sock, lifeline)
-            mesh.count_tunnelled(peer, carried.bytes_sent, carried.bytes_received)
+                await splice(stream, sock, lifeline, count=mesh.tunnel_counter(peer))
         except MeshError as exc:
             log.info("tunnel to %r: %s", service, exc)
             _abort(sock)

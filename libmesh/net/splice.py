@@ -58,12 +58,13 @@ async def splice(
     lifeline: Lifeline | None = None,
     ended: Callable[[], Awaitable[None]] | None = None,
     first: bytes | bytearray = b"",
+    count: Callable[[int, int], None] | None = None,
 ) -> SpliceResult:
     """Carry bytes between a stream and a socket until both directions have ended, or either side is reset.
 
     With a `lifeline` it goes on over another stream if the connection of this one is lost. `ended` is awaited once both
     directions have come to their end here, which the other end may still have to be told, for as long as that takes.
-    `first` was received from the stream already.
+    `first` was received from the stream already. `count` is told the bytes sent and received, however it ends.
 
     A stream that wraps another one only until it is opened may name that in an attribute `opened`; the pump then goes
     on with it. Takes over both and closes them, also on error. Cancelling resets both. Never raises for what either side does;
@@ -95,6 +96,8 @@ async def splice(
             pumps.stream.reset()
             _reset_on_close(sock)
         sock.socket.close()
+        if count is not None:
+            count(pumps.bytes_sent, pumps.bytes_received)
     if pumps.refusal is not None:
         raise pumps.refusal
     return SpliceResult(pumps.bytes_sent, pumps.bytes_received, pumps.reset)
