@@ -7,6 +7,7 @@ import trio
 import trio.testing
 
 from libmesh import AdmissionRefused, Mesh, Scope, Stream, StreamReset, hello
+from libmesh.net.base import PathChanged
 from tests.members import NOW
 from tests.town import Town, town
 
@@ -66,6 +67,22 @@ async def test_one_hello_waits_for_another_of_the_same_peer_and_a_third_does_not
         await trio.sleep(20)
         assert two.view.get(three.peer).path is not None  # type: ignore[union-attr]
         assert not three._driver.admission._answering
+
+
+async def test_a_peer_that_may_have_forgotten_us_hears_another_hello(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with town() as place:
+        two, three = await _three(place)
+        del three._driver.admission._admitted[two.peer]
+        path = place.networks[2].path(three.peer)
+        assert path is not None
+        place.networks[2].emit(PathChanged(three.peer, path))
+        await trio.sleep(1)
+        assert three._driver.admission.credential_of(two.peer) is None
+        place.networks[2].emit(PathChanged(three.peer, path, renewed=True))
+        await trio.sleep(1)
+        assert three._driver.admission.credential_of(two.peer) is not None
 
 
 async def test_cancelled_hello_leaves_nobody_half_admitted(autojump_clock: trio.testing.MockClock) -> None:
