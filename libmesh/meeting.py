@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MAX_ADDRESSES = 16
+MAX_ADDRESSES = 8
 """Addresses that a relay is told of: as many as others try."""
 
 LOOK_EVERY = 5.0
@@ -36,8 +36,9 @@ AGAIN, RETRY, NO_POINT = 300.0, 30.0, 3600.0
 ASK_ALONE, ASK_LEAST, ASK_IN_COMPANY = 4.0, 60.0, 300.0
 """Seconds between questions: at first while alone, then doubling up to the next, and in company, for a mesh may be parted."""
 
-MAX_TRIED = 16
-"""Peers that are tried after one question, by lot: anybody who knows the mesh's id may have left word of himself."""
+MAX_TRIED = 8
+"""Peers that are tried after one question, by lot. Anybody who knows the mesh's id may have left word, and of any address: what
+a member can be made to dial so is bounded by this, one address in five seconds."""
 
 TRY_LIMIT = 15.0
 """Seconds for each of them."""
