@@ -17,7 +17,7 @@ from libmesh_node import splits
 from libmesh_node.announced import Distance, NodeStatus, encode_status
 from libmesh_node.entries import Entry, announced
 from libmesh_node.llama.gguf import GgufHeader, TensorInfo
-from libmesh_node.llama.load import IDLE
+from libmesh_node.llama.load import IDLE, UNABLE
 from libmesh_node.llama.server import ServerPlan
 from libmesh_node.models.reference import ModelFile
 from libmesh_node.options import NodeOptions
@@ -115,7 +115,7 @@ def _server(run: Run, setting: SplitSetting) -> SimpleNamespace:
             status = "ready" if run.loaded else "loading"
             return Process(name="llama-server", pid=1, port=1, model=setting.model.name, status=status)
 
-    return Server(plan=ServerPlan(model=setting.model, context=4096), load=IDLE)
+    return Server(plan=ServerPlan(model=setting.model, context=4096), load=IDLE, abilities=UNABLE)
 
 
 class Node:
@@ -172,7 +172,7 @@ class World:
 
     Attributes:
         launched: splits that were begun; `most`: that lived at once.
-        broken: nodes whose llama-server ends while it loads.
+        broken: nodes whose llama-server ends while it loads. idle: nodes that do nothing.
         outages: spans of time without a server, since there first was one.
     """
 
@@ -183,13 +183,15 @@ class World:
         self.launched = self.most = 0
         self.outages: list[float] = []
         self.broken: set[str] = set()
+        self.idle: set[str] = set()
         self._served_until: float | None = None
         self._served = False
         self._nursery = nursery
 
     def join(self, name: str, machine: Machine) -> Node:
         node = self.nodes[name] = Node(self, name, machine)
-        self._nursery.start_soon(self._live, node)
+        if name not in self.idle:
+            self._nursery.start_soon(self._live, node)
         self.news()
         return node
 

@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 import trio
 import trio.testing
-from libmesh_node import splits
+from libmesh_node import split_host
 
-from tests.placement.hosting import LOAD, Machine, World, world
+from tests.placement.hosting import LOAD, Machine, Run, World, world
 
 TURN = 60.0  # longer than a better placement must be better, and its load
 
@@ -19,7 +19,7 @@ def nobody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     async def idle(_server: object) -> bool:
         return False
 
-    monkeypatch.setattr(splits, "_is_busy", idle)
+    monkeypatch.setattr(split_host, "_is_busy", idle)
 
 
 async def settled(place: World) -> None:
@@ -96,20 +96,81 @@ async def test_where_memory_does_not_allow_both_the_old_one_makes_room(
     assert place.outages == [pytest.approx(LOAD + 1.05, abs=0.2)]
 
 
-async def test_another_host_waits_where_memory_does_not_allow_both(
+async def scarce(place: World) -> Run:
+    """Two nodes whose memory one split takes, and its run."""
+    place.join("a", Machine(25))
+    place.join("b", Machine(25))
+    await settled(place)
+    return place.serving[0]
+
+
+async def test_where_memory_does_not_allow_both_another_host_is_made_room_for(
     autojump_clock: trio.testing.MockClock,
 ) -> None:
-    """What works is not ended for a promise of somebody else's."""
+    """The worker's memory is taken by the split that works; the better one comes when that has ended."""
     async with world(force=False) as place:
-        place.join("a", Machine(25))
-        place.join("b", Machine(25))
-        await settled(place)
-        (run,) = place.serving
+        await scarce(place)
         place.join("c", Machine(25, bandwidth=1000, rtt=0.001))
         for _ in range(10):
-            await settled(place)
+            await trio.sleep(TURN)
+        await settled(place)
+        (run,) = place.serving
+        assert run.placement.host == "c"
+    assert place.most == 1
+    assert place.outages == [pytest.approx(LOAD, abs=3)]
+
+
+async def test_room_is_made_when_the_server_has_nothing_to_do(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it is answering is finished first."""
+    busy_until = 2 * TURN + 40
+
+    async def busy(_server: object) -> bool:
+        return trio.current_time() < busy_until
+
+    async with world(force=False) as place:
+        monkeypatch.setattr(split_host, "_is_busy", busy)
+        run = await scarce(place)
+        place.join("c", Machine(25, bandwidth=1000, rtt=0.001))
+        await trio.sleep(busy_until - trio.current_time())
         assert place.serving == [run]
-    assert (place.most, place.outages) == (1, [])
+        await settled(place)
+        assert place.serving[0].placement.host == "c"
+
+
+async def test_room_is_made_for_nobody_who_is_not_elected_any_more(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It left while the server here finished its work."""
+
+    async def busy(_server: object) -> bool:
+        return trio.current_time() < 3 * TURN
+
+    async with world(force=False) as place:
+        monkeypatch.setattr(split_host, "_is_busy", busy)
+        run = await scarce(place)
+        place.join("c", Machine(25, bandwidth=1000, rtt=0.001))
+        await trio.sleep(TURN)
+        place.leave("c")
+        await trio.sleep(5 * TURN)
+        assert place.serving == [run]
+    assert place.outages == []
+
+
+async def test_what_was_ended_for_somebody_who_does_not_come_is_taken_back(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """And not ended for that one again."""
+    async with world(force=False) as place:
+        await scarce(place)
+        place.idle.add("c")
+        place.join("c", Machine(25, bandwidth=1000, rtt=0.001))
+        for _ in range(20):
+            await trio.sleep(TURN)
+        await settled(place)
+        assert "c" not in place.serving[0].placement.members
+    assert place.outages == [pytest.approx(split_host.HEIR_LIMIT + LOAD, abs=4)]
 
 
 async def test_a_host_that_cannot_load_leaves_it_to_others(autojump_clock: trio.testing.MockClock) -> None:
@@ -123,7 +184,7 @@ async def test_a_host_that_cannot_load_leaves_it_to_others(autojump_clock: trio.
         (run,) = place.serving
         assert "a" not in run.placement.members
         place.broken.clear()
-        await trio.sleep(2 * splits.UNABLE_FOR)
+        await trio.sleep(2 * split_host.UNABLE_FOR)
         assert place.nodes["a"].status().spare_bytes > 0
         assert len(place.serving) == 1
 
@@ -152,7 +213,7 @@ async def test_the_only_worker_is_asked_again_soon(autojump_clock: trio.testing.
         await settled(place)
         for _ in range(4):
             place.lose_worker("b")
-            await trio.sleep(splits.REFUSED_FOR + 2 * LOAD)
+            await trio.sleep(split_host.REFUSED_FOR + 2 * LOAD)
             assert len(place.runs) == len(place.serving) == 1
     assert place.outages[0] <= LOAD + 5.2
     assert place.outages == sorted(place.outages)

@@ -51,6 +51,16 @@ def host_elsewhere(digest: str, view: View) -> tuple[str, AnnouncedModel] | None
     return None
 
 
+def is_coming(host: str, digest: str, view: View) -> bool:
+    """Whether a peer says that it will answer for the model soon."""
+    return any(
+        model.digest == digest and (model.coming or model.ready)
+        for peer in view.peers
+        if peer.peer == host and peer.state in _BELIEVED
+        for model in decode_status(peer.attributes).models
+    )
+
+
 def placement_elsewhere(host: str, model: AnnouncedModel) -> Placement:
     """What another node says of its own split, as far as its members go."""
 

@@ -1,0 +1,329 @@
+"""Hosting one model: when the election says so, its split is started, replaced, and ended.
+
+Make before break: a better placement is started beside the running one. Only where memory does not allow both does the
+running one end first, whoever is to host the better one; requests wait meanwhile in the nodes that took them.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import trio
+
+from libmesh import Mesh
+from libmesh_node.announced import NodeStatus
+from libmesh_node.entries import Entry
+from libmesh_node.llama.supervisor import LlamaServer
+from libmesh_node.options import NodeOptions
+from libmesh_node.placement.electing import elect_at, predict
+from libmesh_node.placement.machine import Machine, short
+from libmesh_node.placement.seen import host_elsewhere, is_coming, machines_with, placement_elsewhere
+from libmesh_node.placement.splitting import Placement, Shortage, SplitRules, fit_beside
+from libmesh_node.placement.steering import Abandon, Adopt, Broken, Looked, Steering
+from libmesh_node.serving import LocalModels
+from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting
+
+log = logging.getLogger(__name__)
+
+REFUSED_FOR = 20.0
+"""Seconds for which a peer that refused is not asked again; one that was lost after it had worked, for less at first."""
+
+FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+"""Seconds until the next try after a split that failed; doubled with each failure, forgotten after `HEALTHY_AFTER`."""
+
+HEALTHY_AFTER = 60.0
+
+OWN_FAILURES = 3
+UNABLE_FOR = 300.0
+"""A node whose own llama-server failed so often in a row offers no memory for so many seconds: others shall be elected."""
+
+DRAIN_LIMIT = 120.0
+"""Seconds that a replaced server may take to finish what it is answering."""
+
+HEIR_LIMIT = 30.0
+"""Seconds without a sign that the peer loads the model for which this node ended its split; then it is taken back."""
+
+NO_HEIR_FOR = 3600.0
+"""Seconds for which nothing is left any more to a peer that did not take over."""
+
+Launch = Callable[[SplitSetting, Placement, dict[str, int], Callable[[], None]], SplitRun]
+
+
+class SplitHost:
+    """Hosts one model whenever the election says so."""
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        models: LocalModels,
+        entry: Entry,
+        options: NodeOptions,
+        status: Callable[[], NodeStatus],
+        launch: Launch,
+    ) -> None:
+        self._launch = launch
+        self.name, self.entry = entry.name, entry
+        self.scope = trio.CancelScope()
+        self.missing = ""
+        self.served = False
+        self._mesh, self._models, self._options, self._status = mesh, models, options, status
+        self._rules = rules_of(options)
+        self._steering = Steering()
+        self._run: SplitRun | None = None
+        self._coming: SplitRun | None = None
+        self._refused: dict[str, tuple[str, float]] = {}
+        self._taken: set[str] = set()  # those whose memory another host's split may have
+        self._elsewhere = False
+        self._heir: tuple[str, float] | None = (
+            None  # for whom the split here ends or has ended, and until when
+        )
+        self._pause, self._not_before = FIRST_PAUSE, 0.0
+        self._own_failures, self.unable_until = 0, 0.0
+        self._news = trio.Event()
+
+    def look(self) -> None:
+        """Something changed. Never blocks."""
+        self._news.set()
+
+    async def run(self) -> None:
+        """Host until cancelled, by `scope` or from outside; then nothing of it is left."""
+        with self.scope:
+            await self.entry.identified.wait()
+            if not self.entry.digest:
+                return
+            try:
+                async with trio.open_nursery() as nursery:
+                    while True:
+                        self._news = trio.Event()
+                        if not self.entry.leaving:
+                            self._step(nursery)
+                        with trio.move_on_at(self._wake_at()):
+                            await self._news.wait()
+            finally:
+                self.entry.servers.clear()
+                self.entry.workers, self.entry.split_bytes = (), 0
+
+    # ── deciding ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _wake_at(self) -> float:
+        times = [self._steering.deadline(), *(until for _, until in self._refused.values())]
+        times += [] if self._heir is None else [self._heir[1]]
+        if self._not_before > trio.current_time():
+            times.append(self._not_before)
+        known = [time for time in times if time is not None]
+        return max(min(known, default=float("inf")), trio.current_time() + 0.05)
+
+    def _step(self, nursery: trio.Nursery) -> None:
+        now = trio.current_time()
+        elsewhere = host_elsewhere(self.entry.digest, self._mesh.view)
+        self._notice(elsewhere is not None, now)
+        machines = machines_with(
+            self.entry.digest,
+            self._mesh.view,
+            self._status(),
+            protocol=self._models.equipment.rpc_protocol,
+            refused={peer: why for peer, (why, _) in self._refused.items()},
+        )
+        shape = self.entry.shape
+        best = elect_at(self._mesh.view.me, shape, machines, self._rules)
+        self.served = elsewhere is not None or (self._run is not None and self._run.ready)
+        self._tell(best)
+        self._yield_to(best, elsewhere[0] if elsewhere is not None else None)
+        if self._run is not None and not (isinstance(best, Placement) and self._is_heir(best.host)):
+            self._heir = None
+        if self._coming is not None or now < self._not_before:
+            return
+        running: float | None = None
+        if self._run is not None:
+            running = predict(shape, self._run.placement, machines)
+        elif elsewhere is not None:
+            self._steering.current = there = placement_elsewhere(*elsewhere)
+            if (running := predict(shape, there, machines)) is None:
+                return  # it says that it serves; if that is over, it will say so, or fall silent
+        lives = self._run is not None
+        for effect in self._steering.handle(Looked(best, running, lives), now):
+            match effect:
+                case Adopt(placement) if placement.host == self._mesh.view.me:
+                    if self._run is None or fit_beside(self._run.placement, placement, machines):
+                        self._start(placement, machines, nursery)
+                    else:
+                        self._make_room(self._run, now)
+                case Adopt(placement):  # another one's to start; ours ends when that one answers, or now
+                    self._steering.current = self._run.placement if self._run is not None else None
+                    if self._run is not None and not fit_beside(self._run.placement, placement, machines):
+                        self._leave_to(placement.host, self._run, now, nursery)
+                case Abandon(why):
+                    log.warning("%s cannot be served any more: %s", self.name, why)
+                    self._stop(self._run)
+
+    def _notice(self, elsewhere: bool, now: float) -> None:
+        """What has changed of what this node alone knows."""
+        if self._elsewhere and not elsewhere:  # what that split had is free now
+            for peer in self._taken:
+                self._refused.pop(peer, None)
+            self._taken.clear()
+            self._pause, self._not_before = FIRST_PAUSE, 0.0
+        self._elsewhere = elsewhere
+        self._refused = {peer: entry for peer, entry in self._refused.items() if entry[1] > now}
+        if self._heir is None or self._run is not None:
+            return
+        heir, until = self._heir
+        if elsewhere:
+            self._heir = None
+        elif is_coming(heir, self.entry.digest, self._mesh.view):
+            self._heir = heir, now + HEIR_LIMIT
+        elif now >= until:
+            log.warning("%s: the peer %s did not take it over", self.name, short(heir))
+            self._heir = None
+            self._refused[heir] = "it did not take over when it should", now + NO_HEIR_FOR
+
+    def _is_heir(self, peer: str) -> bool:
+        return self._heir is not None and self._heir[0] == peer
+
+    def _tell(self, best: Placement | Shortage) -> None:
+        missing = str(best) if isinstance(best, Shortage) else ""
+        if missing and missing != self.missing and not self.served:
+            log.info("%s waits: %s", self.name, missing)
+        self.missing = missing
+
+    def _yield_to(self, best: Placement | Shortage, elsewhere: str | None) -> None:
+        """Two hosts of one model: the one that would be elected stays, once it answers."""
+        run = self._run
+        if run is None or not run.ready or elsewhere is None:
+            return
+        if isinstance(best, Placement) and best.host == elsewhere:
+            log.info("%s is served by the peer %s now", self.name, short(elsewhere))
+            self._stop(run)
+
+    # ── acting ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _start(self, placement: Placement, machines: list[Machine], nursery: trio.Nursery) -> None:
+        told = ", ".join(f"{short(share.peer)} ({share.layers} layers)" for share in placement.workers)
+        what = f"split over this node ({placement.home.layers} layers) and {told}" if told else "alone"
+        log.info("%s: %s; about %.1f tokens per second", self.name, what, placement.tokens_per_second)
+        assert self._models.equipment.engine is not None
+        setting = SplitSetting(
+            mesh=self._mesh,
+            binary=self._models.equipment.engine.require_llama_server(),
+            model=self.entry.model,
+            shape=self.entry.shape,
+            log=self._models.log_of(self.name),
+            own_devices=self._models.equipment.own_devices,
+            slots=self.entry.plan.slots,
+            draft=self.entry.plan.draft,
+        )
+        memory = {machine.peer: machine.memory for machine in machines}
+        self._coming = run = self._launch(setting, placement, memory, partial(self._changed, nursery))
+        nursery.start_soon(self._live, run)
+
+    async def _live(self, run: SplitRun) -> None:
+        failure = await run.run()
+        if run.server in self.entry.servers:
+            self.entry.servers.remove(run.server)
+        if failure is not None:
+            self._failed(run, failure)
+        if run.server is not None and run.server.plan.draft is None:
+            self.entry.plan = replace(self.entry.plan, draft=None)  # given up, and not to be tried again
+        if run is self._coming:
+            self._coming = None
+        if run is self._run:
+            self._run = None
+            self.entry.workers, self.entry.split_bytes = (), 0
+        self._models.on_change()
+        self.look()
+        await trio.sleep_until(self.unable_until)
+        self._models.on_change()
+
+    def _failed(self, run: SplitRun, failure: SplitFailed) -> None:
+        now = trio.current_time()
+        who = f"the peer {short(failure.peer)}: " if failure.peer else ""
+        log.warning(
+            "%s: the split %s: %s%s", self.name, "ended" if run is self._run else "failed", who, failure
+        )
+        if failure.later and self._run is not None and run is self._coming:
+            self._make_room(self._run, now)
+            return
+        self._own_failures += not failure.peer and run.ready_since is None
+        if self._own_failures >= OWN_FAILURES:
+            log.warning("%s: this node leaves it to others for %g s", self.name, UNABLE_FOR)
+            self._own_failures, self.unable_until = 0, now + UNABLE_FOR
+        if failure.later:
+            self._taken.add(failure.peer)
+        lasted = run.ready_since is not None and now - run.ready_since >= HEALTHY_AFTER
+        self._pause = FIRST_PAUSE if lasted else min(self._pause * 2, LONGEST_PAUSE)
+        if failure.peer:
+            lasting = run.ready_since is None and not failure.later
+            seconds = REFUSED_FOR if lasting else min(REFUSED_FOR, 4 * self._pause)
+            self._refused[failure.peer] = str(failure), now + seconds
+        self._not_before = now + (0.0 if run.ready_since is not None and failure.peer else self._pause)
+        if run is self._run or self._run is None:
+            self._steering.handle(Broken(), now)
+        else:
+            self._steering.current = self._run.placement
+
+    def _make_room(self, run: SplitRun, now: float) -> None:
+        """What is to come has no room beside `run`. Requests wait meanwhile."""
+        log.info("%s: memory is only free once the running split has ended; ending it", self.name)
+        self._stop(run)
+        self._steering.handle(Broken(), now)
+
+    def _leave_to(self, heir: str, run: SplitRun, now: float, nursery: trio.Nursery) -> None:
+        """A better split of another host has no room beside `run`, which ends as soon as it has nothing to do."""
+        if self._heir is None:
+            log.info("%s: the peer %s serves it better once the split here has ended", self.name, short(heir))
+            self._heir = heir, now + DRAIN_LIMIT + HEIR_LIMIT
+            nursery.start_soon(self._end_for_heir, run)
+
+    async def _end_for_heir(self, run: SplitRun) -> None:
+        with trio.move_on_after(DRAIN_LIMIT):
+            while (  # noqa: ASYNC110 - another process is asked
+                self._heir is not None and run.server is not None and await _is_busy(run.server)
+            ):
+                await trio.sleep(0.2)
+        if self._heir is not None and run is self._run:
+            self._heir = self._heir[0], trio.current_time() + HEIR_LIMIT
+            self._stop(run)
+
+    def _changed(self, nursery: trio.Nursery) -> None:
+        """A server's state changed: when the coming one answers, it takes over."""
+        coming = self._coming
+        if coming is not None and coming.server is not None and coming.server not in self.entry.servers:
+            self.entry.servers.append(coming.server)
+        if coming is not None and coming.ready and coming.server is not None:
+            old, self._run, self._coming = self._run, coming, None
+            coming.ready_since, self._own_failures = trio.current_time(), 0
+            self.entry.servers.remove(coming.server)
+            self.entry.servers.insert(0, coming.server)
+            self.entry.workers = tuple(share.peer for share in coming.placement.workers)
+            self.entry.split_bytes = coming.home_bytes
+            if old is not None:
+                nursery.start_soon(self._drain, old)
+        self._models.on_change()
+
+    async def _drain(self, run: SplitRun) -> None:
+        """End a replaced run when it has answered what it was asked."""
+        with trio.move_on_after(DRAIN_LIMIT):
+            while run.server is not None and await _is_busy(run.server):  # noqa: ASYNC110 - another process is asked
+                await trio.sleep(0.2)
+        self._stop(run)
+
+    def _stop(self, run: SplitRun | None) -> None:
+        if run is not None:
+            run.scope.cancel()
+
+
+async def _is_busy(server: LlamaServer) -> bool:
+    return await server.is_busy()
+
+
+def rules_of(options: NodeOptions) -> SplitRules:
+    """What the command line says of splits."""
+    return SplitRules(
+        max_rtt=options.max_rtt_ms / 1000,
+        ratios=options.tensor_split or None,
+        force=options.split,
+        min_peers=options.min_peers,
+    )
