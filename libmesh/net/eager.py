@@ -5,6 +5,7 @@ do. py-libp2p waits for the other side's header before it proposes; through a re
 
 Nearly every peer has Noise, so its first message can leave with the proposal of it, too (`Proposed`). Whoever has not reads
 that message as another proposal, and the connection is of no use any more: the dial has to be made anew, with patience.
+Not so if the connection ends before the other side has said its header: then it was not cut for the proposal.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class ProposalRefused(HandshakeFailure):
 class Proposed:
     """A raw connection on which `protocol` is spoken at once; the other side's consent is read before its first bytes.
 
-    Its `read` raises `ProposalRefused` if what comes is not that consent, or nothing comes.
+    Its `read` raises `ProposalRefused` if what comes is not that consent, or nothing comes after the header.
     """
 
     def __init__(self, raw: IRawConnection, protocol: str) -> None:
@@ -46,11 +47,15 @@ class Proposed:
     async def read(self, n: int | None = None) -> bytes:
         """As the raw connection's, from after the consent on."""
         while self._consents:
+            answered = len(self._consents) == 1
             expected = self._consents.pop(0)
             try:
                 said = await read_exactly(self._raw, 1)
-                said += await read_exactly(self._raw, said[0] & 0x7F)
+                if expected.startswith(said):
+                    said += await read_exactly(self._raw, len(expected) - 1)
             except (IOException, OSError) as exc:
+                if not answered:
+                    raise
                 raise ProposalRefused(f"no answer to the proposal of a protocol: {exc}") from exc
             if said != expected:
                 raise ProposalRefused("the other side does not take the protocol that was proposed")

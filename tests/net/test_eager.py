@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import trio
 from libp2p.custom_types import TProtocol
+from libp2p.io.exceptions import IOException
 from libp2p.protocol_muxer.exceptions import MultiselectClientError, MultiselectCommunicatorError
 
+from libmesh.errors import NetworkError
 from libmesh.net import swarm
 from libmesh.net.eager import HEADER, EagerClient, ProposalRefused, Proposed, was_refused
 from libmesh.net.libp2p import open_libp2p_network
 from libmesh.net.negotiate import encode_line
 from libmesh.net.tls import PROTOCOL_ID as TLS_ID
 from libmesh.peers import PathKind
-from tests.members import seed
+from tests.members import peer, seed
 from tests.net.hosts import LOCAL
 
 NOISE, TLS = TProtocol("/noise"), TProtocol("/tls/1.0.0")
@@ -101,7 +106,7 @@ async def test_what_is_proposed_is_spoken_at_once_and_read_after_the_consent() -
 @pytest.mark.parametrize(
     "said",
     [
-        b"",
+        encode_line(HEADER),
         HELLO[:-1],
         encode_line(HEADER) + encode_line("na"),
         b"HTTP/1.1 400 Bad Request",
@@ -115,6 +120,30 @@ async def test_anything_but_consent_is_a_refusal(said: bytes) -> None:
     with pytest.raises(ProposalRefused) as failed:
         await proposed.read(1)
     assert was_refused(failed.value)
+
+
+@pytest.mark.parametrize("said", [b"", encode_line(HEADER)[:-1]])
+async def test_an_end_before_the_header_is_no_refusal(said: bytes) -> None:
+    proposed = Proposed(Bytes(said), NOISE)  # type: ignore[arg-type]
+    await proposed.write(b"")
+    with pytest.raises(IOException):
+        await proposed.read(1)
+
+
+async def test_a_dial_that_is_cut_in_the_handshake_is_made_once() -> None:
+    accepted = list[trio.SocketStream]()
+
+    async def cut(stream: trio.SocketStream) -> None:
+        accepted.append(stream)
+        await stream.aclose()
+
+    async with trio.open_nursery() as nursery, open_libp2p_network(seed(1), LOCAL) as network:
+        listeners = await nursery.start(partial(trio.serve_tcp, cut, 0, host="127.0.0.1"))
+        port = listeners[0].socket.getsockname()[1]
+        with trio.fail_after(60), pytest.raises(NetworkError):
+            await network.dial(peer(2), f"/ip4/127.0.0.1/tcp/{port}")
+        nursery.cancel_scope.cancel()
+    assert len(accepted) == 1
 
 
 def test_other_failures_are_no_refusals() -> None:
