@@ -122,7 +122,7 @@ class Driver:
         )
         self.pathing = Pathing(
             network,
-            addresses_of=lambda peer: self.admission.allowed(peer, self.membership.addresses_of(peer)),
+            addresses_of=self._ways_to,
             approach=self.approach,
             changed=lambda _: self.watchers.tell(),
             wall_clock=self.now,
@@ -140,7 +140,7 @@ class Driver:
             connect=self.pathing.connect,
         )
         pace = replace(config.liveness, interval=following.PROBE_INTERVAL) if follow else config.liveness
-        self._prober = Prober(network, self.membership, self.handle, pace, rng)
+        self._prober = Prober(network, self.membership, self.handle, pace, rng, self._ways_to)
         self._syncing = Syncing(network, self.membership, self.handle)
         self._herald = Herald(self.membership)
         self._following = Following(network, self.membership, self._hear)
@@ -304,6 +304,9 @@ class Driver:
     def credential_of(self, peer: PeerId) -> Credential | None:
         """What a peer has announced as its proof of membership, or, if it only follows, shown to us."""
         return self.membership.credential_of(peer) or self.admission.credential_of(peer)
+
+    def _ways_to(self, peer: PeerId) -> tuple[str, ...]:
+        return self.admission.allowed(peer, self.membership.addresses_of(peer))
 
     def _is_live_member(self, peer: PeerId) -> bool:
         return self.membership.believes(peer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -14,11 +15,14 @@ from libmesh import (
     InviteDenied,
     InviteExpired,
     InviteMalformed,
+    Mesh,
+    Path,
     PeerState,
     PeerUnreachable,
     Scope,
     hello,
     open_mesh,
+    probing,
 )
 from libmesh.net.base import PathChanged
 from tests.members import NOW, key, peer, seed
@@ -235,24 +239,34 @@ async def test_a_membership_that_ends_is_cut_off(autojump_clock: trio.testing.Mo
         assert place.networks[1].path(guest.peer) is None
 
 
-async def test_a_connection_in_place_of_a_silent_one_is_a_sign_of_life(
-    autojump_clock: trio.testing.MockClock,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    """Of two peers that lose many packets each connection may be stuck; that they can make new ones tells that both live."""
+@pytest.fixture
+def deaf(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Callable[[Mesh], None]:
+    """Lets a peer hear no answer to a probe, and nobody learn that it wonders."""
 
     async def unanswered(*_: object) -> bool:
         await trio.lowlevel.checkpoint()
         return False
 
+    def make(mesh: Mesh) -> None:
+        monkeypatch.setattr(mesh._driver._prober, "_ask", unanswered)
+        monkeypatch.setattr(mesh._driver, "_publish", lambda _: None)
+
+    caplog.set_level(logging.INFO, "libmesh.driver")
+    return make
+
+
+async def test_a_connection_in_place_of_a_silent_one_is_a_sign_of_life(
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    deaf: Callable[[Mesh], None],
+) -> None:
     async with town() as place:
         one, two = await place.of(2)
         path = place.networks[1].path(two.peer)
         assert path is not None
-        monkeypatch.setattr(one._driver._prober, "_ask", unanswered)
-        monkeypatch.setattr(one._driver, "_publish", lambda _: None)  # nobody is told, so nobody refutes
-        caplog.set_level(logging.INFO, "libmesh.driver")
+        deaf(one)
+        monkeypatch.setattr(one._driver._prober, "_addresses_of", lambda _: ())
         for _ in range(5):
             await until(lambda: state(one, two) is PeerState.SUSPECT)
             await trio.sleep(3.0)
@@ -261,3 +275,26 @@ async def test_a_connection_in_place_of_a_silent_one_is_a_sign_of_life(
             assert state(one, two) is PeerState.ALIVE
         assert "is dead" not in caplog.text
         assert await until(lambda: "is dead" in caplog.text) <= 5.0
+
+
+async def test_of_two_peers_one_that_is_silent_and_can_be_reached_anew_is_alive(
+    autojump_clock: trio.testing.MockClock,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    deaf: Callable[[Mesh], None],
+) -> None:
+    """Of two that lose many packets, each connection may be stuck; that they can make new ones tells that both live."""
+
+    async def hang(*_: object) -> Path:
+        await trio.sleep_forever()
+        raise AssertionError
+
+    async with town() as place:
+        one, _ = await place.of(2)
+        deaf(one)
+        await trio.sleep(60)
+        assert "is suspect" in caplog.text
+        assert "is dead" not in caplog.text
+        monkeypatch.setattr(place.networks[1], "dial", hang)
+        assert await until(lambda: "is dead" in caplog.text) <= 5.0
+        assert one._driver._prober._anew <= probing.MAX_ANEW

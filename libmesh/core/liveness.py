@@ -15,6 +15,10 @@ it that everybody is somebody's first ward. Every other turn is the first ward's
 round: they find what a ward's watcher cannot, because it is gone itself or has the only good line. A doubted peer is probed
 again and again until it answers or is no longer watched.
 
+Where nobody can be asked about a silent peer, as in a mesh of two, it is reached anew instead, at each unanswered probe:
+a few losses in a row stop one TCP connection for longer than a death may go unnoticed, but not several, begun one after
+the other.
+
 Not everybody is connected to everybody in a large mesh. `Watch` says who can be asked directly, and who can be asked
 about whom. A peer that cannot be asked directly is asked through others at once; one that nobody can be asked about
 takes no turns, as a lost packet or two would make it look silent, and is only probed when doubted.
@@ -123,6 +127,13 @@ class PingThrough:
 
 
 @dataclass(frozen=True, slots=True)
+class Reach:
+    """Make another connection to `peer`, beside the one on which it is silent. Tell `Answered` if that succeeds, or nothing."""
+
+    peer: PeerId
+
+
+@dataclass(frozen=True, slots=True)
 class Silent:
     """`peer` answered neither us nor through others."""
 
@@ -136,7 +147,7 @@ class Heard:
     peer: PeerId
 
 
-Effect = Ping | PingThrough | Silent | Heard
+Effect = Ping | PingThrough | Reach | Silent | Heard
 
 
 _WARD_OF_TURN = (0, 1, 0, None)
@@ -249,8 +260,9 @@ class Liveness:
         if probe.direct and (effects := self._probe_through(peer, now)):
             return effects
         del self._probes[peer]
+        anew = [Reach(peer)] if probe.direct and self._can_ask(peer) else []
         again = self._probe(peer, now) if peer in self._doubted else []
-        return [Silent(peer), *again]
+        return [Silent(peer), *anew, *again]
 
     def _can_ask(self, peer: PeerId) -> bool:
         return self._watch.asked is None or peer in self._watch.asked

@@ -17,6 +17,7 @@ from libmesh.core.liveness import (
     LivenessConfig,
     Ping,
     PingThrough,
+    Reach,
     Silent,
     Wake,
     Watch,
@@ -82,6 +83,19 @@ def test_with_nobody_to_ask_a_peer_is_silent_at_once() -> None:
     made = machine(PEERS[0])
     made.handle(Doubt(PEERS[0]), 10.0)
     assert (10.5, Silent(PEERS[0])) in wake(made, 10.5)
+
+
+def test_with_nobody_to_ask_a_silent_peer_is_reached_anew_at_each_unanswered_probe_until_it_answers() -> None:
+    made = machine(PEERS[0], doubted=(PEERS[0],))
+    reached = [time for time, effect in wake(made, 2.6) if effect == Reach(PEERS[0])]
+    assert reached == [0.5, 1.0, 1.5, 2.0, 2.5]
+    assert made.handle(Answered(PEERS[0]), 2.7) == [Heard(PEERS[0])]
+    assert Reach(PEERS[0]) not in [effect for _, effect in wake(made, 2.9)]
+
+
+def test_who_others_can_be_asked_about_is_not_reached_anew() -> None:
+    made = machine(*PEERS, doubted=(PEERS[0],))
+    assert Reach(PEERS[0]) not in [effect for _, effect in wake(made, 5.0)]
 
 
 def test_a_doubted_peer_is_probed_at_once_and_again_until_it_answers() -> None:
@@ -195,6 +209,6 @@ def test_waking_up_moves_the_deadline_forward_whatever_happens(
         now += pause
         made.handle(event, now)
         for effect in made.handle(Wake(), now):
-            assert isinstance(effect, Ping | PingThrough | Silent | Heard)
+            assert isinstance(effect, Ping | PingThrough | Reach | Silent | Heard)
         deadline = made.deadline()
         assert deadline is None or deadline > now
