@@ -25,8 +25,8 @@ class MembershipConfig:
             a probe's turn and two timeouts it is what the news takes of a machine that lost its power. It counts from
             when we first wondered, but goes on for a quarter of itself after our own attempts have failed.
         alone: the same in a mesh of two, where nobody can be asked. Losses in a row on one connection stop it for 6 s and
-            more, and happen; but whoever hears nothing on a connection makes another one beside it (`paths`,
-            `doubt_gap`), and the next probe goes there. It should leave time for two attempts at that.
+            more, and happen; but other connections are made beside a silent one (`liveness.Reach`), and one that comes
+            about is an answer. It should leave time for several, each of which may lose a packet and take a second longer.
         tombstone: how long the dead are remembered, and dialled now and then.
         coalesce: changes of one's own announcement within this time go out as one.
         refute_every: between two refutations of others' suspicions of us. Bounds what a liar can make us say.
