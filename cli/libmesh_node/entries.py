@@ -24,7 +24,7 @@ class Entry:
         headers: of all its parts.
         plan: how to serve it on this machine alone.
         alone: it is served so. If not, it takes other nodes with the same file.
-        granted: bytes that `plan` may use; `needed`: those that it takes at the least.
+        needed: bytes that it takes at the least.
         digest: empty until the file has been read; `identified` is set then, or when it could not be read.
         servers: the processes that serve it, the one that answers requests first. Two during a change of placement.
         workers: peers that the first one is split over, and `split_bytes` the memory of this machine that it takes.
@@ -39,7 +39,6 @@ class Entry:
     headers: tuple[GgufHeader, ...]
     plan: ServerPlan
     alone: bool
-    granted: int = 0
     needed: int = 0
     digest: str = ""
     identified: trio.Event = field(default_factory=trio.Event)
@@ -76,8 +75,11 @@ class Entry:
 
     @property
     def home_bytes(self) -> int:
-        """Memory that is kept for it here if it is served alone."""
-        return self.needed if self.alone else 0
+        """Memory that is kept for it here if it is served alone: more than it needs, if its context is longer than the least."""
+        if not self.alone:
+            return 0
+        longer = self.plan.context > least_context(self.model)
+        return max(self.needed, self.plan.memory_bytes) if longer else self.needed
 
     @property
     def shape(self) -> ModelShape:

@@ -228,7 +228,7 @@ class Node:
             memory_bytes=self._models.equipment.memory_bytes,
             models=self._models.announced,
             node_status=self._word(),
-            spare_bytes=0 if self._session and self._session.splits.unable else self._models.spare_bytes,
+            spare_bytes=0 if self._session and self._session.splits.unable else self._models.offered_bytes,
             bandwidth=self._models.equipment.bandwidth,
             accelerated=bool(self._models.equipment.own_devices),
             rpc_protocol=self._models.equipment.rpc_protocol,

@@ -45,18 +45,20 @@ class Runtime:
         return {"model": entry.name, "status": status_of(entry), "alone": entry.alone}
 
     async def _make_room(self, need: int) -> None:
-        """What the operator names goes before what this node has taken by itself."""
-        if need > self._models.equipment.memory_bytes:
+        """What the operator names goes before long contexts, and before what this node has taken by itself."""
+        models = self._models
+        if (
+            need > models.equipment.memory_bytes
+        ):  # it is split, and has half of what the others can do without
+            await models.squeeze((models.spare_bytes + models.room_bytes) // 2)
             return
-        taken = [
-            entry
-            for entry in self._models.entries.values()
-            if entry.alone and entry.name not in self._models.named
-        ]
+        await models.squeeze(need)
+        taken = [entry for entry in models.entries.values() if entry.alone and entry.name not in models.named]
         for entry in sorted(taken, key=lambda entry: (not entry.asleep, entry.home_bytes)):
-            if need <= self._models.spare_bytes:
+            if need <= models.spare_bytes:
                 return
-            await self._models.unload(entry.name)
+            await models.unload(entry.name)
+            await models.squeeze(need)
 
     async def unload(self, name: str, *, forget: bool) -> dict[str, object]:
         """See `NodeCommands.unload`."""

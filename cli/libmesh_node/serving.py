@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +16,7 @@ from libmesh_node.datadir import DataDir
 from libmesh_node.entries import Entry, announced, bytes_in_words, least_context, read_headers, usable_context
 from libmesh_node.equipment import Equipment
 from libmesh_node.errors import NodeError
+from libmesh_node.llama.server import ServerPlan
 from libmesh_node.llama.supervisor import DRAIN_LIMIT, LlamaServer
 from libmesh_node.models.digest import model_digest
 from libmesh_node.models.reference import ModelFile, model_folders, resolve
@@ -74,6 +75,18 @@ class LocalModels:
         taken = sum(entry.home_bytes for entry in self.entries.values())
         return max(0, self.equipment.memory_bytes - taken)
 
+    @property
+    def room_bytes(self) -> int:
+        """Memory that no such model needs: what `squeeze` can make room for."""
+        needed = sum(entry.needed for entry in self.entries.values() if entry.alone)
+        return max(0, self.equipment.memory_bytes - needed)
+
+    @property
+    def offered_bytes(self) -> int:
+        """Memory that the others may count on: for a model that this node may take, or for its part in those it shares."""
+        shares = any(not entry.alone for entry in self.entries.values())
+        return self.spare_bytes if shares else self.room_bytes
+
     def base_url(self, name: str) -> str | None:
         """Where a model's server answers; `None` unless it is ready."""
         entry = self.entries.get(name)
@@ -91,8 +104,10 @@ class LocalModels:
             return
         await self.equipment.set_up()
         models = [await self.find(reference) for reference in self._options.models]
-        for model in models:
-            await self._enter(model, self.equipment.memory_bytes // len(models), named=True)
+        needs = [await self.need_of(model) for model in models]
+        beyond = _shared(needs, self.equipment.memory_bytes)
+        for model, need in zip(models, needs, strict=True):
+            await self._enter(model, need + beyond, named=True)
 
     async def run(self) -> None:
         """Serve the models that fit until cancelled; then end their servers, within 2.5 s. Identify all."""
@@ -164,16 +179,54 @@ class LocalModels:
         return self._tasks
 
     async def _unload(self, entry: Entry) -> None:
+        await self._drain(entry)
+        if self.entries.get(entry.name) is entry:
+            del self.entries[entry.name]
+        log.info("%s is unloaded", entry.name)
+        self.on_change()
+
+    async def _drain(self, entry: Entry) -> None:
+        """End a server that gets nothing new, when it has finished what it is answering, within `DRAIN_LIMIT`."""
         if entry.servers and not entry.failed:
             with trio.move_on_after(DRAIN_LIMIT):
                 await trio.sleep(_HEARD)
                 while await self._is_busy(entry):  # noqa: ASYNC110 - another process is asked
                     await trio.sleep(0.2)
         await self._end(entry)
-        if self.entries.get(entry.name) is entry:
-            del self.entries[entry.name]
-        log.info("%s is unloaded", entry.name)
+
+    async def squeeze(self, need: int) -> None:
+        """Make room for `need` more bytes, if shorter contexts do: servers with more than they need are started again so.
+
+        As few as will do, those with the most first; each finishes what it is answering, within `DRAIN_LIMIT`. Nothing is
+        changed if there is room enough, or `room_bytes` are not. If cancelled, one may be started again all the same. Raises
+        `NodeError` while the node starts or ends.
+        """
+        tasks = self._running()
+        async with self._loading:
+            entries = [entry for entry in self.entries.values() if entry.alone and not entry.leaving]
+            if need > self.room_bytes:
+                return
+            for entry in sorted(entries, key=lambda entry: entry.needed - entry.home_bytes):
+                if (lacking := need - self.spare_bytes) <= 0:
+                    return
+                done = trio.Event()
+                budget = max(entry.needed, entry.home_bytes - lacking)
+                tasks.start_soon(self._restart, entry, self.equipment.plan(entry.model, budget), done)
+                await done.wait()
+
+    async def _restart(self, entry: Entry, plan: ServerPlan, done: trio.Event) -> None:
+        """Serve a model by another plan from now on."""
+        log.info("%s goes on with a context of %d, to make room", entry.name, usable_context(plan))
+        if entry.servers:
+            entry.leaving = True
+            self.on_change()
+            await self._drain(entry)
+            entry.leaving = entry.unloading
+        entry.plan = plan if entry.plan.draft is not None else replace(plan, draft=None)
+        if not entry.servers and not entry.asleep and not entry.unloading:
+            self._serve(entry)
         self.on_change()
+        done.set()
 
     async def rest(self, entry: Entry) -> bool:
         """End the server of a model that has nothing to do until `wake`; False if it has something to do after all."""
@@ -258,7 +311,7 @@ class LocalModels:
         return self._folder.llama_log(name)
 
     async def _enter(self, model: ModelFile, budget: int | None, *, named: bool) -> Entry:
-        """Make the entry of a model and plan its server. Without a budget, half of what the others leave."""
+        """Make the entry of a model and plan its server. Without a budget, half of what the others leave, or what it needs."""
         headers = await trio.to_thread.run_sync(read_headers, model)
         if model.name in self.entries:
             raise NodeError(
@@ -268,13 +321,8 @@ class LocalModels:
             raise NodeError(f"This node has {MAX_ENTRIES} models, which is all it takes; unload one.")
         need = needed(shape_of(headers, "", least_context(model)))
         if budget is None:
-            free = self.equipment.memory_bytes - sum(
-                entry.granted for entry in self.entries.values() if entry.alone
-            )
-            budget = max(need, free // 2)
-        entry = Entry(
-            model, headers, self.equipment.plan(model, budget), alone=False, granted=budget, needed=need
-        )
+            budget = max(need, self.spare_bytes // 2)
+        entry = Entry(model, headers, self.equipment.plan(model, budget), alone=False, needed=need)
         entry.alone = need <= self.spare_bytes and not self._options.split
         if not entry.alone and not named:
             raise NodeError(f"{model.name} does not fit into the memory that is left.")
@@ -319,3 +367,11 @@ class LocalModels:
             self.named[entry.name] = entry.digest
         entry.identified.set()
         self.on_change()
+
+
+def _shared(needs: Sequence[int], memory: int) -> int:
+    """What each of these models gets beyond its need; one that does not fit beside those before it has it for its split."""
+    left = memory
+    for need in needs:
+        left -= need if need <= left else 0
+    return left // len(needs)

@@ -221,6 +221,7 @@ class Standby:
         log.info("serving %s%s: the mesh wants it, and %s", held.model.name, room, why)
         for entry in dropped:
             await self._models.unload(entry.name)
+        await self._models.squeeze(held.needed)
         entry = await self._models.load(held.model, named=False, digest=held.digest)
         if not entry.servers:
             return False

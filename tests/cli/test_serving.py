@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import trio
@@ -13,12 +17,15 @@ from libmesh_node.datadir import DataDir
 from libmesh_node.entries import Entry
 from libmesh_node.errors import NodeError
 from libmesh_node.llama.engine import Binary, Engine
+from libmesh_node.llama.gguf import GgufHeader, TensorInfo
+from libmesh_node.llama.load import IDLE
 from libmesh_node.llama.restart import RestartConfig, RestartPolicy
-from libmesh_node.llama.server import plan_server
+from libmesh_node.llama.server import MAX_CONTEXT, ServerPlan, plan_server
 from libmesh_node.llama.supervisor import LlamaServer
-from libmesh_node.models.reference import open_model
+from libmesh_node.models.reference import ModelFile, open_model
 from libmesh_node.options import NodeOptions
 from libmesh_node.serving import LocalModels
+from libmesh_node.snapshot import Process
 
 
 def local_models(folder: Path, program: str) -> LocalModels:
@@ -60,3 +67,136 @@ async def test_nothing_is_loaded_before_what_the_command_line_names(tmp_path: Pa
     with pytest.raises(NodeError, match="still starting"):
         await models.load(open_model(demo_path), named=True)
     assert models.entries == {}
+
+
+GB = 10**9
+
+
+def large(name: str, size: int) -> ModelFile:
+    """A model of 32 layers, with a cache of 128 KiB for each token."""
+    tensors = tuple(TensorInfo(f"blk.{layer}.w", (1,), 0, 0, size // 32) for layer in range(32))
+    header = GgufHeader(
+        architecture="llama", name=name, context_length=131_072, n_layers=32, embedding_length=4096,
+        vocabulary=1000, heads=32, kv_heads=(8,) * 32, key_length=128, value_length=128, quantisation="Q4",
+        expert_count=0, pooling=None, has_chat_template=True, split_no=0, split_count=0, tensors=tensors, values={},
+    )  # fmt: skip
+    return ModelFile(name=name, parts=(Path(f"/{name}"),), size_bytes=size, header=header)
+
+
+class Server:
+    """In place of a llama-server: it runs at once, and has nothing to do."""
+
+    running: ClassVar[list[ServerPlan]] = []
+
+    def __init__(self, _binary: object, plan: ServerPlan, **_: object) -> None:
+        self.plan, self.load, self.base_url = plan, IDLE, "http://127.0.0.1:1"
+        self.process = Process(name="llama-server", pid=1, port=1, model=plan.model.name, status="ready")
+
+    async def is_busy(self) -> bool:
+        return False
+
+    async def run(self) -> None:
+        self.running.append(self.plan)
+        try:
+            await trio.sleep_forever()
+        finally:
+            self.running.remove(self.plan)
+
+
+@asynccontextmanager
+async def sixteen_gb(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, *named: ModelFile
+) -> AsyncIterator[LocalModels]:
+    """A machine that serves the models that `--model` named."""
+    monkeypatch.setattr(serving, "LlamaServer", Server)
+    models = local_models(folder, "/bin/false")
+    models._options = replace(models._options, models=tuple(model.name for model in named))
+    models.equipment.memory_bytes = 16 * GB
+
+    async def ready(*_: object) -> None:
+        await trio.lowlevel.checkpoint()
+
+    async def find(reference: str) -> ModelFile:
+        return next(model for model in named if model.name == reference)
+
+    for what, how in (("measure", ready), ("set_up", ready)):
+        monkeypatch.setattr(models.equipment, what, how)
+    monkeypatch.setattr(models, "find", find)
+    monkeypatch.setattr(models, "_identify", ready)
+    await models.prepare()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(models.run)
+        await trio.testing.wait_all_tasks_blocked()
+        yield models
+        nursery.cancel_scope.cancel()
+
+
+def taken() -> int:
+    """By weights and caches."""
+    caches = ((plan, plan.model.header.kv_bytes_per_token(plan.cache.block_bytes)) for plan in Server.running)
+    return sum(plan.model.size_bytes + plan.context * per_token for plan, per_token in caches)
+
+
+async def test_one_model_has_a_long_context_and_gives_of_it_to_another_that_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    first, second = large("first", 5 * GB - 1), large("second", 5 * GB - 1)
+    async with sixteen_gb(tmp_path, monkeypatch, first) as models:
+        (alone,) = Server.running
+        assert alone.context == MAX_CONTEXT
+        need = await models.need_of(second)
+        assert models.spare_bytes < need < models.room_bytes
+        await models.squeeze(need)
+        entry = await models.load(second, named=True)
+        assert entry.alone
+        await trio.sleep(1)
+        assert {plan.model.name: plan.context < MAX_CONTEXT for plan in Server.running} == {
+            "first": True,
+            "second": True,
+        }
+        assert taken() <= 16 * GB
+
+
+async def test_what_would_not_make_room_is_not_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with sixteen_gb(tmp_path, monkeypatch, large("first", 5 * GB - 1)) as models:
+        before = list(Server.running)
+        await models.squeeze(models.room_bytes + 1)
+        await models.squeeze(models.spare_bytes)
+        assert Server.running == before
+
+
+@pytest.mark.parametrize(
+    ("sizes", "fitting"),
+    [((5, 5), 2), ((2, 11), 2), ((11, 2), 2), ((1, 1, 1, 9), 4), ((12, 5), 1), ((20, 5), 1)],
+)
+async def test_models_of_the_command_line_share_what_there_is(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    autojump_clock: trio.testing.MockClock,
+    sizes: tuple[int, ...],
+    fitting: int,
+) -> None:
+    """All that fit by their needs are served, with what is left shared among them."""
+    named = [large(f"m{at}", size * GB - 1) for at, size in enumerate(sizes)]
+    async with sixteen_gb(tmp_path, monkeypatch, *named) as models:
+        assert len(Server.running) == fitting
+        assert taken() <= 16 * GB
+        assert sum(entry.home_bytes for entry in models.entries.values()) <= 16 * GB
+
+
+async def test_loading_never_takes_more_than_there_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """As a standby does: one after the other, until nothing fits."""
+    async with sixteen_gb(tmp_path, monkeypatch) as models:
+        for number in range(20):
+            model = large(f"m{number}", 3 * GB)
+            await models.squeeze(await models.need_of(model))
+            with suppress(NodeError):  # it does not fit
+                await models.load(model, named=False)
+            await trio.sleep(1)
+            assert taken() <= 16 * GB
+            assert sum(entry.home_bytes for entry in models.entries.values()) <= 16 * GB
+        assert len(models.entries) == len(Server.running) == 4

@@ -49,6 +49,19 @@ def test_model_whose_last_server_dies_is_served_by_a_standby(machine: Machine, s
     assert "nobody serves it" in spare.words
 
 
+def test_loaded_model_gets_room_of_one_with_a_long_context(machine: Machine, small_model: Path) -> None:
+    """There would be none: the first one has all that `--max-vram` leaves it."""
+    node = machine.serving("--max-vram", "0.56")
+    first = node.llama_pid()
+    done = node.run("load", str(small_model))
+    assert (done.returncode, done.stdout) == (0, "second is ready.\n"), done.stderr
+    node.sees("demo", "second")
+    assert node.llama_pid() != first
+    assert "demo goes on with a context of 14" in node.words
+    for name in ("demo", "second"):
+        assert chat(node, name).status_code == 200
+
+
 def test_models_are_loaded_and_unloaded_while_a_node_runs(machine: Machine, small_model: Path) -> None:
     """`unload` leaves what the operator named wanted by the mesh, `drop` does not."""
     node = machine.serving()

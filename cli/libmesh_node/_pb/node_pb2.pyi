@@ -53,7 +53,7 @@ class NodeStatus(_message.Message):
     node_status: _builtins.str
     """Client, Serving, Serving (split), Worker (split), Standby or Idle"""
     spare_bytes: _builtins.int
-    """of memory_bytes, what no model that it serves alone takes"""
+    """of memory_bytes, what another model, or its part in a split, can have"""
     bandwidth: _builtins.int
     """of that memory, in bytes per second; 0 if unknown"""
     accelerated: _builtins.bool

@@ -87,6 +87,15 @@ class ServerPlan:
         """The model's name as llama-server gets it. It takes a comma for the start of another name."""
         return self.model.name.replace(",", "_")
 
+    @property
+    def memory_bytes(self) -> int:
+        """What it takes of the memory that its context was chosen for: weights, cache and compute buffers.
+
+        The caches of earlier conversations lie in main memory, in the part that is not for models.
+        """
+        per_token = self.model.header.kv_bytes_per_token(self.cache.block_bytes)
+        return self.model.size_bytes + self.context * per_token + _COMPUTE_BYTES
+
 
 def plan_server(
     model: ModelFile, *, memory_bytes: int, slots: int = DEFAULT_SLOTS, device: str | None = None
