@@ -215,14 +215,14 @@ def pipe_of(raw: Any) -> Pipe:
     return SocketPipe(inner) if isinstance(inner, trio.SocketStream) else RawPipe(raw)
 
 
-def tune_socket(sock: trio.socket.SocketType) -> None:
+def tune_socket(sock: trio.socket.SocketType, *, not_sent: int = NOT_SENT_BYTES) -> None:
     """Options for a TCP socket that carries a connection or one end of a tunnel.
 
     NODELAY because we batch ourselves; KEEPALIVE so that the kernel forgets dead ends of tunnels that are idle. Buffer
     sizes are left to the kernel's own tuning, which a fixed size would switch off and which a long fat path needs;
-    `Pipe.shorten` says when not.
+    `Pipe.shorten` says when not. `not_sent` is TCP_NOTSENT_LOWAT.
     """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if hasattr(socket, "TCP_NOTSENT_LOWAT"):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, NOT_SENT_BYTES)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, not_sent)
