@@ -268,8 +268,7 @@ class Driver:
                 case net.PeerConnected(peer, _, inbound):
                     if inbound:
                         self._tasks.start_soon(self.admission.expect_hello, peer)
-                case net.PathChanged(peer, _, True):  # another connection was made, so the peer is there
-                    self.handle(io.PeerHeard(peer))
+                case net.PathChanged(peer, _, True):
                     self._tasks.start_soon(self.admission.greet, peer)
                 case net.PeerDisconnected(peer):
                     self.admission.disconnected(peer)
