@@ -8,7 +8,8 @@ memory. llama-server opens a handful of connections for nothing else. *engaged*:
 rpc-server was sent; from then on the session belongs to this connection.
 
 Order: answers leave in the order of the requests, whoever gives them. llama-server waits for each answer before it goes on,
-so the queue is short; a client that does not wait is held to `MAX_WAITING`.
+so the queue is short; a client that does not wait is held to `MAX_WAITING`. What was fetched ahead (`prefetch.py`) has a place
+among the worker's answers, and none among the client's until it is asked for.
 """
 
 from __future__ import annotations
