@@ -216,7 +216,7 @@ class LocalModels:
 
     async def _restart(self, entry: Entry, plan: ServerPlan, done: trio.Event) -> None:
         """Serve a model by another plan from now on."""
-        log.info("%s goes on with a context of %d, to make room", entry.name, usable_context(plan))
+        log.info("%s goes on with a cache of %d tokens, to make room", entry.name, plan.context)
         if entry.servers:
             entry.leaving = True
             self.on_change()

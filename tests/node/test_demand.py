@@ -57,7 +57,7 @@ def test_loaded_model_gets_room_of_one_with_a_long_context(machine: Machine, sma
     assert (done.returncode, done.stdout) == (0, "second is ready.\n"), done.stderr
     node.sees("demo", "second")
     assert node.llama_pid() != first
-    assert "demo goes on with a context of 14" in node.words
+    assert "demo goes on with a cache of 14592 tokens, to make room" in node.words
     for name in ("demo", "second"):
         assert chat(node, name).status_code == 200
 
