@@ -69,6 +69,11 @@ def host_of(nodes: list[Node]) -> Node:
     return next(node for node in nodes if node.status()["node_status"] == "Serving (split)")
 
 
+def working(nodes: list[Node]) -> list[Node]:
+    """Those that lend their memory to it."""
+    return [node for node in nodes if node.status()["node_status"] == "Worker (split)"]
+
+
 def named(status: Json, name: str) -> list[Json]:
     return [process for process in status["processes"] if process["name"] == name and process["pid"]]
 
@@ -97,8 +102,9 @@ def test_a_killed_worker_is_replaced_and_a_killed_host_too(
     machine: Machine, medium: Path, alone: str
 ) -> None:
     nodes = together(machine, medium, "0.4", "0.4", "0.4")
-    host = host_of(nodes)
-    workers = [node for node in nodes if node.status()["node_status"] == "Worker (split)"]
+    # The last to come may make another split the better one while the first is loading.
+    wait_for(lambda: servers_running(nodes) == 1 and len(working(nodes)) == 1, PATIENCE, "one split only")
+    host, workers = host_of(nodes), working(nodes)
     idle = next(node for node in nodes if node is not host and node not in workers)
     threading.Thread(target=_ignore, args=(host.api,), daemon=True).start()  # in mid-generation
     workers[0].kill()
