@@ -40,7 +40,8 @@ class Succession:
     """Finds the next server for one answer.
 
     Args:
-        session: for requests to servers.
+        session: for requests to servers. What prepares an answer and the answer itself go over one of its connections, so
+            that they wait for one turn at a server of another node (`door.py`), and not for one each.
         find: the model of the request, as it is served now.
         choose: how servers are chosen.
         digest: of the weights that the answer was begun with.
@@ -123,7 +124,9 @@ class Succession:
         return await self._post(server, "/completion", body)
 
     async def _post(self, server: Server, path: str, body: bytes) -> aiohttp.ClientResponse:
-        answer = await self._session.post(server.base_url + path, data=body, headers=_JSON)
+        # The last of its connection: llama-server closes after a stream, and a place at its node is given back at once.
+        headers = _JSON | {"Connection": "close"}
+        answer = await self._session.post(server.base_url + path, data=body, headers=headers)
         if answer.status == 200:
             return answer
         try:

@@ -159,7 +159,7 @@ class Proxy:
                     if self._is_for_another(search, upstream, start):
                         continue
                     path = exchange.request.path
-                    succession = Succession(self.upstream.fresh, find, self._successor, server.digest, path)
+                    succession = Succession(self.upstream.kept, find, self._successor, server.digest, path)
                     response = await relay(exchange, upstream, start, succession, self.balance, seat)
                     if not exchange.broken:
                         self._learn(exchange, search, response.status)

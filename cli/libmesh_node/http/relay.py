@@ -144,13 +144,14 @@ class _Carrier:
             log.warning(
                 "the answer of %s broke off: %s; looking for a server that goes on", failed.peer, broken
             )
-            before = self._exchange.received
+            before, began = self._exchange.received, time.monotonic()
             try:
                 server, answer = await self._succession.next(
                     self._transcript, failed.base_url, self._keep_waiting
                 )
             except NobodyGoesOn:
                 raise broken from None
+            log.info("%s goes on with it, after %.1f s", server.peer, time.monotonic() - began)
             self._exchange.server = server
             self._exchange.resumed += 1
             self._seat.move(server)

@@ -49,10 +49,11 @@ class Upstream:
     Attributes:
         waiting: requests that have had no byte of an answer yet.
         connections: those that serve one request each, and `fresh` a client that has no others.
+        kept: a client whose connections serve one request after the other.
     """
 
     def __init__(self) -> None:
-        self._kept = _new_session(Loopback(keep=IDLE_CONNECTION))
+        self.kept = _new_session(Loopback(keep=IDLE_CONNECTION))
         self.connections = Loopback()
         self.fresh = _new_session(self.connections)
         self.waiting = 0
@@ -60,7 +61,7 @@ class Upstream:
     async def aclose(self) -> None:
         """Close the connections to all servers."""
         self.connections.forget(())
-        await self._kept.close()
+        await self.kept.close()
         await self.fresh.close()
 
     @staticmethod
@@ -82,7 +83,7 @@ class Upstream:
         if len(body) > _SLICE:
             headers["Content-Length"] = str(len(body))
             data = _slices(body)
-        session = self.fresh if fresh or self.wants_own(body) else self._kept
+        session = self.fresh if fresh or self.wants_own(body) else self.kept
         self.waiting += 1
         try:
             answer = await session.request(
