@@ -231,7 +231,7 @@ class Admission:
             log.info("%s", exc)
             await self._network.disconnect(stream.peer)
         except (WireError, trio.BrokenResourceError, trio.TooSlowError) as exc:
-            log.info("the peer %s failed to say hello: %s", stream.peer, exc or "too slow")
+            log.info("the peer %s failed to say hello: %s", stream.peer, str(exc) or "too slow")
             await self._network.disconnect(stream.peer)
 
     async def _admit(self, stream: Stream, said: hello.Greeted, *, dialled: bool) -> None:

@@ -180,7 +180,7 @@ class Resumption:
             await stream.send_all(frame(resume_wire.encode_resumed("unknown", 0, False)))
             await stream.aclose()
         except (WireError, trio.TooSlowError, trio.BrokenResourceError) as exc:
-            log.debug("the peer %s resumed no tunnel: %s", stream.peer, exc or "too slow")
+            log.debug("the peer %s resumed no tunnel: %s", stream.peer, str(exc) or "too slow")
             stream.reset()
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
@@ -289,7 +289,7 @@ class NearTunnel(Tunnel):
                 except ServiceRefused:
                     raise
                 except (*_LOST, trio.TooSlowError) as exc:
-                    log.debug("a tunnel to %s waits: %s", self.peer, exc or "too slow")
+                    log.debug("a tunnel to %s waits: %s", self.peer, str(exc) or "too slow")
                     if not _nobody_there(exc):
                         refused_since = None
                     elif refused_since is None:

@@ -61,7 +61,7 @@ class Syncing:
                         await self._exchange(stream, opener=True, part=part)
                 return differed and part is not None
         except (MeshError, trio.BrokenResourceError, trio.TooSlowError) as exc:
-            log.debug("no digest exchange with %s: %s", peer, exc or "too slow")
+            log.debug("no digest exchange with %s: %s", peer, str(exc) or "too slow")
         return False
 
     async def _difference(self, peer: PeerId) -> Part | None:
@@ -86,7 +86,7 @@ class Syncing:
                 parts = None if mine.fingerprint == theirs else mine
                 await stream.send_all(frame(wire.encode_summary(mine.fingerprint, parts)))
         except (WireError, trio.BrokenResourceError, trio.TooSlowError) as exc:
-            log.debug("no comparison with %s: %s", stream.peer, exc or "too slow")
+            log.debug("no comparison with %s: %s", stream.peer, str(exc) or "too slow")
             stream.reset()
 
     async def answer(self, stream: Stream) -> None:
@@ -95,7 +95,7 @@ class Syncing:
             with trio.fail_after(LIMIT):
                 await self._exchange(stream, opener=False)
         except (WireError, trio.BrokenResourceError, trio.TooSlowError) as exc:
-            log.debug("no digest exchange with %s: %s", stream.peer, exc or "too slow")
+            log.debug("no digest exchange with %s: %s", stream.peer, str(exc) or "too slow")
             stream.reset()
 
     async def _exchange(self, stream: Stream, *, opener: bool, part: Part | None = None) -> None:

@@ -98,7 +98,7 @@ async def answer(stream: Stream, choose: Callable[[str], RawHandler]) -> None:
                 request = await reader.receive()
         service, accept = wire.decode_open(request), Acceptance(stream, session_of_open(request))
     except (WireError, trio.TooSlowError, trio.BrokenResourceError) as exc:
-        log.debug("the peer %s opened a tunnel and made no sense: %s", stream.peer, exc or "too slow")
+        log.debug("the peer %s opened a tunnel and made no sense: %s", stream.peer, str(exc) or "too slow")
         stream.reset()
         return
 
