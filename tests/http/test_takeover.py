@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import aiohttp
 import pytest
+from libmesh_node.http import continuing
+from libmesh_node.http.continuing import NobodyGoesOn, Succession
+from libmesh_node.http.transcript import track
+from libmesh_node.snapshot import Model, Server
 
 from tests.http.conftest import Llama, call, running_node
 
@@ -83,3 +90,34 @@ def test_all_that_a_takeover_asks_goes_over_one_connection(llamas: dict[str, Lla
     assert body.rstrip().endswith(b"data: [DONE]")
     assert b"error" not in body
     assert good.taken == 1
+
+
+def test_server_is_counted_as_taken_from_when_it_is_asked_until_it_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that answers which lose their server together do not all choose the same one."""
+    monkeypatch.setattr(continuing, "PATIENCE", 0.05)
+    gone = Server(peer="gone", base_url="http://127.0.0.1:1", local=True, digest="d")
+    model = Model(name="m", digest="d", size_bytes=1, context_length=0, servers=(gone,))
+    path = "/v1/completions"
+    transcript = track(path, json.dumps({"model": "m", "prompt": "Hello", "stream": True}).encode())
+    seats: list[Server | None] = []
+
+    async def say() -> None:
+        raise AssertionError
+
+    async def main() -> None:
+        assert transcript is not None
+        async with aiohttp.ClientSession() as session:
+            succession = Succession(
+                session,
+                lambda: model,
+                lambda servers, refused: next((s for s in servers if s.base_url not in refused), None),
+                "d",
+                path,
+            )
+            with pytest.raises(NobodyGoesOn):
+                await succession.next(transcript, "", say, seats.append)
+
+    asyncio.run(main())
+    assert seats == [gone, None]

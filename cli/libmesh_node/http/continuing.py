@@ -60,7 +60,11 @@ class Succession:
         self._digest, self._path = digest, path
 
     async def next(
-        self, transcript: Transcript, failed: str, say: Callable[[], Awaitable[object]]
+        self,
+        transcript: Transcript,
+        failed: str,
+        say: Callable[[], Awaitable[object]],
+        seat: Callable[[Server | None], object],
     ) -> tuple[Server, aiohttp.ClientResponse]:
         """A server, and its answer, which goes on where `transcript` ends. The caller closes the answer.
 
@@ -68,6 +72,8 @@ class Succession:
             transcript: what the client has.
             failed: the base URL of the server that broke off: asked again only when all others have refused.
             say: awaited every few seconds while nobody goes on, to keep the client.
+            seat: told of each server as it is asked, so that others which look for one at the same time see it taken, and
+                `None` when it refused.
 
         Raises `NobodyGoesOn` if none is found for `PATIENCE` seconds, and what `say` raises. Cancelling leaves nothing
         behind.
@@ -90,11 +96,13 @@ class Succession:
                     await say()
                 continue
             refused.add(server.base_url)
+            seat(server)
             asked = await self._ask_while_saying(server, transcript, say)
             try:
                 return server, asked.result()
             except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError) as exc:
                 log.warning("%s did not go on with an answer: %s", server.peer, exc or type(exc).__name__)
+                seat(None)
         raise NobodyGoesOn
 
     async def _ask_while_saying(

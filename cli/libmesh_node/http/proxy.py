@@ -200,7 +200,8 @@ class Proxy:
         return not model.servers or self.balance.has_room(model.servers, BACKLOG, time.monotonic())
 
     def _successor(self, servers: Collection[Server], refused: Collection[str]) -> Server | None:
-        return self.balance.choose(servers, refused, NOTHING, time.monotonic())
+        """One with a free slot, if there is any: a client is waiting in the middle of a sentence."""
+        return self.balance.choose(servers, refused, NOTHING, time.monotonic(), backlog=0)
 
     def _is_for_another(self, search: _Search, upstream: aiohttp.ClientResponse, start: bytes) -> bool:
         """Whether an answer is a refusal that another server may not repeat."""

@@ -147,14 +147,13 @@ class _Carrier:
             before, began = self._exchange.received, time.monotonic()
             try:
                 server, answer = await self._succession.next(
-                    self._transcript, failed.base_url, self._keep_waiting
+                    self._transcript, failed.base_url, self._keep_waiting, self._seat.move
                 )
             except NobodyGoesOn:
                 raise broken from None
             log.info("%s goes on with it, after %.1f s", server.peer, time.monotonic() - began)
             self._exchange.server = server
             self._exchange.resumed += 1
-            self._seat.move(server)
             try:
                 with closing(answer):
                     await self._drain(answer, b"")
