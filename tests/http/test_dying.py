@@ -129,7 +129,8 @@ def test_stream_that_dies_after_comments_only_begins_on_another() -> None:
     assert b"libmesh_streams_resumed_total 1\n" in metrics
 
 
-def test_answer_that_broke_off_is_no_success_of_its_server() -> None:
+def test_answer_that_broke_off_is_no_success_of_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(balance, "REST", balance.MAX_REST)  # longer than all of this takes anywhere
     cut = HEAD + chunk(event("He"))
     tools = STREAM | {"tools": [{"type": "function"}]}
     with scripts(first=[cut], second=[WHOLE]) as (dying, good), running_node(model(dying, good)) as node:
