@@ -98,8 +98,9 @@ def local_models(node: Node) -> list[Json]:
 @pytest.mark.slow
 def test_idle_model_leaves_its_memory_and_comes_back_when_asked_from_anywhere(machine: Machine) -> None:
     node = machine.serving("--idle-unload", "3")
-    member, client = machine.joining().sees("demo"), machine.joining("--client").sees("demo")
+    member, client = machine.joining().up(), machine.joining("--client").up()
     for asking in (node, member, client):
+        asking.until(lambda status: bool(status["models"]), what="the model is known, asleep or not")
         node.until(lambda status: not status["processes"], what="the server is ended")
         assert local_models(node)[0]["status"] == "asleep"
         answer = chat(asking)
