@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,8 @@ def lab() -> Iterator[Lab]:
         pytest.skip(f"no lab can be built here: {missing}")
     with open_lab() as opened:
         yield opened
+        for said in sorted(opened.folder.glob("*.log")):  # pytest shows it of a test that failed
+            sys.stdout.write(f"── {said.name} ──\n{said.read_text(errors='replace')}\n")
 
 
 @pytest.fixture(scope="package")

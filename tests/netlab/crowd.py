@@ -119,8 +119,7 @@ class LabPeer:
         return last
 
     def close(self) -> None:
-        """Kill it, and print what it said: pytest shows that of a test that failed."""
-        sys.stdout.write(f"── {self.host.name} {self.id} said:\n{self.words()}\n")
+        """Kill it."""
         with suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
         self._reader.join(10)
