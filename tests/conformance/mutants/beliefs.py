@@ -14,6 +14,7 @@ from libmesh.core.membership import Membership
 from libmesh.core.roster import Entry
 from libmesh.core.summary import Digest, Part
 from libmesh.driver import Driver
+from tests.conformance import peer
 from tests.conformance.mutants.base import Patch, ignore, mutant
 
 # ── what is believed ──────────────────────────────────────────────────────────────────────────────────────────
@@ -177,7 +178,10 @@ def ignores_suspicion_of_itself(patch: Patch) -> None:
 
 @mutant("gossip.no_verdict", "did not probe", slow=True, patience=5.0)
 def does_not_probe_suspects(patch: Patch) -> None:
+    """And probes in turn so seldom that no such probe is taken for the one that is missing."""
     ignore(patch, io.SuspicionHeard)
+    seldom = replace(peer.CONFIG.liveness, interval=4.0)
+    patch.setattr(peer, "CONFIG", replace(peer.CONFIG, liveness=seldom))
 
 
 @mutant("gossip.refutes", "did not say so", slow=True)
