@@ -17,8 +17,9 @@ help: ## list the targets
 
 install: $(INSTALLED) ## make .venv and install everything into it
 
-$(INSTALLED): pyproject.toml tools/make_venv.sh
+$(INSTALLED): pyproject.toml tools/make_venv.sh tools/need_gmp.sh
 	@sh tools/make_venv.sh $(VENV)
+	@sh tools/need_gmp.sh $(VENV)
 	@echo "Installing libmesh and its tools into $(VENV) (some minutes the first time) ..."
 	@$(PYTHON) -m pip install --disable-pip-version-check -qq --editable '.[dev]'
 	@# trio-typing, which py-libp2p pulls in, brings stubs of a trio of 2021 that hide trio's own types from mypy.
