@@ -8,6 +8,7 @@ with what was held after the first tenth, when caches are full. The last line is
 
 from __future__ import annotations
 
+import argparse
 import gc
 import sys
 from functools import partial
@@ -89,4 +90,12 @@ async def main(total: int) -> None:
 
 
 if __name__ == "__main__":
-    trio.run(main, int(sys.argv[1]) if len(sys.argv) > 1 else 2_000)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "count", type=int, nargs="?", default=2_000, help="connects, from 500 (default: 2000)"
+    )
+    if (connects := parser.parse_args().count) < 10 * EACH:
+        parser.error(f"it takes at least {10 * EACH}, so that each tenth is one peer's turn")
+    trio.run(main, connects)
