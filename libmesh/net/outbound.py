@@ -121,6 +121,7 @@ class Outbound:
 
     def _send_alone(self, pieces: tuple[bytes, memoryview]) -> None:
         """What `pump` does, for a frame when nothing else waits: a message that is answered is mostly alone."""
+        self.batches += 1
         try:
             self._channel.put(pieces)
             if not self._channel.flush_nowait():

@@ -54,6 +54,17 @@ async def test_writers_of_one_stream_do_not_interleave() -> None:
         assert all(len(set(got[start : start + 300_000])) == 1 for start in range(0, 1_200_000, 300_000))
 
 
+async def test_a_message_that_leaves_alone_is_seen_to_have_left() -> None:
+    async with muxed_pair() as (a, b):
+        near, far = await stream_pair(a, b)
+        for _ in range(3):
+            before = a.batches
+            await near.send_all(b"small")
+            assert a.batches > before, "who looks after the connection would take it for unused"
+            assert await far.receive_some() == b"small"
+            await trio.testing.wait_all_tasks_blocked()
+
+
 async def test_deadlines_end_reads_and_writes() -> None:
     async with muxed_pair() as (a, b):
         near, _ = await stream_pair(a, b)
