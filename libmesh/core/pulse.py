@@ -6,8 +6,9 @@ who gets no answer soon has a reason to look for another way. It is no proof: th
 connection stays what it is until it is replaced.
 
 The driver looks at each connection every `LOOK_EVERY` seconds. That costs what is sent and received nothing, and finds
-a silent connection within two looks and `Pulse.patience`. What was sent between the last sign of life and the look that saw
-it is taken for answered: to count it, each side would have to ask after the other's last word, for ever.
+a silent connection within two looks and its patience, the longer of `LEAST_PATIENCE` and `ROUND_TRIPS`. What was sent
+between the last sign of life and the look that saw it is taken for answered: to count it, each side would have to ask
+after the other's last word, for ever.
 """
 
 from __future__ import annotations
@@ -44,21 +45,24 @@ class Pulse:
         self._heard_at = float("-inf")
         self._sent = 0
         self._asked_at: float | None = None
+        self._waits_from = 0.0  # from when on the silence after the question counts
 
     def asked(self, now: float) -> None:
         """The peer is asked for a sign of life now, for whatever reason."""
         if self._asked_at is None:
-            self._asked_at = now
+            self._asked_at = self._waits_from = now
 
     def postpone(self, seconds: float) -> None:
-        """This process did nothing for so long: what came meanwhile has not been seen yet."""
-        if self._asked_at is not None:
-            self._asked_at += seconds
+        """This process did nothing for so long: what came meanwhile has not been seen yet.
+
+        The question stays where it was: its answer may have come before that, and must not seem older than it.
+        """
+        self._waits_from += seconds
 
     def gone(self, *, rtt: float | None, now: float) -> bool:
         """Whether the silence is so long that another connection should have what goes on over this one."""
         patience = max(SILENT_FOR, 2 * ROUND_TRIPS * (rtt or 0.0))
-        return self._asked_at is not None and now - self._asked_at >= patience
+        return self._asked_at is not None and now - self._waits_from >= patience
 
     def look(self, *, sent: int, heard_at: float, waiting: bool, rtt: float | None, now: float) -> Seen:
         """Look at the connection.
@@ -78,7 +82,7 @@ class Pulse:
         if self._asked_at is None:
             if sent == self._sent and not waiting:
                 return Seen.CALM
-            self._asked_at = now
+            self._asked_at = self._waits_from = now
             return Seen.ASK
         patience = max(LEAST_PATIENCE, ROUND_TRIPS * (rtt or 0.0))
-        return Seen.DOUBTED if now - self._asked_at >= patience else Seen.WAITING
+        return Seen.DOUBTED if now - self._waits_from >= patience else Seen.WAITING

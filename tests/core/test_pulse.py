@@ -78,3 +78,11 @@ def test_the_time_in_which_this_process_did_nothing_does_not_count() -> None:
     assert look(pulse, 10) is Seen.WAITING
     assert not pulse.gone(rtt=None, now=10 + SILENT_FOR - 0.01)
     assert pulse.gone(rtt=None, now=10 + SILENT_FOR)
+
+
+def test_an_answer_that_came_before_this_process_did_nothing_is_one() -> None:
+    pulse = calm()
+    pulse.asked(1)
+    pulse.postpone(9)
+    assert look(pulse, 10, heard=1.1) is Seen.CALM
+    assert not pulse.gone(rtt=None, now=100)
