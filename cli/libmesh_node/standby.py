@@ -226,7 +226,8 @@ class Standby:
         if not entry.servers:
             return False
         with trio.move_on_after(LOAD_LIMIT):
-            await entry.servers[0].wait_settled()
+            while not (entry.base_url or entry.failed or entry.unloading):  # noqa: ASYNC110 - servers change
+                await trio.sleep(0.05)
         if entry.base_url is None:
             await self._give_up(entry)
             return False

@@ -7,25 +7,33 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 import trio
 import trio.testing
 from libmesh_node import serving
 from libmesh_node.datadir import DataDir
-from libmesh_node.entries import Entry
+from libmesh_node.entries import Entry, least_context
 from libmesh_node.errors import NodeError
 from libmesh_node.llama.engine import Binary, Engine
 from libmesh_node.llama.gguf import GgufHeader, TensorInfo
-from libmesh_node.llama.load import IDLE
+from libmesh_node.llama.load import IDLE, UNABLE
 from libmesh_node.llama.restart import RestartConfig, RestartPolicy
 from libmesh_node.llama.server import MAX_CONTEXT, ServerPlan, plan_server
 from libmesh_node.llama.supervisor import LlamaServer
 from libmesh_node.models.reference import ModelFile, open_model
 from libmesh_node.options import NodeOptions
+from libmesh_node.placement.demand import Take
+from libmesh_node.placement.shape import shape_of
+from libmesh_node.placement.splitting import needed
+from libmesh_node.runtime import Runtime
 from libmesh_node.serving import LocalModels
 from libmesh_node.snapshot import Process
+from libmesh_node.standby import Standby
+
+from libmesh import PeerId
 
 
 def local_models(folder: Path, program: str) -> LocalModels:
@@ -84,22 +92,41 @@ def large(name: str, size: int) -> ModelFile:
 
 
 class Server:
-    """In place of a llama-server: it runs at once, and has nothing to do."""
+    """In place of a llama-server: it runs at once, or after `loads` seconds, and has nothing to do before `busy_until`."""
 
     running: ClassVar[list[ServerPlan]] = []
+    loads: ClassVar[float] = 0.0
+    busy_until: ClassVar[dict[str, float]] = {}
 
     def __init__(self, _binary: object, plan: ServerPlan, **_: object) -> None:
-        self.plan, self.load, self.base_url = plan, IDLE, "http://127.0.0.1:1"
-        self.process = Process(name="llama-server", pid=1, port=1, model=plan.model.name, status="ready")
+        self.plan, self.load, self.abilities = plan, IDLE, UNABLE
+        status = "loading" if self.loads else "ready"
+        self.process = Process(name="llama-server", pid=1, port=1, model=plan.model.name, status=status)
+        self._settled = trio.Event()
+
+    @property
+    def base_url(self) -> str | None:
+        return "http://127.0.0.1:1" if self.process.status == "ready" else None
 
     async def is_busy(self) -> bool:
-        return False
+        return trio.current_time() < self.busy_until.get(self.plan.model.name, 0.0)
+
+    async def wait_settled(self) -> Process:
+        await self._settled.wait()
+        return self.process
+
+    def _becomes(self, status: str) -> None:
+        self.process = replace(self.process, status=status)
+        self._settled.set()
 
     async def run(self) -> None:
         self.running.append(self.plan)
         try:
+            await trio.sleep(self.loads)
+            self._becomes("ready")
             await trio.sleep_forever()
         finally:
+            self._becomes("stopping")
             self.running.remove(self.plan)
 
 
@@ -200,3 +227,37 @@ async def test_loading_never_takes_more_than_there_is(
             assert taken() <= 16 * GB
             assert sum(entry.home_bytes for entry in models.entries.values()) <= 16 * GB
         assert len(models.entries) == len(Server.running) == 4
+
+
+def operator(models: LocalModels, *on_disk: ModelFile) -> tuple[Standby, Runtime]:
+    """Who takes models for the mesh, and who does as the operator says; both know the models of the disk."""
+
+    async def find(reference: str) -> ModelFile:
+        return next(model for model in on_disk if model.name == reference)
+
+    models.find = find  # type: ignore[method-assign]
+    shelf: Any = SimpleNamespace(models={model.name: held(model, models) for model in on_disk})
+    standby = Standby(PeerId("me"), models, shelf, models._options, lambda: None, lambda: None)
+    return standby, Runtime(models, shelf, standby, models._options)
+
+
+def held(model: ModelFile, models: LocalModels) -> SimpleNamespace:
+    need = needed(shape_of((model.header,), "", least_context(model)))
+    return SimpleNamespace(model=model, digest=model.name, needed=need, context=1)
+
+
+async def test_a_model_that_made_room_while_it_was_loading_is_not_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    monkeypatch.setattr(Server, "loads", 30.0)
+    taken_, loaded = large("taken", 3 * GB - 1), large("loaded", 8 * GB - 1)
+    async with sixteen_gb(tmp_path, monkeypatch) as models, trio.open_nursery() as nursery:
+        standby, runtime = operator(models, taken_, loaded)
+        nursery.start_soon(standby._take, Take("taken", (), urgent=True))
+        await trio.sleep(5)
+        first = models.entries["taken"].servers[0]
+        await runtime.load("loaded")
+        await trio.sleep(300)
+        assert models.entries["taken"].servers[0] is not first
+        assert [model.ready for model in models.announced] == [True, True]
+        assert not any(one.refused for one in standby.on_disk())
