@@ -47,10 +47,8 @@ class Runtime:
     async def _make_room(self, need: int) -> None:
         """What the operator names goes before long contexts, and before what this node has taken by itself."""
         models = self._models
-        if (
-            need > models.equipment.memory_bytes
-        ):  # it is split, and has half of what the others can do without
-            await models.squeeze((models.spare_bytes + models.room_bytes) // 2)
+        if need > models.equipment.memory_bytes:
+            await self._make_half()
             return
         await models.squeeze(need)
         taken = [entry for entry in models.entries.values() if entry.alone and entry.name not in models.named]
@@ -59,6 +57,12 @@ class Runtime:
                 return
             await models.unload(entry.name)
             await models.squeeze(need)
+        if need > models.room_bytes:
+            await self._make_half()
+
+    async def _make_half(self) -> None:
+        """Room for a model that will be split: half of what the others can do without."""
+        await self._models.squeeze((self._models.spare_bytes + self._models.room_bytes) // 2)
 
     async def unload(self, name: str, *, forget: bool) -> dict[str, object]:
         """See `NodeCommands.unload`."""

@@ -261,3 +261,17 @@ async def test_a_model_that_made_room_while_it_was_loading_is_not_given_up(
         assert models.entries["taken"].servers[0] is not first
         assert [model.ready for model in models.announced] == [True, True]
         assert not any(one.refused for one in standby.on_disk())
+
+
+async def test_a_model_that_does_not_fit_beside_the_others_has_half_of_what_they_can_do_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """As one has that does not fit the machine: it will be split, and this node's part in it is of that half."""
+    first, second = large("first", 4 * GB - 1), large("second", 11 * GB - 1)
+    async with sixteen_gb(tmp_path, monkeypatch, first) as models:
+        half = (models.spare_bytes + models.room_bytes) // 2
+        assert models.spare_bytes < half
+        _, runtime = operator(models, second)
+        answer = await runtime.load("second")
+        assert not answer["alone"]
+        assert models.spare_bytes >= half
