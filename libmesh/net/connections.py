@@ -287,9 +287,11 @@ class Connections:
         log.debug("%s: silent %s", path_of(connection), self.vigil.doubts(connection))
         before = entry.best
         self._choose(peer, entry)
-        if entry.best is before is connection:
-            silent = self.vigil.doubts(connection)
-            self._emit(PathSilent(peer) if silent else PathChanged(peer, path_of(connection)))
+        if self.vigil.doubts(connection):
+            if self.vigil.doubts(entry.best):  # whichever that is now: none of them answers
+                self._emit(PathSilent(peer))
+        elif entry.best is before is connection:
+            self._emit(PathChanged(peer, path_of(connection)))
 
     def _is_silent(self, connection: Any) -> None:
         """A connection has been silent for long."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 import trio
@@ -125,3 +126,39 @@ async def test_a_new_connection_beside_one_that_works_costs_it_nothing(
         await old.send_all(b"y")
         assert await old.receive_some() == b"y"
         assert PathSilent(two.peer) not in told
+
+
+@asynccontextmanager
+async def two_connections(
+    monkeypatch: pytest.MonkeyPatch,
+) -> AsyncIterator[tuple[Libp2pNetwork, Libp2pNetwork, list[NetworkEvent]]]:
+    """Two peers, two connections that nothing but `turn` casts doubt on, and what the first is told."""
+    monkeypatch.setattr(vigil, "LOOK_EVERY", 3600.0)
+    monkeypatch.setattr(connections, "RETIRE_AFTER", 3600.0)
+    async with networks(2) as (one, two):
+        for _ in range(2):
+            await one.dial(two.peer, two.addresses()[0])
+        told: list[NetworkEvent] = []
+        monkeypatch.setattr(one._connections, "_emit", told.append)
+        yield one, two, told
+
+
+def turn(network: Libp2pNetwork, connection: Any) -> None:
+    """The connection falls silent, or speaks again."""
+    network._connections.vigil._doubted ^= {connection}
+    network._connections._doubt_changed(connection)
+
+
+async def test_when_no_connection_answers_that_is_told_once_whichever_was_the_last(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for order in ((0, 1), (1, 0)):
+        async with two_connections(monkeypatch) as (one, two, told):
+            both = one._connections.of(two.peer)
+            turn(one, both[order[0]])
+            assert PathSilent(two.peer) not in told
+            turn(one, both[order[1]])
+            assert told.count(PathSilent(two.peer)) == 1, order
+            assert told[-1] == PathSilent(two.peer)
+            turn(one, one._connections.of(two.peer)[0])
+            assert isinstance(told[-1], PathChanged)
