@@ -204,6 +204,7 @@ class LocalModels:
         tasks = self._running()
         async with self._loading:
             entries = [entry for entry in self.entries.values() if entry.alone and not entry.leaving]
+            entries = [entry for entry in entries if entry.home_bytes > entry.needed]
             if need > self.room_bytes:
                 return
             for entry in sorted(entries, key=lambda entry: entry.needed - entry.home_bytes):

@@ -275,3 +275,22 @@ async def test_a_model_that_does_not_fit_beside_the_others_has_half_of_what_they
         answer = await runtime.load("second")
         assert not answer["alone"]
         assert models.spare_bytes >= half
+
+
+async def test_a_model_that_has_nothing_to_give_is_not_started_again_to_make_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """There would be room if another one, which is being unloaded, were gone."""
+    least, leaves = large("least", 5 * GB - 1), large("leaves", 5 * GB - 1)
+    async with sixteen_gb(tmp_path, monkeypatch, least, leaves) as models, trio.open_nursery() as nursery:
+        await models.squeeze(models.room_bytes)
+        assert all(entry.home_bytes == entry.needed for entry in models.entries.values())
+        entry = models.entries["leaves"]
+        entry.plan = models.equipment.plan(leaves, entry.needed + models.spare_bytes)
+        monkeypatch.setitem(Server.busy_until, "leaves", trio.current_time() + 100)
+        nursery.start_soon(models.unload, "leaves")
+        await trio.sleep(0.1)
+        (before,) = models.entries["least"].servers
+        assert models.spare_bytes < models.room_bytes
+        await models.squeeze(models.room_bytes)
+        assert models.entries["least"].servers == [before]
