@@ -21,7 +21,7 @@ from libmesh_node.options import NodeOptions
 from libmesh_node.placement.electing import elect_at, predict
 from libmesh_node.placement.machine import Machine, short
 from libmesh_node.placement.seen import host_elsewhere, is_coming, machines_with, placement_elsewhere
-from libmesh_node.placement.splitting import Placement, Shortage, SplitRules, fit_beside
+from libmesh_node.placement.splitting import Placement, Shortage, SplitRules, fit_beside, split_from
 from libmesh_node.placement.steering import Abandon, Adopt, Broken, Looked, Steering
 from libmesh_node.serving import LocalModels
 from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting
@@ -47,7 +47,7 @@ HEIR_LIMIT = 30.0
 """Seconds without a sign that the peer loads the model for which this node ended its split; then it is taken back."""
 
 NO_HEIR_FOR = 3600.0
-"""Seconds for which nothing is left any more to a peer that did not take over."""
+"""Seconds for which nothing is left any more to a peer that did not take over. It may be a worker still."""
 
 Launch = Callable[[SplitSetting, Placement, dict[str, int], Callable[[], None]], SplitRun]
 
@@ -75,6 +75,7 @@ class SplitHost:
         self._run: SplitRun | None = None
         self._coming: SplitRun | None = None
         self._refused: dict[str, tuple[str, float]] = {}
+        self._no_heirs: dict[str, float] = {}  # and until when
         self._taken: set[str] = set()  # those whose memory another host's split may have
         self._elsewhere = False
         self._heir: tuple[str, float] | None = (
@@ -110,6 +111,7 @@ class SplitHost:
 
     def _wake_at(self) -> float:
         times = [self._steering.deadline(), *(until for _, until in self._refused.values())]
+        times += self._no_heirs.values()
         times += [] if self._heir is None else [self._heir[1]]
         if self._not_before > trio.current_time():
             times.append(self._not_before)
@@ -129,6 +131,8 @@ class SplitHost:
         )
         shape = self.entry.shape
         best = elect_at(self._mesh.view.me, shape, machines, self._rules)
+        if elsewhere is None and isinstance(best, Placement) and best.host in self._no_heirs:
+            best = self._instead_of(best, machines)
         self.served = elsewhere is not None or (self._run is not None and self._run.ready)
         self._tell(best)
         self._yield_to(best, elsewhere[0] if elsewhere is not None else None)
@@ -168,6 +172,7 @@ class SplitHost:
             self._pause, self._not_before = FIRST_PAUSE, 0.0
         self._elsewhere = elsewhere
         self._refused = {peer: entry for peer, entry in self._refused.items() if entry[1] > now}
+        self._no_heirs = {peer: until for peer, until in self._no_heirs.items() if until > now}
         if self._heir is None or self._run is not None:
             return
         heir, until = self._heir
@@ -177,8 +182,21 @@ class SplitHost:
             self._heir = heir, now + HEIR_LIMIT
         elif now >= until:
             log.warning("%s: the peer %s did not take it over", self.name, short(heir))
-            self._heir = None
-            self._refused[heir] = "it did not take over when it should", now + NO_HEIR_FOR
+            self._bar(heir, now)
+
+    def _bar(self, heir: str, now: float) -> None:
+        """It did not take over."""
+        self._heir = None
+        self._no_heirs[heir] = now + NO_HEIR_FOR
+
+    def _instead_of(self, best: Placement, machines: list[Machine]) -> Placement:
+        """What this node hosts itself while nobody serves: the others wait for one of whom it alone knows better."""
+        mine = next((machine for machine in machines if machine.peer == self._mesh.view.me), None)
+        if mine is None:
+            return best
+        others = [machine for machine in machines if machine is not mine]
+        own = split_from(self.entry.shape, mine, others, self._rules)
+        return own if isinstance(own, Placement) else best
 
     def _is_heir(self, peer: str) -> bool:
         return self._heir is not None and self._heir[0] == peer
@@ -294,6 +312,8 @@ class SplitHost:
             self.entry.servers.append(coming.server)
         if coming is not None and coming.ready and coming.server is not None:
             old, self._run, self._coming = self._run, coming, None
+            if old is None and self._heir is not None:
+                self._bar(self._heir[0], trio.current_time())
             coming.ready_since, self._own_failures = trio.current_time(), 0
             self.entry.servers.remove(coming.server)
             self.entry.servers.insert(0, coming.server)

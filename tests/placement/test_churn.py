@@ -173,6 +173,54 @@ async def test_what_was_ended_for_somebody_who_does_not_come_is_taken_back(
     assert place.outages == [pytest.approx(split_host.HEIR_LIMIT + LOAD, abs=4)]
 
 
+async def test_nothing_is_left_again_to_a_host_that_cannot_load(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """It says that it loads, fails, and offers no memory for a while; then it is what everybody elects again."""
+    async with world(force=False) as place:
+        await scarce(place)
+        place.broken.add("c")
+        place.join("c", Machine(25, bandwidth=1000, rtt=0.001))
+        await trio.sleep(3 * split_host.UNABLE_FOR)
+        (run,) = place.serving
+        assert "c" not in run.placement.members
+    assert len(place.outages) == 1
+
+
+async def test_who_did_not_take_over_may_be_a_worker(autojump_clock: trio.testing.MockClock) -> None:
+    """The other one leaves, and without it there is nothing to serve with. The others still wait for it to host."""
+    async with world(force=False) as place:
+        await scarce(place)
+        place.idle.add("c")
+        place.join("c", Machine(25, bandwidth=1000, rtt=0.001))
+        for _ in range(5):
+            await trio.sleep(TURN)
+        assert place.serving[0].placement.members == ("b", "a")
+        place.leave("b")
+        await settled(place)
+        assert place.serving[0].placement.members == ("c", "a")
+    assert place.outages[1] <= LOAD + 2.5
+
+
+async def test_who_did_not_take_over_serves_once_it_does_so_by_itself(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """With room for both it needs nobody's leave: it answers, and the one here ends."""
+    async with world(force=False) as place:
+        await scarce(place)
+        place.broken.add("c")
+        place.join("c", Machine(25, bandwidth=1000, rtt=0.001))
+        for _ in range(5):
+            await trio.sleep(TURN)
+        place.broken.clear()
+        for node in place.nodes.values():
+            node.machine.memory = 60
+        for _ in range(10):
+            await trio.sleep(TURN)
+        assert [run.placement.host for run in place.serving] == ["c"]
+    assert len(place.outages) == 1
+
+
 async def test_a_host_that_cannot_load_leaves_it_to_others(autojump_clock: trio.testing.MockClock) -> None:
     """It is what everybody elects; when it works again, it is elected again."""
     async with world(force=False) as place:
