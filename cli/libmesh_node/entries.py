@@ -63,8 +63,11 @@ class Entry:
 
     @property
     def coming(self) -> bool:
-        """Whether it will answer soon, or as soon as it is asked: it is being loaded or restarted, or sleeps."""
-        if self.leaving or self.base_url is not None:
+        """Whether it will answer soon, or as soon as it is asked: it is being loaded or restarted, or sleeps.
+
+        So it is while it finishes what it is answering, to be started again with less memory.
+        """
+        if self.unloading or self.base_url is not None:
             return False
         return self.asleep or any(server.process.status not in _OVER for server in self.servers)
 
@@ -76,10 +79,12 @@ class Entry:
     @property
     def home_bytes(self) -> int:
         """Memory that is kept for it here if it is served alone: more than it needs, if its context is longer than the least."""
-        if not self.alone:
-            return 0
-        longer = self.plan.context > least_context(self.model)
-        return max(self.needed, self.plan.memory_bytes) if longer else self.needed
+        return self.bytes_with(self.plan) if self.alone else 0
+
+    def bytes_with(self, plan: ServerPlan) -> int:
+        """Memory that it takes if it is served by `plan`, on this machine alone."""
+        longer = plan.context > least_context(self.model)
+        return max(self.needed, plan.memory_bytes) if longer else self.needed
 
     @property
     def shape(self) -> ModelShape:

@@ -24,7 +24,7 @@ _LOOK = 0.05
 async def finish(models: LocalModels) -> None:
     """Withdraw all models, and return when their servers have nothing left to do, within `LIMIT`."""
     for entry in models.entries.values():
-        entry.leaving = True
+        entry.unloading = entry.leaving = True
     models.on_change()
     with trio.move_on_after(LIMIT) as limit:
         if not await _is_busy(models):

@@ -108,10 +108,12 @@ class Runtime:
 
 def status_of(entry: Entry) -> str:
     """The word for what a model of this node is doing; see `snapshot.LocalModel`."""
-    if entry.leaving:
+    if entry.unloading:
         return "unloading"
     if entry.asleep:
         return "asleep"
     if entry.base_url is not None:
         return "ready"
+    if entry.leaving:
+        return "restarting"
     return entry.servers[0].process.status if entry.servers else "waiting"

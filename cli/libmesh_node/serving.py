@@ -197,22 +197,26 @@ class LocalModels:
     async def squeeze(self, need: int) -> None:
         """Make room for `need` more bytes, if shorter contexts do: servers with more than they need are started again so.
 
-        As few as will do, those with the most first; each finishes what it is answering, within `DRAIN_LIMIT`. Nothing is
-        changed if there is room enough, or `room_bytes` are not. If cancelled, one may be started again all the same. Raises
-        `NodeError` while the node starts or ends.
+        As few as will do, those with the most first; all of these finish at the same time what they are answering, within
+        `DRAIN_LIMIT`. Nothing is changed if there is room enough, or `room_bytes` are not. If cancelled, they are started
+        again all the same. Raises `NodeError` while the node starts or ends.
         """
         tasks = self._running()
         async with self._loading:
-            entries = [entry for entry in self.entries.values() if entry.alone and not entry.leaving]
-            entries = [entry for entry in entries if entry.home_bytes > entry.needed]
-            if need > self.room_bytes:
+            lacking = need - self.spare_bytes
+            if lacking <= 0 or need > self.room_bytes:
                 return
+            entries = [entry for entry in self.entries.values() if entry.alone and not entry.leaving]
+            waiting = []
             for entry in sorted(entries, key=lambda entry: entry.needed - entry.home_bytes):
-                if (lacking := need - self.spare_bytes) <= 0:
-                    return
-                done = trio.Event()
                 budget = max(entry.needed, entry.home_bytes - lacking)
-                tasks.start_soon(self._restart, entry, self.equipment.plan(entry.model, budget), done)
+                plan = self.equipment.plan(entry.model, budget)
+                given = entry.home_bytes - entry.bytes_with(plan)
+                if lacking > 0 and given > 0:
+                    waiting.append(done := trio.Event())
+                    tasks.start_soon(self._restart, entry, plan, done)
+                    lacking -= given
+            for done in waiting:
                 await done.wait()
 
     async def _restart(self, entry: Entry, plan: ServerPlan, done: trio.Event) -> None:

@@ -14,9 +14,11 @@ import pytest
 import trio
 import trio.testing
 from libmesh_node import serving
+from libmesh_node.commands.load import MAKING_ROOM
 from libmesh_node.datadir import DataDir
 from libmesh_node.entries import Entry, least_context
 from libmesh_node.errors import NodeError
+from libmesh_node.finishing import finish
 from libmesh_node.llama.engine import Binary, Engine
 from libmesh_node.llama.gguf import GgufHeader, TensorInfo
 from libmesh_node.llama.load import IDLE, UNABLE
@@ -28,7 +30,7 @@ from libmesh_node.options import NodeOptions
 from libmesh_node.placement.demand import Take
 from libmesh_node.placement.shape import shape_of
 from libmesh_node.placement.splitting import needed
-from libmesh_node.runtime import Runtime
+from libmesh_node.runtime import Runtime, status_of
 from libmesh_node.serving import LocalModels
 from libmesh_node.snapshot import Process
 from libmesh_node.standby import Standby
@@ -294,3 +296,42 @@ async def test_a_model_that_has_nothing_to_give_is_not_started_again_to_make_roo
         assert models.spare_bytes < models.room_bytes
         await models.squeeze(models.room_bytes)
         assert models.entries["least"].servers == [before]
+
+
+async def test_a_model_that_makes_room_is_coming_while_it_finishes_its_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with sixteen_gb(tmp_path, monkeypatch, large("first", 5 * GB - 1)) as models:
+        monkeypatch.setitem(Server.busy_until, "first", trio.current_time() + 100)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(models.squeeze, models.room_bytes)
+            await trio.sleep(50)
+            (told,) = models.announced
+            assert not told.ready
+            assert told.coming
+            assert status_of(models.entries["first"]) == "restarting"
+        assert models.announced[0].ready
+
+
+async def test_several_that_make_room_finish_their_answers_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """So that whoever asked for a model is not left without an answer: `load` waits `MAKING_ROOM` seconds for it."""
+    names = ("first", "second", "third")
+    async with sixteen_gb(tmp_path, monkeypatch, *(large(name, 2 * GB - 1) for name in names)) as models:
+        for name in names:
+            monkeypatch.setitem(Server.busy_until, name, trio.current_time() + 10_000)
+        need, before = models.room_bytes, trio.current_time()
+        await models.squeeze(need)
+        assert trio.current_time() - before < MAKING_ROOM
+        assert models.spare_bytes >= need
+
+
+async def test_a_model_of_a_node_that_ends_is_not_coming(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with sixteen_gb(tmp_path, monkeypatch, large("first", 5 * GB - 1)) as models:
+        await finish(models)
+        (told,) = models.announced
+        assert not told.ready
+        assert not told.coming
