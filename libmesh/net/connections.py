@@ -47,7 +47,7 @@ than a round trip, so that streams that the peer opened before it saw the better
 
 
 REPLACED_FOR = 1.0
-"""Seconds for which another connection must have been there before a silent one is ended: when a link comes back, both speak
+"""Seconds for which another connection must have been the best before a silent one is ended: when a link comes back, both speak
 again, and which one first is chance."""
 
 
@@ -291,15 +291,18 @@ class Connections:
             if self.vigil.doubts(entry.best):  # whichever that is now: none of them answers
                 self._emit(PathSilent(peer))
         elif entry.best is before is connection:
+            entry.best_since = trio.current_time()
             self._emit(PathChanged(peer, path_of(connection)))
 
     def _is_silent(self, connection: Any) -> None:
-        """A connection has been silent for long."""
+        """A connection has been silent for long. It is ended once the one in its place has been heard there."""
         peer = PeerId(str(connection.muxed_conn.peer_id))
         entry = self.peers.get(peer)
         if entry is None or not self.answers(peer):
             return
-        if trio.current_time() - entry.best_since >= REPLACED_FOR:
+        if getattr(entry.best.muxed_conn, "heard_at", float("inf")) < entry.best_since:
+            self.vigil.ask(entry.best)  # not to be doubted proves nothing of one that nobody has asked
+        elif trio.current_time() - entry.best_since >= REPLACED_FOR:
             connection.muxed_conn.give_up("it was silent, and replaced")
 
     def _forget(self, peer: PeerId) -> None:

@@ -162,3 +162,35 @@ async def test_when_no_connection_answers_that_is_told_once_whichever_was_the_la
             assert told[-1] == PathSilent(two.peer)
             turn(one, one._connections.of(two.peer)[0])
             assert isinstance(told[-1], PathChanged)
+
+
+async def test_a_silent_connection_is_ended_only_when_the_one_in_its_place_was_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connections, "REPLACED_FOR", 0.0)
+    async with two_connections(monkeypatch) as (one, two, _):
+        silent, other = one._connections.of(two.peer)
+        turn(one, silent)
+        one._connections._is_silent(silent)
+        assert not silent.muxed_conn.is_closed, "the other one may be as dead"
+        since = trio.current_time()
+        await until(lambda: other.muxed_conn.heard_at > since)
+        one._connections._is_silent(silent)
+        assert silent.muxed_conn.is_closed
+
+
+async def test_when_the_best_of_several_silent_connections_speaks_the_others_have_time_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(connections, "REPLACED_FOR", 3600.0)
+    async with two_connections(monkeypatch) as (one, two, _):
+        for connection in one._connections.of(two.peer):
+            turn(one, connection)
+        best, other = one._connections.of(two.peer)
+        one._connections.peers[two.peer].best_since -= 7200
+        turn(one, best)
+        one._connections._is_silent(other)
+        since = trio.current_time()
+        await until(lambda: best.muxed_conn.heard_at > since)
+        one._connections._is_silent(other)
+        assert not other.muxed_conn.is_closed
