@@ -41,7 +41,7 @@ UNABLE_FOR = 300.0
 """A node whose own llama-server failed so often in a row offers no memory for so many seconds: others shall be elected."""
 
 DRAIN_LIMIT = 120.0
-"""Seconds that a replaced server may take to finish what it is answering."""
+"""Seconds that a replaced server may take to finish what it is answering; one that makes room for another host, to be idle."""
 
 HEIR_LIMIT = 30.0
 """Seconds without a sign that the peer loads the model for which this node ended its split; then it is taken back."""
@@ -296,12 +296,19 @@ class SplitHost:
             nursery.start_soon(self._end_for_heir, run)
 
     async def _end_for_heir(self, run: SplitRun) -> None:
-        with trio.move_on_after(DRAIN_LIMIT):
+        """End it when it is idle. If it never is, it stays, rather than that answers break off; steering asks again."""
+        with trio.move_on_after(DRAIN_LIMIT) as waited:
             while (  # noqa: ASYNC110 - another process is asked
                 self._heir is not None and run.server is not None and await _is_busy(run.server)
             ):
                 await trio.sleep(0.2)
-        if self._heir is not None and run is self._run:
+        if self._heir is None or run is not self._run:
+            return
+        if waited.cancelled_caught:
+            log.info("%s: the split here is never idle, and stays for now", self.name)
+            self._heir = None
+            self.look()
+        else:
             self._heir = self._heir[0], trio.current_time() + HEIR_LIMIT
             self._stop(run)
 

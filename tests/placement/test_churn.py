@@ -139,6 +139,28 @@ async def test_room_is_made_when_the_server_has_nothing_to_do(
         assert place.serving[0].placement.host == "c"
 
 
+async def test_a_server_that_always_has_something_to_do_is_not_ended_for_a_better_one(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes new requests while it waits to be idle. When it is idle after all, room is made."""
+    busy = True
+
+    async def is_busy(_server: object) -> bool:
+        return busy
+
+    async with world(force=False) as place:
+        monkeypatch.setattr(split_host, "_is_busy", is_busy)
+        run = await scarce(place)
+        place.join("c", Machine(25, bandwidth=1000, rtt=0.001))
+        await trio.sleep(5 * split_host.DRAIN_LIMIT)
+        assert place.serving == [run]
+        busy = False
+        await trio.sleep(3 * TURN)
+        assert place.serving[0].placement.host == "c"
+    assert place.most == 1
+    assert place.outages == [pytest.approx(LOAD, abs=3)]
+
+
 async def test_room_is_made_for_nobody_who_is_not_elected_any_more(
     autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
