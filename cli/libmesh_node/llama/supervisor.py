@@ -9,8 +9,10 @@ What a life looks like, in the words of `snapshot.Process.status`:
 *starting*: the process runs and does not answer. *loading*: it answers that it is loading (503). *ready*: it answers
 200, and serves the right model under the right name. *restarting*: it ended, and waits for its next start.
 
-Once ready, health is not asked again. What ends a server besides its own end is a stall (`stall.py`), also of one that
-loads: health says "ok" then, or "loading", as before. One whose draft model makes it slower (`drafting.py`) is started again without, when it has nothing to do.
+Once ready, health is not asked again. What ends a server besides its own end is a stall (`stall.py`): health says "ok"
+then, as before. Of those that load, only one whose HTTP is silent, too, is ended: to answer our own health checks takes
+processor time, which is a sign of life, even if the load stands still. One whose draft model makes it slower
+(`drafting.py`) is started again without, when it has nothing to do.
 """
 
 from __future__ import annotations
