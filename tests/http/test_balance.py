@@ -15,6 +15,7 @@ from libmesh_node.http.balance import (
     FAILURES,
     FIRST_BYTE,
     MAX_REST,
+    MAX_TOLD_FIRST,
     REST,
     TYPICAL_TOKENS,
     Balance,
@@ -76,6 +77,20 @@ def test_announced_time_to_first_token_counts_until_it_was_measured() -> None:
     known.answered(slow, first=0.01)
     known.answered(quick, first=3.0)
     assert known.choose([slow, quick], (), NOTHING, 0) is slow
+
+
+def test_announced_time_to_first_token_does_not_keep_a_server_from_being_taken_to_hang() -> None:
+    liar, believed = server("l", first=4_294_967.0), server("b", first=MAX_TOLD_FIRST)
+    known = balance()
+    for measured in (False, True):
+        if measured:
+            for one in (liar, believed):
+                known.answered(one, first=0.2, speed=20.0)
+        assert known.first_byte_limit(liar, NOTHING) == known.first_byte_limit(believed, NOTHING)
+    quick = Wanted(streams=True)
+    assert known.first_byte_limit(liar, quick) < FIRST_BYTE + DOUBT * (MAX_TOLD_FIRST + 1)
+    known.answered(liar, first=1000.0)
+    assert known.first_byte_limit(liar, quick) > DOUBT * MAX_TOLD_FIRST * 2
 
 
 def test_equals_share_alike() -> None:

@@ -30,6 +30,9 @@ UNKNOWN_DISTANCE = 0.02
 FIRST_BYTE = 10.0
 """Seconds that any server has for the first byte of an answer, however short its line is: a model may have been paged out."""
 
+MAX_TOLD_FIRST = 15.0
+"""Seconds to a first token that are believed of a server as announced; one that tells of more is given no more time for it."""
+
 DOUBT = 4.0
 """A server has so many times longer than predicted before it is taken to hang: predictions are guesses."""
 
@@ -140,7 +143,7 @@ class Balance:
         if not wanted.streams:
             limit = wanted.max_tokens
             own += limit if limit is not None else server.context_length or LONGEST_ANSWER
-        first = max(known.first or 0.0, server.first or 0.0)
+        first = max(known.first or 0.0, min(server.first or 0.0, MAX_TOLD_FIRST))
         return FIRST_BYTE + DOUBT * (first + (ahead + own) / speed + 2 * _distance(server))
 
     def load(self, server: Server) -> int:
