@@ -191,9 +191,11 @@ class Admission:
             )
 
     async def _say_hello(self, peer: PeerId) -> None:
+        known, opened = peer in self._admitted, None
         try:
             with trio.fail_after(self._config.hello_limit):
-                async with await self._network.open_stream(peer, hello.PROTOCOL) as stream:
+                opened = await self._network.open_stream(peer, hello.PROTOCOL)
+                async with opened as stream:
                     await self._admit(stream, await hello.greet(stream, self._greeting(peer)), dialled=True)
         except AdmissionRefused:
             await self._network.disconnect(peer)
@@ -203,7 +205,8 @@ class Admission:
                 await self._network.disconnect(peer)
             raise
         except (ServiceRefused, WireError, trio.BrokenResourceError, trio.TooSlowError) as exc:
-            await self._network.disconnect(peer)
+            if not (known and opened is not None and opened.connection_lost):
+                await self._network.disconnect(peer)
             why = "it did not answer in time" if isinstance(exc, trio.TooSlowError) else str(exc)
             raise PeerUnreachable(
                 f"the peer {peer} was reached, but the hello failed: {why}", {"hello": why}
@@ -222,6 +225,7 @@ class Admission:
             await self._answer(stream)
 
     async def _answer(self, stream: Stream) -> None:
+        known = stream.peer in self._admitted
         try:
             with trio.fail_after(self._config.hello_limit):
                 await self._admit(
@@ -232,7 +236,8 @@ class Admission:
             await self._network.disconnect(stream.peer)
         except (WireError, trio.BrokenResourceError, trio.TooSlowError) as exc:
             log.info("the peer %s failed to say hello: %s", stream.peer, str(exc) or "too slow")
-            await self._network.disconnect(stream.peer)
+            if not (known and stream.connection_lost):
+                await self._network.disconnect(stream.peer)
 
     async def _admit(self, stream: Stream, said: hello.Greeted, *, dialled: bool) -> None:
         peer = stream.peer
@@ -275,15 +280,19 @@ class Admission:
     async def greet(self, peer: PeerId) -> None:
         """Say hello once more to a peer that may take us for a member no longer. Nothing if we do not know it either.
 
-        One at a time, like `connect`.
+        One at a time, like `connect`. If the connection that carries it is lost and there is another one, it is said over
+        that, once.
         """
         async with _turn(self._connecting, peer):
-            if peer not in self._admitted:
-                return
-            try:
-                await self._say_hello(peer)
-            except MeshError as exc:
-                log.info("%s", exc)
+            for _ in range(2):
+                if peer not in self._admitted or self._network.path(peer) is None:
+                    return
+                try:
+                    await self._say_hello(peer)
+                except MeshError as exc:
+                    log.info("%s", exc)
+                else:
+                    return
 
     async def expire_loop(self) -> None:
         """Cut off whoever's membership ends. No table has those who only follow, so nothing else would."""

@@ -6,8 +6,9 @@ import pytest
 import trio
 import trio.testing
 
-from libmesh import AdmissionRefused, Mesh, Scope, Stream, StreamReset, hello
+from libmesh import AdmissionRefused, Mesh, PathKind, PeerId, Scope, Stream, StreamReset, hello
 from libmesh.net.base import PathChanged
+from libmesh.testing import memory
 from tests.members import NOW
 from tests.town import Town, town
 
@@ -82,6 +83,47 @@ async def test_a_peer_that_may_have_forgotten_us_hears_another_hello(
         assert three._driver.admission.credential_of(two.peer) is None
         place.networks[2].emit(PathChanged(three.peer, path, renewed=True))
         await trio.sleep(1)
+        assert three._driver.admission.credential_of(two.peer) is not None
+
+
+async def test_a_hello_lost_with_its_connection_costs_a_known_peer_no_other_one(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "RETIRE_AFTER", 3600.0)
+    async with town() as place:
+        two, three = await _three(place)
+        dropped: list[object] = []
+        said: list[Stream] = []
+        repeated = False
+        near, far = place.networks[2], place.networks[3]
+        open_stream = near.open_stream
+
+        async def disconnect(peer: PeerId) -> None:
+            dropped.append(peer)
+
+        async def opening(peer: PeerId, protocol: str) -> Stream:
+            said.append(await open_stream(peer, protocol))
+            return said[-1]
+
+        near.disconnect = far.disconnect = disconnect  # type: ignore[method-assign]
+        near.open_stream = opening  # type: ignore[method-assign]
+        for ticks in range(40):
+            said.clear()
+            last = near.path(three.peer)
+            assert last is not None
+            spare = PathKind.PUNCHED if last.kind is PathKind.DIRECT else PathKind.DIRECT
+            place.hub._link(near, three.peer, spare, "/there", "/back")
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(two._driver.admission.greet, three.peer)
+                for _ in range(ticks):
+                    await trio.lowlevel.checkpoint()
+                place.hub.cut(two.peer, three.peer, last.kind)
+            await trio.sleep(0.1)
+            assert not dropped, ticks
+            repeated |= len(said) == 2
+            assert near.path(three.peer) is not None
+        assert repeated, "it is said again, over the connection that is left"
+        assert two._driver.admission.credential_of(three.peer) is not None
         assert three._driver.admission.credential_of(two.peer) is not None
 
 
