@@ -98,7 +98,9 @@ _OVER = ("failed", "stopping")
 def announced(entry: Entry) -> AnnouncedModel:
     """What the other nodes are told of it."""
     server = entry.servers[0] if entry.servers else None
-    plan, load, able = (server.plan, server.load, server.abilities) if server else (entry.plan, IDLE, UNABLE)
+    plan, load, able = (
+        (server.plan, server.load, server.abilities or UNABLE) if server else (entry.plan, IDLE, UNABLE)
+    )
     return AnnouncedModel(
         name=entry.model.name,
         digest=entry.digest,

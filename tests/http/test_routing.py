@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from libmesh_node.http.errors import ApiError
 from libmesh_node.http.routing import find_model, pick_model
@@ -133,6 +135,17 @@ def test_automatic_choice_says_what_nobody_takes() -> None:
     assert "tools are taken by `caller`, `long-caller`; pictures are taken by `seer`" in str(caught.value)
     with pytest.raises(ApiError, match="pictures are taken by none"):
         pick_model(SIZES, Wanted(vision=True))
+
+
+def test_automatic_choice_is_to_be_tried_again_while_a_model_is_coming_that_may_take_it() -> None:
+    coming = replace(model("late"), coming=True)
+    with pytest.raises(ApiError, match="`late` may") as caught:
+        pick_model([*SIZES, coming], Wanted(vision=True))
+    assert (caught.value.status, caught.value.code) == (503, "no_capable_model")
+    assert caught.value.retry_after
+    with pytest.raises(ApiError) as caught:
+        pick_model([*SIZES, COLD], Wanted(vision=True))
+    assert caught.value.status == 400
 
 
 def test_automatic_choice_of_nothing_is_refused() -> None:

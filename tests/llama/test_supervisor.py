@@ -319,3 +319,23 @@ async def test_environment_cannot_change_the_command_line(
             request, f"{run.server.base_url}/v1/embeddings", {"model": "demo", "input": "words"}
         )
     assert len(answer["data"][0]["embedding"]) == plan.model.header.embedding_length
+
+
+async def test_a_server_that_does_not_say_at_once_what_it_takes_is_asked_again(
+    engine: Engine, plan: ServerPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    get, asked = supervisor._get, []
+
+    async def slow(port: int, path: str) -> bytes:
+        if path == "/props":
+            asked.append(path)
+            if len(asked) <= 2:
+                return b""
+        return await get(port, path)
+
+    monkeypatch.setattr(supervisor, "_get", slow)
+    monkeypatch.setattr(supervisor, "LOAD_POLL", 0.05)
+    async with running(engine.require_llama_server(), plan, tmp_path / "log") as node:
+        await node.until("ready")
+        await eventually(lambda: node.server.abilities is not None)
+        assert len(asked) == 3

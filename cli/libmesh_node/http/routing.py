@@ -58,12 +58,16 @@ def pick_model(models: Sequence[Model], wanted: Wanted, notices: Sequence[str] =
     the largest of those that answer fast enough for a reader, or if none is known to, the largest; ties by name. How long a
     prompt is, is a guess: where it fits nowhere, the largest context is chosen, whose server counts and says so best.
 
-    Raises `ApiError`: 503 if none is served, 400 if none takes what the request brings, with what is missing where.
+    Raises `ApiError`: 503 if none is served; if none takes what the request brings, 400 with what is missing where, or 503
+    while another is being loaded or sleeps, of which nobody knows what it takes.
     """
     served = [model for model in models if model.servers]
     if not served:
         raise ApiError(503, "no_models", " ".join(notices) or IDLE, retry_after=RETRY_AFTER)
     able = [model for model in served if any(can(server, wanted) for server in model.servers)]
+    if not able and (coming := [model for model in models if model.coming and not model.servers]):
+        message = f"{_missing(served, wanted)} {_listing(coming)} may, and will answer soon or when named; try again."
+        raise ApiError(503, "no_capable_model", message, param="model", retry_after=RETRY_AFTER)
     if not able:
         raise ApiError(400, "no_capable_model", _missing(served, wanted), param="model")
     room = wanted.prompt_tokens + (wanted.max_tokens or 0)

@@ -71,14 +71,16 @@ class FirstToken:
         return _step(self._seconds * 1000) / 1000 if self._seconds else 0.0
 
 
-def read_abilities(props: bytes) -> Abilities:
-    """By llama-server's answer to `/props`, head and body; what it does not say, it cannot do."""
+def read_abilities(props: bytes) -> Abilities | None:
+    """By llama-server's answer to `/props`, head and body; what it does not say, it cannot do. `None` if that is no answer."""
     try:
         said = json.loads(props.partition(b"\r\n\r\n")[2])
         caps, modalities = said.get("chat_template_caps") or {}, said.get("modalities") or {}
         return Abilities(tools=caps.get("supports_tools") is True, vision=modalities.get("vision") is True)
-    except (ValueError, RecursionError, AttributeError):
+    except AttributeError:
         return UNABLE
+    except (ValueError, RecursionError):
+        return None
 
 
 def read_load(metrics: bytes, before: ServerLoad = IDLE) -> ServerLoad:

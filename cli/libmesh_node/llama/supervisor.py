@@ -31,7 +31,7 @@ import trio
 
 from libmesh_node.llama.drafting import DraftTrial, measure_costs, read_guesses
 from libmesh_node.llama.engine import Binary
-from libmesh_node.llama.load import IDLE, UNABLE, FirstToken, read_abilities, read_load, read_work
+from libmesh_node.llama.load import IDLE, Abilities, FirstToken, read_abilities, read_load, read_work
 from libmesh_node.llama.logfile import BoundedLog
 from libmesh_node.llama.process import GuardedProcess, Lines, ProgramNotStarted, open_guarded
 from libmesh_node.llama.restart import Effect, Ended, GiveUp, Launch, Ready, RestartPolicy, Wake
@@ -76,7 +76,7 @@ class LlamaServer:
     Attributes:
         process: its state now. A new value at each change.
         load: how busy it is, as it said a moment ago.
-        abilities: what it takes besides text, since it was ready.
+        abilities: what it takes besides text, since it was ready; `None` until it has said so.
         used_at: when it was last seen at work, by trio's clock; its start, if it never was.
     """
 
@@ -108,7 +108,8 @@ class LlamaServer:
         )
         self._binary = binary
         self._log_path = log
-        self.load, self.abilities = IDLE, UNABLE
+        self.load = IDLE
+        self.abilities: Abilities | None = None
         self._first = FirstToken()
         self.used_at = -math.inf
         self._done: float | None = None
@@ -235,6 +236,10 @@ class LlamaServer:
                 return
             load, done = read_load(metrics, self.load), read_work(metrics)
             load = replace(load, first=self._first.told)
+            if self.abilities is None and metrics:
+                if (able := read_abilities(await _get(port, "/props"))) is not None:
+                    self.abilities = able
+                    self._tell()
             if load.busy or done != self._done:
                 self.used_at, self._done = trio.current_time(), done
             if load != self.load:
