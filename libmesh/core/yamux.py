@@ -222,7 +222,7 @@ class Yamux:
             self._control.go_away(code)
 
     def alive(self, now: float) -> None:
-        """The peer gave a sign of life other than bytes: its TCP took more, after it had been full."""
+        """A sign of life other than frames: part of a record, or that the peer's TCP, which was full, took more."""
         self.keepalive.heard(now)
 
     def deadline(self) -> float:

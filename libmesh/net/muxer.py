@@ -83,6 +83,7 @@ class YamuxConnection(IMuxedConn):
         self.event_closed = trio.Event()
         self._machine = Yamux(initiator=conn.is_initiator, now=trio.current_time(), options=options)
         self._channel: Channel = conn.channel if isinstance(conn, Session) else PlainChannel(conn)
+        self._channel.heard = lambda: self._machine.alive(trio.current_time())
         self._streams: dict[int, YamuxStream] = {}
         self._serve = serve
         self.nameless = 0

@@ -13,7 +13,7 @@ who cannot take it at once copies it; a bytes object for each record cost more, 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from struct import Struct
 
 import trio
@@ -48,7 +48,13 @@ class Channel(ABC):
 
     `put` and `flush_nowait` may be called by any task at any time and never block. `flush` may be called by one task
     at a time; what it has not sent when it is cancelled stays with the channel.
+
+    Attributes:
+        heard: called when bytes have come that complete no record yet: on a slow path a full one takes seconds, and they
+            are a sign of life. Set by the muxer.
     """
+
+    heard: Callable[[], None] | None = None
 
     @abstractmethod
     async def receive(self) -> Sequence[bytes | memoryview]:
@@ -146,6 +152,8 @@ class RecordChannel(Channel):
                 pool.give(buffer)
             if records:
                 return records
+            if self.heard is not None:
+                self.heard()
 
     def _open_all(self, view: memoryview) -> tuple[list[bytes | memoryview], int]:
         records: list[bytes | memoryview] = []

@@ -177,6 +177,8 @@ class TlsChannel(Channel):
             await self._feed()
             before = len(self._out)
             records = self._open()
+            if not records and self.heard is not None:
+                self.heard()
             if (answers := len(self._out) - before) and not self.flush_nowait():
                 self._answers += answers
                 if self._answers > MAX_ANSWERS:

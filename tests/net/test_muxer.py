@@ -28,6 +28,8 @@ from libmesh.net.base import StreamReset
 from libmesh.net.muxed_stream import YamuxStream
 from libmesh.net.muxer import YamuxConnection
 from libmesh.net.noise import NoiseSession
+from libmesh.net.records import RecordChannel
+from tests.net.hosts import until
 from tests.net.pairs import drain, fill, muxed_pair, noise_pair, stream_pair
 
 
@@ -117,6 +119,19 @@ async def test_a_silent_peer_fails_every_stream_within_the_keepalive_bound() -> 
         with pytest.raises(StreamReset, match="no sign of life"):
             await stream.receive_some()
         await connection.event_closed.wait()
+
+
+async def test_part_of_a_record_is_a_sign_of_life() -> None:
+    async with against(Options(ping_interval=3600, ping_timeout=3600)) as (connection, peer):
+        await trio.testing.wait_all_tasks_blocked()
+        channel = peer.channel
+        assert isinstance(channel, RecordChannel)
+        channel.put([bytes(65000)])
+        assert channel._out is not None
+        for start in (0, 1, 2, 3, 1000):
+            before = connection.heard_at
+            await channel._pipe.send_some(memoryview(channel._out)[start : start + 1])
+            await until(lambda before=before: connection.heard_at > before)  # type: ignore[misc]
 
 
 async def test_a_peer_that_answers_pings_lives_on(autojump_clock: trio.testing.MockClock) -> None:

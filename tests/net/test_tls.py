@@ -115,6 +115,23 @@ async def test_our_muxer_runs_on_it() -> None:
         await b.close()
 
 
+async def test_part_of_a_record_is_told_of() -> None:
+    near, far = await tls_pair()
+    assert isinstance(far.channel, TlsChannel)
+    parts, told = trio.open_memory_channel[None](100)
+    near.channel.heard = lambda: parts.send_nowait(None)
+    far.channel.put([bytes(10_000)])
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(near.channel.receive)
+        with trio.fail_after(60):
+            for start in range(3):
+                await far.channel._pipe.send_some(memoryview(far.channel._out)[start : start + 1])
+                await told.receive()
+        nursery.cancel_scope.cancel()
+    await near.close()
+    await far.close()
+
+
 async def test_a_peer_that_is_not_the_one_dialled_is_refused() -> None:
     raws = await raw_pair()
     stranger = Tls(create_new_key_pair(bytes([9]) * 32))
