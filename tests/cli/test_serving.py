@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -148,6 +148,12 @@ async def sixteen_gb(
     async def find(reference: str) -> ModelFile:
         return next(model for model in named if model.name == reference)
 
+    async def at_once(function: Callable[..., Any], *arguments: object, **_: object) -> Any:
+        """The clock does not wait for threads."""
+        await trio.lowlevel.checkpoint()
+        return function(*arguments)
+
+    monkeypatch.setattr(trio.to_thread, "run_sync", at_once)
     for what, how in (("measure", ready), ("set_up", ready)):
         monkeypatch.setattr(models.equipment, what, how)
     monkeypatch.setattr(models, "find", find)

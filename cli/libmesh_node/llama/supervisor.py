@@ -237,8 +237,8 @@ class LlamaServer:
             load, done = read_load(metrics, self.load), read_work(metrics)
             load = replace(load, first=self._first.told)
             if self.abilities is None and metrics:
-                if (able := read_abilities(await _get(port, "/props"))) is not None:
-                    self.abilities = able
+                self.abilities = read_abilities(await _get(port, "/props"))
+                if self.abilities is not None:
                     self._tell()
             if load.busy or done != self._done:
                 self.used_at, self._done = trio.current_time(), done
