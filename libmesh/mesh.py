@@ -207,8 +207,9 @@ class Mesh:
         """A stream to `service` of `peer`, connecting to the peer first if need be. The caller closes it.
 
         With `wait` it returns when the peer has accepted. Without, at once, so that the first bytes travel with the
-        request; a refusal then comes from the first receive. Raises `ServiceRefused`, `PeerUnreachable`, or, if the peer
-        does not take us for a member, `AdmissionRefused`.
+        request; a refusal then comes from the first receive. A service that was exposed with a `Door` accepts only once
+        first bytes have come, so it cannot be waited for: the stream is reset after two minutes. Raises `ServiceRefused`,
+        `PeerUnreachable`, or, if the peer does not take us for a member, `AdmissionRefused`.
 
         With `lasting`, and if the peer offers the service so, the stream outlives its connection: it goes on over the next
         one, not a byte lost or doubled, if that comes within `MeshConfig.resume`; calls wait meanwhile. It is over at once
