@@ -14,6 +14,7 @@ from libmesh import keys
 from libmesh._pb import circuit_pb2 as pb
 from libmesh._pb import holepunch_pb2 as punch_pb
 from libmesh.framing import frame
+from libmesh.net.envelope import EnvelopeKind
 from libmesh.peers import PeerId
 from libmesh.wire_pieces import WireError, addresses_from_pb, encode_address, parse
 
@@ -28,11 +29,7 @@ MAX_RELAY_ADDRESSES = 32
 MAX_PUNCH_ADDRESSES = 16
 _MAX_PEER_ID = 64
 
-_VOUCHER_DOMAIN = b"libp2p-relay-rsvp"
-_VOUCHER_TYPE = b"\x03\x02"
-_ED25519_KEY = bytes.fromhex(
-    "08011220"
-)  # protobuf PublicKey{Type = Ed25519 (1), Data = 32 bytes that follow}
+_VOUCHER = EnvelopeKind(b"libp2p-relay-rsvp", b"\x03\x02")
 
 
 class Status(IntEnum):
@@ -199,13 +196,7 @@ def make_voucher(seed: bytes, peer: PeerId, expires_unix: int) -> bytes:
         peer=base58.b58decode(peer),
         expiration=expires_unix,
     ).SerializeToString(deterministic=True)
-    signed = frame(_VOUCHER_DOMAIN) + frame(_VOUCHER_TYPE) + frame(voucher)
-    return pb.Envelope(
-        public_key=_ED25519_KEY + public,
-        payload_type=_VOUCHER_TYPE,
-        payload=voucher,
-        signature=keys.sign(seed, signed),
-    ).SerializeToString(deterministic=True)
+    return _VOUCHER.seal(seed, voucher)
 
 
 # ---- hole punching ----------------------------------------------------------------------------------------------

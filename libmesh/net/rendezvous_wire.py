@@ -11,10 +11,10 @@ from enum import IntEnum
 import base58
 
 from libmesh import keys
-from libmesh._pb import circuit_pb2
 from libmesh._pb import rendezvous_pb2 as pb
 from libmesh.core.rendezvous_desk import MAX_NAMESPACE
 from libmesh.framing import frame
+from libmesh.net.envelope import EnvelopeKind
 from libmesh.peers import PeerId
 from libmesh.wire_pieces import WireError, addresses_from_pb, encode_address, parse
 
@@ -27,11 +27,9 @@ MAX_RECORD = 3072
 
 MAX_ADDRESSES = 32
 
-_DOMAIN = b"libp2p-peer-record"
-_TYPE = b"\x03\x01"
-_ED25519_KEY = bytes.fromhex(
-    "08011220"
-)  # protobuf PublicKey{Type = Ed25519 (1), Data = 32 bytes that follow}
+RECORD = EnvelopeKind(b"libp2p-peer-record", b"\x03\x01")
+"""A peer's word of its addresses."""
+
 _COOKIE_BYTES = 8
 
 
@@ -179,31 +177,17 @@ def make_record(seed: bytes, sequence: int, addresses: tuple[str, ...]) -> bytes
             break
         said.addresses.append(pb.PeerRecord.Address(multiaddr=address))
     payload = said.SerializeToString(deterministic=True)
-    return circuit_pb2.Envelope(
-        public_key=_ED25519_KEY + public,
-        payload_type=_TYPE,
-        payload=payload,
-        signature=keys.sign(seed, _signed(payload)),
-    ).SerializeToString(deterministic=True)
+    return RECORD.seal(seed, payload)
 
 
 def open_record(data: bytes) -> tuple[PeerId, tuple[str, ...]]:
     """Who signed a record, and where it says that it is. Raises `WireError` unless it is whole and of an Ed25519 key."""
-    envelope = parse(circuit_pb2.Envelope(), data, MAX_RECORD)
-    public = envelope.public_key.removeprefix(_ED25519_KEY)
-    if len(public) != keys.KEY_LENGTH or envelope.payload_type != _TYPE:
-        raise WireError("not a peer record signed with an Ed25519 key")
-    if not keys.verify(public, _signed(envelope.payload), envelope.signature):
-        raise WireError("a peer record with a wrong signature")
-    said = parse(pb.PeerRecord(), envelope.payload, MAX_RECORD)
+    public, payload = RECORD.open(data, MAX_RECORD)
+    said = parse(pb.PeerRecord(), payload, MAX_RECORD)
     peer = keys.peer_id_of(public)
     if said.peer_id != base58.b58decode(peer):
         raise WireError("a peer record of another peer than signed it")
     return peer, addresses_from_pb(entry.multiaddr for entry in said.addresses[:MAX_ADDRESSES])
-
-
-def _signed(payload: bytes) -> bytes:
-    return frame(_DOMAIN) + frame(_TYPE) + frame(payload)
 
 
 def _framed(message: pb.Message) -> bytes:

@@ -68,7 +68,7 @@ def test_a_record_tells_what_its_peer_signed_and_nothing_else_is_one() -> None:
             wire.open_record(changed.SerializeToString())
     other = circuit_pb2.Envelope.FromString(wire.make_record(seed(2), 7, HERE))
     other.payload = envelope.payload
-    other.signature = keys.sign(seed(2), wire._signed(envelope.payload))
+    other.signature = keys.sign(seed(2), wire.RECORD.signed_bytes(envelope.payload))
     with pytest.raises(WireError, match="another peer"):
         wire.open_record(other.SerializeToString())
 
