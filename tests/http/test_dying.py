@@ -41,11 +41,15 @@ def whole(status: str, body: bytes) -> bytes:
 
 
 class Script:
-    """A server that says, for each request, the next of `answers` (the last one for ever) and hangs up."""
+    """A server that says, for each request, the next of `answers` (the last one for ever) and hangs up.
+
+    Each connection has its own thread: a node keeps some that ask nothing yet.
+    """
 
     def __init__(self, listener: socket.socket, peer: str, answers: Sequence[bytes]) -> None:
         self.asked = 0
         self._listener, self._answers = listener, answers
+        self._turn = threading.Lock()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
         # The local one is the nearest: with nothing known of either it is asked first.
         self.server = Server(peer=peer, base_url=url, local=peer == "first", rtt=0.5, slots=4, digest="d")
@@ -53,11 +57,15 @@ class Script:
     def run(self) -> None:
         with suppress(OSError):
             while True:
-                accepted, _ = self._listener.accept()
-                with accepted, suppress(OSError):
-                    if self._read(accepted):
-                        self.asked += 1
-                        accepted.sendall(self._answers[min(self.asked, len(self._answers)) - 1])
+                threading.Thread(target=self._serve, args=self._listener.accept()[:1], daemon=True).start()
+
+    def _serve(self, accepted: socket.socket) -> None:
+        with accepted, suppress(OSError):
+            if self._read(accepted):
+                with self._turn:
+                    self.asked += 1
+                    answer = self._answers[min(self.asked, len(self._answers)) - 1]
+                accepted.sendall(answer)
 
     @staticmethod
     def _read(accepted: socket.socket) -> bool:
