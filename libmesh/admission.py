@@ -250,6 +250,7 @@ class Admission:
         self._tell(io.Connected(peer))
         for event in events:
             self._tell(event)
+        syncing.require_good_faith(events, self._membership)
 
     async def expect_hello(self, peer: PeerId) -> None:
         """Drop an inbound connection whose peer does not say hello in time."""

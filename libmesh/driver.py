@@ -272,8 +272,8 @@ class Driver:
                     self._tasks.start_soon(self.admission.greet, peer)
                 case net.PeerDisconnected(peer):
                     self.admission.disconnected(peer)
-                case net.Message(topic, _, data) if topic == self._topic:
-                    self._hear(data)
+                case net.Message(topic, author, data) if topic == self._topic:
+                    self._hear(data, author)
                 case net.Message(topic, author, data) if topic == self.posts.gossip_topic:
                     self.posts.deliver(author, data)
 
@@ -310,7 +310,7 @@ class Driver:
     def _is_live_member(self, peer: PeerId) -> bool:
         return self.membership.believes(peer)
 
-    def _hear(self, data: bytes) -> None:
+    def _hear(self, data: bytes, teller: PeerId) -> None:
         try:
             said = wire.decode_gossip(data)
         except WireError as exc:
@@ -323,6 +323,9 @@ class Driver:
                 self.handle(io.RevocationHeard(said, gossiped=True))
             case io.Suspicion():
                 self.handle(io.SuspicionHeard(said))
+        if said is not None and self.membership.is_lie(said):
+            log.info("dropping the peer %s: it tells what was never good", teller)
+            self._tasks.start_soon(self.network.disconnect, teller)
 
     async def _sync_loop(self) -> None:
         """Anti-entropy: now and then compare with somebody what is known. Also tells of addresses that changed."""

@@ -163,10 +163,10 @@ class Following:
     Args:
         network: the transport.
         membership: says who may be asked, and what is known.
-        hear: takes a message as gossip brings it.
+        hear: takes a message as gossip brings it, and who told it.
     """
 
-    def __init__(self, network: Network, membership: Membership, hear: Callable[[bytes], None]) -> None:
+    def __init__(self, network: Network, membership: Membership, hear: Callable[[bytes, PeerId], None]) -> None:
         self._network, self._membership, self._hear = network, membership, hear
         self._asked: set[PeerId] = set()
         self._changed = trio.Event()
@@ -198,7 +198,7 @@ class Following:
             async with await self._network.open_stream(peer, PROTOCOL) as stream:
                 await stream.send_all(frame(wire.encode_digest(self._membership.digest())))
                 while True:
-                    self._hear(await receive_frame(stream, wire.MAX_RECORD))
+                    self._hear(await receive_frame(stream, wire.MAX_RECORD), peer)
         except (MeshError, trio.BrokenResourceError) as exc:
             log.debug("%s tells no news: %s", peer, exc)
         await trio.sleep(REST)

@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 from libmesh import keys, tokens
 from libmesh.core import credentials
-from libmesh.core.credentials import Invite
+from libmesh.core.credentials import Credential, Invite, Link
 from libmesh.errors import InviteExpired, InviteMalformed
 from libmesh.peers import MeshId, PeerId, Scope
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InviteInfo:
-    """What a token says.
+    """What a token says, or what is known of an invite that somebody came by.
 
     Attributes:
         id: names the invite, in 32 hex digits; no secret.
@@ -54,12 +54,22 @@ def check_invite(token: str, *, now_unix: float) -> Invite:
 def read_invite(token: str) -> InviteInfo:
     """What a token says, expired or not. Raises `InviteMalformed`."""
     invite = tokens.decode_invite(token)
-    links = invite.authority.links
+    contacts = tuple(peer for peer, _ in invite.contacts)
+    return _info(invite.authority.mesh_key, invite.authority.links, contacts)
+
+
+def invites_in(credential: Credential) -> tuple[InviteInfo, ...]:
+    """The invites that a credential came by, from the mesh's key down; without contacts, which only tokens have."""
+    links = credential.links[:-1]
+    return tuple(_info(credential.mesh_key, links[: depth + 1]) for depth in range(len(links)))
+
+
+def _info(mesh_key: bytes, links: tuple[Link, ...], contacts: tuple[PeerId, ...] = ()) -> InviteInfo:
     return InviteInfo(
         id=links[-1].id.hex(),
-        chain=tokens.encode_chain(invite.authority.mesh_key, links),
-        mesh_id=invite.authority.mesh_id,
-        scope=invite.authority.scope,
-        expires_unix=invite.authority.not_after_unix,
-        contacts=tuple(peer for peer, _ in invite.contacts),
+        chain=tokens.encode_chain(mesh_key, links),
+        mesh_id=keys.mesh_id_of(mesh_key),
+        scope=links[-1].scope,
+        expires_unix=links[-1].not_after_unix,
+        contacts=contacts,
     )

@@ -13,17 +13,11 @@ import trio
 
 from libmesh import keys, tokens, tunnel, wire
 from libmesh.core import membership_io as io
-from libmesh.core.credentials import Authority, Invite
+from libmesh.core.credentials import Authority, Invite, Link
 from libmesh.core.ways import to_announce
 from libmesh.driver import Driver
-from libmesh.errors import (
-    AdmissionRefused,
-    InviteDenied,
-    InviteMalformed,
-    PeerUnreachable,
-    ServiceRefused,
-)
-from libmesh.invites import check_invite
+from libmesh.errors import AdmissionRefused, InviteDenied, InviteMalformed, PeerUnreachable, ServiceRefused
+from libmesh.invites import InviteInfo, check_invite, invites_in
 from libmesh.net.base import Stream
 from libmesh.peers import MeshId, PathKind, PeerId, Reaching, Scope, Service, View
 from libmesh.posts import Post
@@ -288,10 +282,14 @@ class Mesh:
 
         No invites: the mesh's key itself let it in. `None` if nothing is known of the peer.
         """
-        credential = self._driver.credential_of(peer)
-        if credential is None:
+        if (credential := self._driver.credential_of(peer)) is None:
             return None
         return tuple(link.id.hex() for link in credential.links[:-1]), credential.not_after_unix
+
+    def invites_of(self, peer: PeerId) -> tuple[InviteInfo, ...]:
+        """The invites by which a peer came in, as `admission_of` orders them, for `revoke`; empty if it is not known."""
+        credential = self._driver.credential_of(peer)
+        return () if credential is None else invites_in(credential)
 
     def readdress(self, token: str) -> str:
         """The same invite as `token`, with the ways into this mesh that hold now. Raises `InviteMalformed`."""
@@ -301,14 +299,15 @@ class Mesh:
     def revoke(self, chain: bytes) -> None:
         """Take back an invite (`InviteInfo.chain`), and with it the membership of everybody let in below it, for ever.
 
-        Spread by gossip; connections and streams of those affected are cut at once, everywhere. Raises `InviteDenied`
-        unless this node made the invite or one that it came from, `InviteMalformed` if `chain` is none.
+        Spread by gossip; connections and streams of those affected are cut at once, everywhere. Raises `InviteMalformed`
+        if `chain` is none, `InviteDenied` unless this node made the invite or one that it came from, and when that many
+        are kept already: 1,024, of which 64 by each inviter.
         """
         try:
             links = tokens.decode_chain(chain).links
         except WireError as exc:
             raise InviteMalformed(f"this names no invite: {exc}") from exc
-        self._driver.handle(io.RevocationHeard(self._authority.revoke(links), gossiped=False))
+        self._revoke(links)
 
     def revoke_peer(self, peer: PeerId) -> None:
         """Take back the membership of one peer, under the invite that it came with. Another one lets it in again.
@@ -318,7 +317,13 @@ class Mesh:
         credential = self._driver.credential_of(peer)
         if credential is None:
             raise PeerUnreachable(f"nothing is known of a peer {peer}")
-        self._driver.handle(io.RevocationHeard(self._authority.revoke(credential.links), gossiped=False))
+        self._revoke(credential.links)
+
+    def _revoke(self, links: tuple[Link, ...]) -> None:
+        revocation = self._authority.revoke(links)
+        self._driver.handle(io.RevocationHeard(revocation, gossiped=False))
+        if revocation not in self._driver.membership.revoked:
+            raise InviteDenied("it is not of this mesh, or the mesh keeps no more revocations by this node")
 
     @property
     def revocations(self) -> tuple[bytes, ...]:
@@ -355,11 +360,8 @@ class Mesh:
     def _checked(self, token: str) -> Invite:
         invite = check_invite(token, now_unix=self._driver.now())
         if invite.authority.mesh_id != self.mesh_id:
-            raise AdmissionRefused(
-                f"the invite is for the mesh {invite.authority.mesh_id}, this is {self.mesh_id}",
-                reason="wrong_mesh",
-                peer="",
-            )
+            words = f"the invite is for the mesh {invite.authority.mesh_id}, this is {self.mesh_id}"
+            raise AdmissionRefused(words, reason="wrong_mesh", peer="")
         return invite
 
     async def enter(self, invite: Invite, *, wait: bool) -> None:

@@ -6,6 +6,7 @@ The rules are in `mesh.proto`: fingerprints first, then a digest of what differs
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 
 import trio
@@ -34,6 +35,10 @@ LIMIT = 10.0
 HURRY = 1.0
 """Seconds until the next comparison after one that found a difference, doubling as long as they do: gossip lost more than
 one message, or a partition has just healed."""
+
+
+class Lie(WireError):
+    """A peer told what nobody can have believed in good faith."""
 
 
 class Syncing:
@@ -99,8 +104,15 @@ class Syncing:
             stream.reset()
 
     async def _exchange(self, stream: Stream, *, opener: bool, part: Part | None = None) -> None:
-        for event in await exchange(stream, self._membership, self._tell, opener=opener, part=part):
+        events = await exchange(stream, self._membership, self._tell, opener=opener, part=part)
+        for event in events:
             self._tell(event)
+        try:
+            require_good_faith(events, self._membership)
+        except Lie as exc:
+            log.info("dropping the peer %s: %s", stream.peer, exc)
+            await self._network.disconnect(stream.peer)
+            raise
 
 
 async def exchange(
@@ -130,3 +142,13 @@ async def exchange(
         *(io.RevocationHeard(revocation, gossiped=False) for revocation in learned),
         *(io.RecordHeard(record, gossiped=False) for record in records),
     ]
+
+
+def require_good_faith(events: Iterable[io.Event], membership: Membership) -> None:
+    """Raise `Lie` unless these, of which the machine was told, may have been said by somebody who believed them."""
+    for event in events:
+        match event:
+            case io.RecordHeard(record) if membership.is_lie(record):
+                raise Lie("it tells an announcement that was never good")
+            case io.RevocationHeard(revocation) if membership.is_lie(revocation):
+                raise Lie("it tells a revocation that was never good")

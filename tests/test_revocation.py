@@ -19,6 +19,7 @@ from libmesh import (
     open_mesh,
     read_invite,
 )
+from libmesh.core import credentials
 from libmesh.testing.memory import MemoryHub
 
 FOUNDER, GUEST, OTHER = (SecretKey(bytes([n]) * 32) for n in range(1, 4))
@@ -116,6 +117,9 @@ async def test_one_peer_can_be_put_out_and_come_back_with_another_invite(autojum
                     raise AssertionError("who was put out came back")
         async with hub.open_network(GUEST.seed) as network, open_mesh(GUEST, invite=another, network=network):
             await until(founder, GUEST, PeerState.ALIVE)
+            assert [one.id for one in founder.invites_of(GUEST.peer)] == [read_invite(another).id]
+            assert founder.invites_of(GUEST.peer)[0].chain == read_invite(another).chain
+            assert founder.invites_of(OTHER.peer) == ()
 
 
 async def test_what_is_no_chain_is_refused_in_words() -> None:
@@ -126,3 +130,24 @@ async def test_what_is_no_chain_is_refused_in_words() -> None:
     ):
         with pytest.raises(InviteMalformed, match="names no invite"):
             mesh.revoke(b"garbage")
+
+
+async def test_what_is_not_taken_back_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An invite of another mesh, and one too many."""
+    monkeypatch.setattr(credentials, "MAX_REVOCATIONS", 1)
+    hub = MemoryHub()
+    async with (
+        hub.open_network(FOUNDER.seed) as network,
+        hub.open_network(OTHER.seed) as elsewhere,
+        open_mesh(FOUNDER, mesh_key=MESH_KEY, network=network) as mesh,
+        open_mesh(OTHER, mesh_key=OTHER, network=elsewhere) as another,
+    ):
+        foreign = another.invite(scope=Scope.CLIENT, not_after_unix=None)
+        with pytest.raises(InviteDenied, match="not of this mesh"):
+            mesh.revoke(read_invite(foreign).chain)
+        one, two = (mesh.invite(scope=Scope.CLIENT, not_after_unix=None) for _ in range(2))
+        for _ in range(2):
+            mesh.revoke(read_invite(one).chain)
+        with pytest.raises(InviteDenied, match="keeps no more"):
+            mesh.revoke(read_invite(two).chain)
+        assert len(mesh.revocations) == 1

@@ -68,3 +68,11 @@ def authentic(record: Record, *, mesh_id: MeshId, now_unix: float, revoked: Revo
         announcement.credential, mesh_id=mesh_id, peer_key=peer_key, now_unix=now_unix, revoked=revoked
     )
     return refusal is None and keys.verify(peer_key, SIGNING_CONTEXT + record.body, record.signature)
+
+
+def disproved(record: Record, *, mesh_id: MeshId) -> bool:
+    """Whether nobody can ever have believed `record`, so that whoever tells it lies.
+
+    One that was good once may be told in good faith after its end or its revocation: clocks disagree, and news travel.
+    """
+    return not authentic(record, mesh_id=mesh_id, now_unix=float("-inf"))

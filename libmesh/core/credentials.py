@@ -251,6 +251,9 @@ class Revoked:
     def __len__(self) -> int:
         return sum(map(len, self._by_link.values()))
 
+    def __contains__(self, revocation: Revocation) -> bool:
+        return self._by_link.get(revocation.link_id, {}).get(revocation.signer_key) == revocation
+
     def __iter__(self) -> Iterator[Revocation]:
         return (revocation for found in self._by_link.values() for revocation in found.values())
 

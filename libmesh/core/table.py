@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from libmesh.core.announcement import Announcement, Record, Seal
-from libmesh.core.credentials import Credential
+from libmesh.core.announcement import Announcement, Record, Seal, disproved
+from libmesh.core.credentials import Credential, Revocation
 from libmesh.core.credentials import Revoked as RevokedLinks
-from libmesh.core.membership_io import MembershipConfig
+from libmesh.core.membership_io import MembershipConfig, Suspicion
 from libmesh.core.roster import Roster, Watched
 from libmesh.core.summary import Digest, Part, Summary
 from libmesh.core.voice import Voice
@@ -45,6 +45,21 @@ class Table:
     def wanted(self, peer: PeerId) -> bool:
         """Whether the connection to `peer` is one that this machine wants to have."""
         return self._roster.wanted(peer)
+
+    def is_lie(self, said: Record | Revocation | Suspicion) -> bool:
+        """Whether nobody can have said this in good faith. To be asked after the machine was told: what it took is true.
+
+        Of records only what would be news is looked at: what is ignored anyway should cost nothing.
+        """
+        match said:
+            case Record():
+                known = self.record_of(said.announcement.peer)
+                news = known is None or said.announcement.age > known.announcement.age
+                return news and disproved(said, mesh_id=self.mesh_id)
+            case Revocation():
+                return said not in self.revoked and not said.is_valid(self.mesh_id)
+            case Suspicion():
+                return False
 
     def digest(self, part: Part | None = None) -> Digest:
         """What is known of each peer, this node included unless it follows; of a part of them, if that is asked for."""

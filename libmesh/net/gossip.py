@@ -20,6 +20,7 @@ from libp2p.custom_types import TProtocol
 from libp2p.host.basic_host import BasicHost
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
+from libp2p.pubsub.pb.rpc_pb2 import RPC
 from libp2p.pubsub.pubsub import Pubsub
 from libp2p.pubsub.pubsub_notifee import PubsubNotifee
 from libp2p.tools.anyio_service import background_trio_service
@@ -33,6 +34,9 @@ PROTOCOLS = ("/meshsub/1.2.0", "/meshsub/1.1.0")
 DEGREE, DEGREE_LOW, DEGREE_HIGH = 8, 6, 64
 """Mesh links per topic. The high mark is far up because py-libp2p's pruning above it tells the pruned peer nothing
 and leaves it without messages; the full mesh of a few dozen members stays below it."""
+
+WORTH_DECLINING_BYTES = 1024
+"""Size from which others are told not to send a message that has come (IDONTWANT). go-libp2p's threshold is the same."""
 
 Deliver = Callable[[str, ID, bytes], None]
 
@@ -81,7 +85,25 @@ class _Router(GossipSub):
     linked by the next heartbeat: what is said in that second, such as the goodbye of somebody who came for a moment,
     reaches none. Until a topic has its links, any peers subscribed to it take their place; the specification (gossipsub
     v1.1, flood publishing) has one's own messages go to all of them.
+
+    And what py-libp2p sends beside each message to every linked peer is left out: its own signed addresses, which others
+    have from identify and from announcements, and word of each small message that has come. In a mesh of thirty that
+    was most of what a join costs everybody.
     """
+
+    async def emit_control_message(self, control_msg: Any, to_peer: ID) -> None:
+        """As py-libp2p's own, which begins with finding out all addresses."""
+        self.send_rpc(to_peer, RPC(control=control_msg), priority=True)
+
+    def send_rpc(self, peer_id: ID, rpc: Any, priority: bool = False) -> None:
+        """As py-libp2p's own, without the record that whoever reads it verifies the signature of."""
+        rpc.ClearField("senderRecord")
+        super().send_rpc(peer_id, rpc, priority)
+
+    async def _emit_idontwant_for_message(self, msg_id: bytes, topic_ids: Iterable[str]) -> None:
+        message = self.mcache.get(msg_id)
+        if message is None or len(message.data) >= WORTH_DECLINING_BYTES:
+            await super()._emit_idontwant_for_message(msg_id, topic_ids)
 
     def _get_peers_to_send(
         self, topic_ids: Iterable[str], msg_forwarder: ID, origin: ID, msg_id: bytes | None = None

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from libmesh_node.datadir import DataDir, NodeInfo
@@ -49,10 +50,27 @@ def node(folder: Path, *flags: str) -> Iterator[tuple[subprocess.Popen[str], Nod
             process.communicate()
 
 
+def settled(folder: Path) -> dict[str, Any]:
+    """The status of the running node once it is in a mesh; it answers before."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        status: dict[str, Any] = json.loads(run("status", "--json", "--data-dir", str(folder)).stdout)
+        if status["mesh_id"] and status["token"]:
+            return status
+    raise AssertionError("the node is in no mesh")
+
+
+def identity(folder: Path) -> tuple[str, str]:
+    """The ids of the running node and of its mesh."""
+    status = settled(folder)
+    return status["node_id"], status["mesh_id"]
+
+
 @pytest.fixture(scope="module")
 def idle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, NodeInfo]]:
     folder = tmp_path_factory.mktemp("idle")
     with node(folder) as (_, info):
+        settled(folder)
         yield folder, info
 
 
@@ -126,16 +144,6 @@ def test_a_signal_ends_the_node_with_0(tmp_path: Path, number: signal.Signals) -
         assert "Traceback" not in process.communicate()[1]
 
 
-def identity(folder: Path) -> tuple[str, str]:
-    """The ids of the running node and of its mesh; a node answers before it is in one."""
-    deadline = time.monotonic() + PATIENCE
-    while time.monotonic() < deadline:
-        status = json.loads(run("status", "--json", "--data-dir", str(folder)).stdout)
-        if status["mesh_id"]:
-            return status["node_id"], status["mesh_id"]
-    raise AssertionError("the node is in no mesh")
-
-
 def test_identity_survives_a_restart_until_the_key_is_rotated(tmp_path: Path) -> None:
     seen: list[tuple[str, str]] = []
     for _ in range(2):
@@ -164,11 +172,10 @@ def test_an_ephemeral_node_is_another_one_each_time_and_leaves_nothing(tmp_path:
 
 def test_logs_go_to_the_data_folder_without_the_invite(tmp_path: Path) -> None:
     with node(tmp_path) as (process, _):
-        token = json.loads(run("status", "--json", "--data-dir", str(tmp_path)).stdout)["token"]
+        token = settled(tmp_path)["token"]
         process.send_signal(signal.SIGINT)
         shown = process.communicate()[1]
     written = DataDir(tmp_path).node_log.read_text()
-    assert token
     assert token in shown
     assert token not in written
     assert "console" in written

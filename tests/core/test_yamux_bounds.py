@@ -193,12 +193,14 @@ def test_pings_are_echoed_at_most_a_few_at_a_time() -> None:
 def test_round_trips_are_measured_and_smoothed() -> None:
     side = Side(True, Options(ping_interval=10.0, ping_timeout=5.0))
     assert side.machine.rtt is None
-    for start, took in ((0.0, 0.1), (10.0, 0.5)):
+    smoothed = []
+    for start, took in ((0.0, 0.1), (10.0, 0.5), (20.0, 0.05)):
         assert side.machine.tick(start) == []
         opaque = frames_of(side.machine.take_control())[0][3]
         side.take(frame(PING, ACK, 0, opaque + 7), now=start)  # an echo of nothing
         side.take(frame(PING, ACK, 0, opaque), now=start + took)
-    assert side.machine.rtt == pytest.approx(0.1 + 0.4 / 8)
+        smoothed.append(side.machine.rtt)
+    assert smoothed == pytest.approx([0.1, 0.1 + 0.4 / 8, 0.15 - 0.1 / 8])
 
 
 def test_pings_come_soon_at_first_and_then_at_their_interval() -> None:

@@ -26,6 +26,10 @@ from libmesh_node.models.demo import SMALL, TINY, ModelShape, write_model
 from libmesh_node.snapshot import Model, NodeSnapshot, Server
 
 
+PATIENCE = 60.0
+"""Seconds to wait for whatever is bound to happen, however busy the machine is."""
+
+
 @dataclass(frozen=True)
 class Llama:
     """A llama-server that answers."""
@@ -62,7 +66,7 @@ def call(
     port: int, method: str, path: str, body: object = None, headers: dict[str, str] | None = None
 ) -> tuple[int, dict[str, str], bytes]:
     """One request on a connection of its own: status, headers in lower case, body."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
     try:
         headers = dict(headers or {})
         if body is not None and not isinstance(body, bytes):
@@ -75,7 +79,28 @@ def call(
         connection.close()
 
 
-def wait_until(condition: Callable[[], bool], limit: float = 60.0, every: float = 0.01) -> None:
+@contextmanager
+def asking(port: int, path: str, body: object) -> Iterator[http.client.HTTPResponse]:
+    """One request, whose answer is read as it comes; what nobody has read of it by the end of the block is left."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=PATIENCE)
+    try:
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        with connection.getresponse() as response:
+            yield response
+    finally:
+        connection.close()
+
+
+def read_comments(response: http.client.HTTPResponse, count: int) -> bytes:
+    """What comes until so many comments have."""
+    received = b""
+    while sum(line.startswith(b":") for line in received.splitlines(keepends=True)) < count:
+        assert (data := response.read1()), f"it ended: {received!r}"
+        received += data
+    return received
+
+
+def wait_until(condition: Callable[[], bool], limit: float = PATIENCE, every: float = 0.01) -> None:
     """Poll a real process until `condition()` holds."""
     began = time.monotonic()
     while not condition():
@@ -134,7 +159,7 @@ def llama_server(binary: Path, model: Path, *options: str) -> Iterator[Llama]:
             return False
 
     try:
-        wait_until(answers, 60)
+        wait_until(answers)
         yield Llama(process, port, model.stem)
     finally:
         process.kill()
@@ -225,7 +250,7 @@ class Node:
     def end(self) -> None:
         with suppress(trio.RunFinishedError):  # a test may have ended it before
             self.token.run_sync_soon(self.stop.set)
-        self.thread.join(10)
+        self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
 
 
@@ -279,7 +304,7 @@ def running_node(*models: Model, listen_all: bool = False, origins: tuple[str, .
             made.put(exc)
 
     threading.Thread(target=run, daemon=True).start()
-    node = made.get(timeout=10)
+    node = made.get(timeout=PATIENCE)
     if isinstance(node, BaseException):
         raise node
     try:

@@ -15,7 +15,7 @@ from libmesh_node.http import api, intake, server
 from libmesh_node.http.intake import Intake
 from libmesh_node.snapshot import Model, Server
 
-from tests.http.conftest import Node, call, running_node, wait_until
+from tests.http.conftest import PATIENCE, Node, call, running_node, wait_until
 
 LIMIT = 64
 
@@ -35,7 +35,7 @@ def silent() -> Iterator[Model]:
 
 
 def request(port: int, body: bytes, *, announced: int | None = None) -> socket.socket:
-    opened = socket.create_connection(("127.0.0.1", port), timeout=10)
+    opened = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
     length = len(body) if announced is None else announced
     opened.sendall(
         b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n" % length + body
@@ -56,7 +56,7 @@ def test_one_connection_too_many_takes_the_place_of_the_oldest_without_a_request
         busy = stack.enter_context(request(node.api_port, b"{}"))
         wait_until(lambda: under_way(node) == 1)
         idle = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", node.api_port), timeout=10))
+            stack.enter_context(socket.create_connection(("127.0.0.1", node.api_port), timeout=PATIENCE))
             for _ in range(LIMIT - 1)
         ]
         assert call(node.api_port, "GET", "/v1/models")[0] == 200
@@ -75,7 +75,7 @@ def test_burst_of_connections_is_bounded_too(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(server, "MAX_CONNECTIONS", LIMIT)
     with running_node() as node, ExitStack() as stack:
         opened = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", node.api_port), timeout=10))
+            stack.enter_context(socket.create_connection(("127.0.0.1", node.api_port), timeout=PATIENCE))
             for _ in range(300)
         ]
 
@@ -110,7 +110,7 @@ def test_connection_without_a_request_is_closed_in_time(
     monkeypatch.setattr(server, "IDLE_TIMEOUT", 0.1)
     with (
         running_node() as node,
-        socket.create_connection(("127.0.0.1", node.api_port), timeout=10) as opened,
+        socket.create_connection(("127.0.0.1", node.api_port), timeout=PATIENCE) as opened,
     ):
         opened.sendall(start)
         assert opened.recv(1) == b""

@@ -144,7 +144,7 @@ async def test_bridge_cancelled_before_its_thread_runs_ends() -> None:
     async def main(started: Started, stop: asyncio.Event) -> None:
         await stop.wait()
 
-    with trio.move_on_after(5) as limit:
+    with trio.move_on_after(60) as limit:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(Bridge(Commands(), snapshot_of()).run, main)
             await trio.testing.wait_all_tasks_blocked()

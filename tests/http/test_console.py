@@ -10,7 +10,7 @@ import pytest
 from libmesh_node.bridge import CommandFailed
 from libmesh_node.http.console import MAX_WATCHERS
 
-from tests.http.conftest import Node, call, get_json, running_node, wait_until
+from tests.http.conftest import PATIENCE, Node, call, get_json, running_node, wait_until
 
 JSON = {"Content-Type": "application/json"}
 
@@ -35,7 +35,7 @@ def test_status_is_told(node: Node) -> None:
 
 
 def test_events_tell_at_once_and_on_change(node: Node) -> None:
-    with socket.create_connection(("127.0.0.1", node.console_port), timeout=10) as opened:
+    with socket.create_connection(("127.0.0.1", node.console_port), timeout=PATIENCE) as opened:
         opened.sendall(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         received = b""
         for expected in (b'"notices":[]', b'"notices":["one"]', b'"notices":["two"]'):
@@ -48,7 +48,7 @@ def test_events_tell_at_once_and_on_change(node: Node) -> None:
 def test_event_streams_are_limited_and_end_with_their_clients(node: Node) -> None:
     opened = []
     for _ in range(MAX_WATCHERS):
-        watcher = socket.create_connection(("127.0.0.1", node.console_port), timeout=10)
+        watcher = socket.create_connection(("127.0.0.1", node.console_port), timeout=PATIENCE)
         watcher.sendall(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert watcher.recv(100).startswith(b"HTTP/1.1 200")
         opened.append(watcher)
@@ -150,7 +150,7 @@ def test_command_ends_when_its_caller_leaves(node: Node) -> None:
 
 def test_command_under_way_is_told_that_the_node_stops(node: Node) -> None:
     node.commands.hold = True
-    with socket.create_connection(("127.0.0.1", node.console_port), timeout=10) as opened:
+    with socket.create_connection(("127.0.0.1", node.console_port), timeout=PATIENCE) as opened:
         opened.sendall(
             b'POST /api/join HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 13\r\n\r\n{"token":"t"}'
         )

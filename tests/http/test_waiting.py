@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 from libmesh_node.http import waiting
 
-from tests.http.conftest import call, running_node
+from tests.http.conftest import asking, call, read_comments, running_node
 from tests.http.test_dying import PATH, PLAIN, STREAM, WHOLE, hesitating_server, model, scripts, whole
 
 
@@ -32,12 +32,14 @@ def test_client_of_a_slow_server_is_told_once_why_and_reads_the_whole(tools: boo
         hesitating_server(WHOLE, told) as server,
         running_node(replace(model(), servers=(server,))) as node,
     ):
-        threading.Timer(0.4, told.set).start()
-        status, headers, body = call(node.api_port, "POST", PATH, request)
+        with asking(node.api_port, PATH, request) as answer:
+            body = read_comments(answer, 3)
+            told.set()
+            body += answer.read()
+    headers = answer.headers
     comments = [line for line in body.splitlines() if line.startswith(b":")]
-    assert (status, headers["content-type"]) == (200, "text/event-stream")
-    assert headers["x-request-id"]
-    assert len(comments) > 2
+    assert (answer.status, headers["Content-Type"]) == (200, "text/event-stream")
+    assert headers["X-Request-Id"]
     assert [line for line in comments if line.strip() != b":"] == [
         b": the server computes the prompt, or others go before"
     ]
@@ -52,14 +54,13 @@ def test_client_that_waited_is_told_who_answers_when_it_is_another_than_the_head
         running_node(replace(model(), servers=(dying,))) as node,
     ):
         moved = replace(model(), servers=(good.server, dying))
-
-        def die() -> None:
+        with asking(node.api_port, PATH, STREAM) as answer:
+            body = read_comments(answer, 1)
             node.publish(moved)
             told.set()
-
-        threading.Timer(0.4, die).start()
-        status, headers, body = call(node.api_port, "POST", PATH, STREAM)
-    assert (status, headers["x-libmesh-node"], headers["x-libmesh-attempts"]) == (200, "hesitant", "1")
+            body += answer.read()
+    headers = answer.headers
+    assert (answer.status, headers["X-Libmesh-Node"], headers["X-Libmesh-Attempts"]) == (200, "hesitant", "1")
     assert b": X-Libmesh-Node: second; X-Libmesh-Attempts: " in body
     assert events(body)[-1] == b"data: [DONE]"
 
@@ -76,14 +77,16 @@ def test_refusal_after_the_wait_is_an_event(path: str) -> None:
 
 def test_servers_own_refusal_after_the_wait_is_an_event() -> None:
     told = threading.Event()
-    answer = whole("400 Bad Request", b'{"error":{"message":"too long"}}')
+    refusal = whole("400 Bad Request", b'{"error":{"message":"too long"}}')
     with (
-        hesitating_server(answer, told) as server,
+        hesitating_server(refusal, told) as server,
         running_node(replace(model(), servers=(server,))) as node,
     ):
-        threading.Timer(0.3, told.set).start()
-        status, _, body = call(node.api_port, "POST", PATH, STREAM)
-    assert status == 200
+        with asking(node.api_port, PATH, STREAM) as answer:
+            read_comments(answer, 1)
+            told.set()
+            body = answer.read()
+    assert answer.status == 200
     assert "too long" in json.loads(events(body)[-1].removeprefix(b"data: "))["error"]["message"]
 
 

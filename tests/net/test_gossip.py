@@ -11,6 +11,8 @@ import trio
 import trio.testing
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import GossipSub
+from libp2p.pubsub.pb.rpc_pb2 import RPC
+from libp2p.pubsub.rpc_queue import RpcQueue
 
 from libmesh.net.base import Message, NetworkEvent
 from libmesh.net.libp2p import Libp2pNetwork, open_libp2p_network
@@ -104,3 +106,22 @@ async def test_messages_after_a_restart_are_not_taken_for_old_ones() -> None:
                     two, run, lambda run=run: any(text.startswith(run) for text in heard(events))
                 )
         nursery.cancel_scope.cancel()
+
+
+@pytest.mark.parametrize(("size", "declined"), [(500, False), (4000, True)])
+async def test_a_message_brings_nothing_beside_it_but_word_of_a_large_one(
+    monkeypatch: pytest.MonkeyPatch, size: int, declined: bool
+) -> None:
+    said: list[RPC] = []
+    push = RpcQueue.push
+
+    def record(self: RpcQueue, rpc: RPC, priority: bool = False) -> bool:
+        said.append(rpc)
+        return push(self, rpc, priority)
+
+    monkeypatch.setattr(RpcQueue, "push", record)
+    async with gossiping(3) as (opened, events):
+        await publish_until(opened[0], bytes(size), lambda: all(heard(seen) for seen in events[1:]))
+    assert any(rpc.publish for rpc in said)
+    assert not any(rpc.HasField("senderRecord") for rpc in said)
+    assert any(rpc.control.idontwant for rpc in said) is declined

@@ -30,6 +30,7 @@ from libmesh.net.muxer import YamuxConnection
 from libmesh.net.noise import NoiseSession
 from libmesh.net.records import RecordChannel
 from tests.net.hosts import until
+from tests.net.memory_conns import memory_muxed_pair
 from tests.net.pairs import drain, fill, muxed_pair, noise_pair, stream_pair
 
 
@@ -106,7 +107,7 @@ async def test_a_connection_that_never_ran_can_be_closed() -> None:
 async def test_round_trips_are_measured_at_once() -> None:
     async with muxed_pair() as (a, b):
         assert a.rtt is None
-        await trio.testing.wait_all_tasks_blocked(0.01)
+        await until(lambda: a.rtt)
         assert a.rtt is not None
         assert a.rtt > 0
         assert (a.is_initiator, b.is_initiator) == (True, False)
@@ -135,7 +136,7 @@ async def test_part_of_a_record_is_a_sign_of_life() -> None:
 
 
 async def test_a_peer_that_answers_pings_lives_on(autojump_clock: trio.testing.MockClock) -> None:
-    async with muxed_pair(Options(ping_interval=10, ping_timeout=5)) as (a, b):
+    async with memory_muxed_pair(Options(ping_interval=10, ping_timeout=5)) as (a, b, _):
         await trio.sleep(100)
         near, far = await stream_pair(a, b)
         await near.send_all(b"alive")
@@ -307,7 +308,7 @@ async def _send_quietly(stream: YamuxStream, data: bytes) -> None:
 async def test_windows_grow_to_what_a_long_path_needs() -> None:
     async with muxed_pair() as (a, b):
         await trio.testing.wait_all_tasks_blocked(0.01)
-        b._machine.keepalive.least_rtt = 0.1  # as if the path were 100 ms long
+        b._machine.keepalive.least_rtt = 1.0  # as if the path were so long
         near, far = await stream_pair(a, b)
         async with trio.open_nursery() as nursery:
             nursery.start_soon(fill, near)

@@ -103,7 +103,7 @@ async def test_streams_that_name_no_protocol_are_bounded(monkeypatch: pytest.Mon
 
 
 async def test_a_stream_that_names_no_protocol_in_time_is_reset(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(serving, "NEGOTIATION_TIME", 0.05)
+    monkeypatch.setattr(serving, "NEGOTIATION_TIME", 0.5)
     async with networks(2) as (one, two):
         await join(one, two)
         stream = await raw_stream(one, two)

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import trio
-import trio.testing
 
 from libmesh.errors import ServiceRefused
 from libmesh.net.base import Stream
 from libmesh.net.negotiate import accept_stream, encode_line, open_lazy_stream
 from libmesh.net.splice import SpliceResult, splice
 from libmesh.peers import PeerId
+from tests.net.hosts import until
 from tests.net.pairs import drain, fill, muxed_pair, socket_pair
 
 PEER = PeerId("somebody")
@@ -55,8 +55,7 @@ async def tunnel() -> AsyncIterator[Tunnel]:
             finally:
                 await client.aclose()
                 await server.aclose()
-        await trio.testing.wait_all_tasks_blocked(0.01)
-        assert a.stream_count == b.stream_count == 0
+        await until(lambda: a.stream_count == b.stream_count == 0)
 
 
 async def _after(client: trio.SocketStream, data: bytes, connection):  # type: ignore[no-untyped-def]

@@ -60,6 +60,10 @@ class HeldServer:
     def open(self) -> None:
         (self.folder / "open").touch()
 
+    def shut(self) -> None:
+        """Whichever is started next is held again."""
+        (self.folder / "open").unlink()
+
 
 @pytest.fixture
 def held_server(tmp_path: Path, engine: Engine) -> HeldServer:

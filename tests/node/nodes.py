@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -280,6 +281,20 @@ def chat(node: Node, model: str = "demo", tokens: int = 5, limit: float = PATIEN
     """Ask a model over a node's API."""
     body = {"model": model, "max_tokens": tokens, "messages": [{"role": "user", "content": "Hello?"}]}
     return httpx.post(f"{node.api}/v1/chat/completions", json=body, timeout=limit)
+
+
+def llama(node: Node, path: str) -> httpx.Response:
+    """What its first llama-server itself says."""
+    port = node.status()["processes"][0]["port"]
+    return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE)
+
+
+def tokens_made(node: Node) -> int:
+    """How many its first llama-server has made for answers that it finished."""
+    said = llama(node, "/metrics").text
+    found = re.search(r"^llamacpp:tokens_predicted_total (\S+)$", said, re.MULTILINE)
+    assert found is not None, said
+    return int(float(found.group(1)))
 
 
 def p2p_port(node: Node) -> int:

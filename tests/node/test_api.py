@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from tests.node.conftest import Pair
-from tests.node.nodes import served, wait_for
+from tests.node.nodes import PATIENCE, Json, llama, served, tokens_made, wait_for
 
 pytestmark = pytest.mark.llama
 
@@ -50,7 +50,6 @@ def test_answer_says_which_node_gave_it(pair: Pair) -> None:
 
 def test_stream_arrives_while_it_is_made(pair: Pair) -> None:
     """The first chunk comes while the server still works; a proxy that buffers shows nothing before the end."""
-    slots = f"http://127.0.0.1:{pair.server.status()['processes'][0]['port']}/slots"
     busy_at_first: list[bool] = []
     chunks = 0
     usage = None
@@ -68,7 +67,7 @@ def test_stream_arrives_while_it_is_made(pair: Pair) -> None:
             if chunk.choices and chunk.choices[0].delta.content:
                 chunks += 1
                 if not busy_at_first:
-                    slot_states = httpx.get(slots, timeout=60).json()
+                    slot_states = llama(pair.server, "/slots").json()
                     busy_at_first.append(any(slot["is_processing"] for slot in slot_states))
             usage = chunk.usage or usage
     assert usage is not None
@@ -113,11 +112,11 @@ def test_responses_endpoint_streams(pair: Pair) -> None:
 
 def test_messages_endpoint_in_the_shape_of_anthropic(pair: Pair) -> None:
     body = {"model": "demo", "max_tokens": 6, "messages": MESSAGES}
-    answer = httpx.post(f"{pair.client.api}/v1/messages", json=body, timeout=30).json()
+    answer = httpx.post(f"{pair.client.api}/v1/messages", json=body, timeout=PATIENCE).json()
     assert answer["type"] == "message"
     assert answer["content"][0]["text"]
     assert answer["usage"]["output_tokens"] == 6
-    refused = httpx.post(f"{pair.client.api}/v1/messages", json=body | {"model": "no"}, timeout=30)
+    refused = httpx.post(f"{pair.client.api}/v1/messages", json=body | {"model": "no"}, timeout=PATIENCE)
     assert refused.status_code == 404
     assert refused.json()["type"] == "error"
     assert refused.json()["error"]["type"] == "not_found_error"
@@ -139,22 +138,22 @@ def test_bad_request_comes_back_as_the_server_said_it(pair: Pair) -> None:
 
 
 def test_same_answers_on_the_console_port(pair: Pair) -> None:
-    models = httpx.get(f"{pair.client.console}/v1/models", timeout=5).json()
+    models = httpx.get(f"{pair.client.console}/v1/models", timeout=PATIENCE).json()
     assert [model["id"] for model in models["data"]] == ["demo"]
-    assert httpx.get(f"{pair.client.api}/health", timeout=5).json() == {"status": "ok", "models": 1}
+    assert httpx.get(f"{pair.client.api}/health", timeout=PATIENCE).json() == {"status": "ok", "models": 1}
 
 
 def test_client_that_leaves_ends_the_generation_on_the_other_node(pair: Pair) -> None:
-    port = pair.server.status()["processes"][0]["port"]
 
     def busy() -> bool:
-        slots = httpx.get(f"http://127.0.0.1:{port}/slots", timeout=5).json()
-        return any(slot["is_processing"] for slot in slots)
+        return any(slot["is_processing"] for slot in llama(pair.server, "/slots").json())
 
-    body = {"model": "demo", "max_tokens": 8000, "messages": MESSAGES, "stream": True}
-    with httpx.stream("POST", f"{pair.client.api}/v1/chat/completions", json=body, timeout=30) as response:
+    before = tokens_made(pair.server)
+    body: Json = {"model": "demo", "max_tokens": 8000, "messages": MESSAGES, "stream": True}
+    with httpx.stream("POST", f"{pair.client.api}/v1/chat/completions", json=body, timeout=PATIENCE) as response:
         pieces = response.iter_raw()  # kept: the response ends with its iterator
         next(pieces)
         assert busy()
-    wait_for(lambda: not busy(), 1.0, "an idle server")
+    wait_for(lambda: not busy(), PATIENCE, "an idle server")
+    assert tokens_made(pair.server) < before + body["max_tokens"], "it went on to the end"
     assert served(pair.client.status()) == {"demo"}

@@ -11,6 +11,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.node.conftest import HeldServer
 from tests.node.nodes import Json, Machine, Node, chat, peer, served
 
 pytestmark = [pytest.mark.llama]
@@ -37,14 +38,17 @@ class Watcher:
             pass
 
 
-def test_llama_server_that_is_killed_comes_back(machine: Machine) -> None:
-    server = machine.serving()
+def test_llama_server_that_is_killed_comes_back(machine: Machine, held_server: HeldServer) -> None:
+    held_server.open()
+    server = machine.serving("--bin-dir", str(held_server.folder))
     client = machine.joining("--client").sees("demo")
     watcher = Watcher(client)
-    client.until(lambda status: watcher.seen, 5, "the first event")
+    client.until(lambda status: watcher.seen, what="the first event")
     before = server.llama_pid()
+    held_server.shut()
     os.kill(before, signal.SIGKILL)
-    client.until(lambda status: not served(status), 10, "the client sees it gone")
+    client.until(lambda status: set() in watcher.seen and not served(status), what="the client sees it gone")
+    held_server.open()
     refused = chat(client)
     assert refused.status_code in (200, 502, 503)
     client.sees("demo")
@@ -54,7 +58,6 @@ def test_llama_server_that_is_killed_comes_back(machine: Machine) -> None:
     assert after["restarts"] == 1
     assert after["status"] == "ready"
     client.until(lambda status: watcher.seen[-1] == {"demo"}, what="the last event")
-    assert set() in watcher.seen
 
 
 @pytest.mark.slow

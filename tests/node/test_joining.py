@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from tests.node.conftest import Pair
-from tests.node.nodes import Machine, Node, chat, served, wait_for
+from tests.node.nodes import PATIENCE, Machine, Node, chat, served, wait_for
 
 pytestmark = pytest.mark.llama
 
@@ -42,8 +42,8 @@ def test_idle_node_says_what_to_do(machine: Machine) -> None:
     assert set(error) == {"message", "type", "param", "code"}
     assert "--model demo" in error["message"]
     assert "--join" in error["message"]
-    assert httpx.get(f"{node.api}/health", timeout=5).status_code == 503
-    assert httpx.get(f"{node.api}/v1/models", timeout=5).json()["data"] == []
+    assert httpx.get(f"{node.api}/health", timeout=PATIENCE).status_code == 503
+    assert httpx.get(f"{node.api}/v1/models", timeout=PATIENCE).json()["data"] == []
     assert node.status()["node_status"] == "Idle"
     assert "idle: nothing is served" in node.words
 
@@ -59,7 +59,7 @@ def test_idle_node_joins_over_its_console(machine: Machine, pair: Pair) -> None:
 
 def test_ephemeral_node_keeps_nothing(machine: Machine) -> None:
     node = machine.node("--ephemeral")
-    wait_for(lambda: " addresses " in node.words, 20, "the mesh")
+    wait_for(lambda: " addresses " in node.words, PATIENCE, "the mesh")
     (lock,) = [Path(file.path) for file in psutil.Process(node.pid).open_files() if "node.lock" in file.path]
     assert lock.parent.is_dir()
     node.ends(signal.SIGTERM)
@@ -162,10 +162,11 @@ def test_joined_node_starts_again_without_a_token(machine: Machine, pair: Pair) 
 def test_membership_that_was_remembered_and_has_ended_keeps_no_node_from_starting(
     machine: Machine, pair: Pair, tmp_path: Path
 ) -> None:
-    token = pair.server.invite("--scope", "client", "--ttl", "15s")
+    token = pair.server.invite("--scope", "client", "--ttl", "20s")
+    end = time.time() + 20
     node = machine.node("--client", "--join", token, name="again").sees("demo")
     node.ends(15)
-    time.sleep(15)
+    time.sleep(max(0.0, end + 1 - time.time()))
     again = machine.node("--client", name="again").up()
     wait_for(lambda: "its own" in again.words, 60, "it is in its own mesh")
     assert again.status()["mesh_id"] != pair.server.status()["mesh_id"]
@@ -184,11 +185,11 @@ def test_node_that_was_let_in_late_remembers_it(machine: Machine) -> None:
     assert "keeps trying" in status["notices"][0]
     assert not (late.folder / "membership").exists()
     founder = machine.node(name="founder").up()
-    late.until(lambda status: status["peers"], 40, "the founder")
-    wait_for((late.folder / "membership").exists, 5, "the membership")
+    late.until(lambda status: status["peers"], what="the founder")
+    wait_for((late.folder / "membership").exists, PATIENCE, "the membership")
     late.ends(signal.SIGTERM)
     again = machine.node("--client", name="late").up()
-    again.until(lambda status: status["mesh_id"] == mesh_id and status["peers"], 10, "back in the mesh")
+    again.until(lambda status: status["mesh_id"] == mesh_id and status["peers"], what="back in the mesh")
 
 
 def test_failed_join_leaves_the_node_where_it_was(machine: Machine) -> None:
@@ -215,7 +216,7 @@ def test_better_invite_to_the_same_mesh_replaces_the_old_one(machine: Machine, p
     guest = machine.node("--client", "--join", small).sees("demo")
     assert guest.status()["scope"] == "client"
     assert guest.post("/api/join", {"token": large}).status_code == 200
-    guest.until(lambda status: status["scope"] == "worker", 5, "the wider scope")
+    guest.until(lambda status: status["scope"] == "worker", what="the wider scope")
     guest.sees("demo")
     assert large in (guest.folder / "membership").read_text()
     assert guest.post("/api/join", {"token": small}).status_code == 200
@@ -224,7 +225,7 @@ def test_better_invite_to_the_same_mesh_replaces_the_old_one(machine: Machine, p
 
 @pytest.mark.slow
 def test_ended_membership_is_told_and_renewed_by_a_new_invite(machine: Machine, pair: Pair) -> None:
-    token = pair.server.invite("--scope", "client", "--ttl", "15s")
+    token = pair.server.invite("--scope", "client", "--ttl", "20s")
     guest = machine.node("--client", "--join", token).sees("demo")
     status = guest.until(lambda status: status["notices"], 60, "the end is told")
     assert "membership ends on" in status["notices"][0]
@@ -239,7 +240,7 @@ def test_newer_invite_in_the_file_that_one_came_from_is_taken_in_time(
     machine: Machine, pair: Pair, tmp_path: Path
 ) -> None:
     file = tmp_path / "shared"
-    file.write_text(pair.server.invite("--scope", "client", "--ttl", "20s"))
+    file.write_text(pair.server.invite("--scope", "client", "--ttl", "30s"))
     guest = machine.node("--client", "--join", f"@{file}").sees("demo")
     file.write_text(newer := pair.server.invite("--scope", "client"))
     wait_for(lambda: "by another invite" in guest.words, 60, "the other invite")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -11,21 +10,9 @@ import pytest
 from libmesh_node.models.demo import demo_model
 
 from tests.node.conftest import HeldServer
-from tests.node.nodes import PATIENCE, Machine, Node, chat, served
+from tests.node.nodes import PATIENCE, Machine, chat, llama, served, tokens_made
 
 pytestmark = pytest.mark.llama
-
-
-def _llama(node: Node, path: str) -> httpx.Response:
-    """What a node's first llama-server itself says."""
-    port = node.status()["processes"][0]["port"]
-    return httpx.get(f"http://127.0.0.1:{port}{path}", timeout=10)
-
-
-def _tokens_made(node: Node) -> int:
-    found = re.search(r"^llamacpp:tokens_predicted_total (\S+)$", _llama(node, "/metrics").text, re.MULTILINE)
-    assert found is not None
-    return int(float(found.group(1)))
 
 
 def test_two_models_on_two_nodes_are_never_confused(machine: Machine, small_model: Path) -> None:
@@ -35,8 +22,8 @@ def test_two_models_on_two_nodes_are_never_confused(machine: Machine, small_mode
     ids = {name: node.node_id for name, node in owners.items()}
     for node in (first, second):
         node.sees("demo", "second")
-    assert _llama(first, "/props").json()["model_path"].endswith("demo.gguf")
-    assert _llama(second, "/props").json()["model_path"] == str(small_model)
+    assert llama(first, "/props").json()["model_path"].endswith("demo.gguf")
+    assert llama(second, "/props").json()["model_path"] == str(small_model)
 
     questions = [(node, name) for _ in range(5) for node in (first, second) for name in owners]
     with ThreadPoolExecutor(8) as pool:
@@ -46,10 +33,10 @@ def test_two_models_on_two_nodes_are_never_confused(machine: Machine, small_mode
         assert answer.json()["model"] == name
         assert answer.headers["X-Libmesh-Node"] == ids[name]
 
-    before = _tokens_made(first)
+    before = tokens_made(first)
     for node in (first, second):
         assert chat(node, "second", tokens=7).json()["usage"]["completion_tokens"] == 7
-    assert _tokens_made(first) == before, "the first model's server took part in requests for the second"
+    assert tokens_made(first) == before, "the first model's server took part in requests for the second"
 
 
 def test_model_of_two_nodes_outlives_one_of_them(machine: Machine) -> None:

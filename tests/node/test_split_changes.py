@@ -13,7 +13,8 @@ from tests.node.test_splits import named, servers_running
 
 pytestmark = [pytest.mark.llama, pytest.mark.slow]
 
-SHORT = "small is not served: need 0.07 GB, have 0.05 GB from 0 peers."
+SHORT = "small is not served: need 0.07 GB, have 0.05 GB from 0 peers; "
+ANOTHER = " refused: it has another file named small"
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def test_wrong_and_corrupt_files_of_the_same_name_have_no_part(
     bad = [machine.node(*flags(path), "--join", token).up() for path in (wrong, corrupt)]
     for node in (first, *bad):
         identified(node, 2)
-        node.until(lambda status: SHORT in status["notices"], what="what is missing")
+        node.until(lambda status: any(map(_tells_all, status["notices"])), what="what is missing, and why")
     assert servers_running([first, *bad]) == 0
     assert not any(named(node.status(), "rpc-server") for node in (first, *bad))
     good = machine.node(*flags(model), "--join", token).up()
@@ -89,6 +90,10 @@ def test_who_is_not_needed_changes_nothing_by_coming_or_going(machine: Machine, 
         wait_for(lambda: _alone(first), PATIENCE, "its end is known")
         assert _pids(pair) == before
     assert "small is ready" not in "".join(node.words.split("small is ready", 1)[-1] for node in pair)
+
+
+def _tells_all(notice: str) -> bool:
+    return notice.startswith(SHORT) and notice.count(ANOTHER) == 2
 
 
 def _pids(nodes: list[Node]) -> list[int]:

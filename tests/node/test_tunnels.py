@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from tests.node.conftest import Pair
-from tests.node.nodes import Machine, dial, wait_for
+from tests.node.nodes import PATIENCE, Machine, dial, wait_for
 
 pytestmark = pytest.mark.llama
 
@@ -28,7 +28,7 @@ class Service:
 
         class Handler(socketserver.BaseRequestHandler):
             def handle(self) -> None:
-                self.request.settimeout(20)
+                self.request.settimeout(PATIENCE)
                 try:
                     while data := self.request.recv(1 << 16):
                         self.request.sendall(data)
@@ -82,7 +82,7 @@ def _connect(pair: Pair, name: str, *flags: str) -> int:
         done = pair.client.run("tunnel", "connect", pair.server.node_id, name, *flags)
         return done.stdout.strip() if done.returncode == 0 else ""
 
-    host, _, port = wait_for(connected, 10, "the tunnel").rpartition(":")
+    host, _, port = wait_for(connected, PATIENCE, "the tunnel").rpartition(":")
     assert host == "127.0.0.1"
     return int(port)
 
@@ -106,7 +106,7 @@ def test_ten_megabytes_both_ways_and_a_half_close(tunnel: int) -> None:
         sender = threading.Thread(target=send)
         sender.start()
         answer = _read_all(connection)
-        sender.join(10)
+        sender.join(PATIENCE)
     assert answer == data + b"<end>"
 
 
@@ -129,7 +129,7 @@ def test_reset_by_the_caller_reaches_the_service(tunnel: int, service: Service) 
         connection.sendall(b"hello")
         assert connection.recv(10) == b"hello"
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    wait_for(lambda: service.ends, 5, "the service hears of it")
+    wait_for(lambda: service.ends, PATIENCE, "the service hears of it")
     assert service.ends == ["reset"]
 
 
@@ -164,7 +164,7 @@ def test_port_outlives_a_restart_of_the_node_it_leads_to(machine: Machine, servi
             return connection.recv(10) == b"again"
         return False
 
-    wait_for(echoed, 20, "the same port leads there again")
+    wait_for(echoed, PATIENCE, "the same port leads there again")
 
 
 def test_chosen_local_port_is_used(pair: Pair, service: Service) -> None:
@@ -213,7 +213,7 @@ def test_scope_keeps_a_client_out(machine: Machine, pair: Pair, service: Service
         assert done.returncode == 1
         return done.stderr if "offers no" not in done.stderr else ""
 
-    words = wait_for(refused, 10, "the guest hears of the service")
+    words = wait_for(refused, PATIENCE, "the guest hears of the service")
     assert "needs the scope invite" in words
     assert "invited as client" in words
     assert service.ends == []

@@ -173,6 +173,7 @@ class World:
     Attributes:
         launched: splits that were begun; `most`: that lived at once.
         broken: nodes whose llama-server ends while it loads. idle: nodes that do nothing.
+        lent: GB of a node's memory that work for another model, which nobody announces.
         outages: spans of time without a server, since there first was one.
     """
 
@@ -184,6 +185,7 @@ class World:
         self.outages: list[float] = []
         self.broken: set[str] = set()
         self.idle: set[str] = set()
+        self.lent: dict[str, float] = {}
         self._served_until: float | None = None
         self._served = False
         self._nursery = nursery
@@ -218,7 +220,7 @@ class World:
 
     def free(self, name: str) -> int:
         taken = sum(share.granted for run in self.runs for share in run.shares if share.peer == name)
-        return int(self.nodes[name].machine.memory * GB) - taken
+        return int((self.nodes[name].machine.memory - self.lent.get(name, 0)) * GB) - taken
 
     @property
     def serving(self) -> list[Run]:

@@ -55,7 +55,7 @@ def test_the_nearest_are_taken_until_there_is_enough() -> None:
 @pytest.mark.parametrize(
     ("worker", "why"),
     [
-        (machine("b", 30, 0.14), "140 ms"),
+        (machine("b", 30, 0.14), "140 ms, over the limit of 80 ms"),
         (machine("b", 30, None), "its distance is not known yet"),
         (machine("b", 30, relayed=frozenset("a")), "reached over a relay only"),
         (machine("b", 30, excluded="another file"), "another file"),
@@ -68,6 +68,13 @@ def test_who_cannot_be_taken_is_named_with_the_reason(worker: Machine, why: str)
     assert isinstance(short, Shortage)
     assert [(verdict.peer, verdict.taken, verdict.why) for verdict in short.verdicts] == [("b", False, why)]
     assert str(short) == f"need 44.0 GB, have 31.0 GB from 0 peers; peer b refused: {why}"
+
+
+def test_a_crowd_that_cannot_be_taken_is_counted() -> None:
+    crowd = [machine(f"b{number}", 1, excluded="another file") for number in range(100)]
+    words = str(elect(shape(), [machine("a", 31), *crowd]))
+    assert words.count("another file") == 8
+    assert words.endswith("; and 92 more")
 
 
 def test_only_eligible_memory_counts() -> None:

@@ -40,7 +40,7 @@ def view(*peers: PeerView) -> View:
 
 
 def machines(*peers: PeerView, protocol: str = "7.0.0", **refused: str) -> dict[str, str]:
-    found = machines_with(DIGEST, view(*peers), STATUS, protocol=protocol, refused=refused)
+    found = machines_with(DIGEST, view(*peers), STATUS, name="m", protocol=protocol, refused=refused)
     return {machine.peer: machine.excluded for machine in found}
 
 
@@ -49,13 +49,25 @@ def test_what_is_announced_comes_back() -> None:
 
 
 def test_those_with_the_file_are_machines_and_nobody_else() -> None:
-    other = replace(STATUS, models=(replace(MODEL, digest="cd" * 32),))
+    other = replace(STATUS, models=(AnnouncedModel(name="other", digest="cd" * 32),))
     gone = peer("gone", state=PeerState.DEAD)
     assert machines(peer("a"), peer("b", other), gone) == {"a": "", "me": ""}
 
 
+def test_who_has_another_file_of_that_name_takes_no_part_and_is_told_why() -> None:
+    other = replace(STATUS, models=(replace(MODEL, digest="cd" * 32),))
+    unread = replace(STATUS, models=(replace(MODEL, digest=""),))
+    elsewhere = replace(STATUS, models=(replace(MODEL, name="same file"),))
+    assert machines(peer("a", other), peer("b", unread), peer("c", elsewhere)) == {
+        "a": "it has another file named m",
+        "b": "its file is still being identified",
+        "c": "",
+        "me": "",
+    }
+
+
 def test_a_machine_is_what_its_node_says() -> None:
-    (found, _) = machines_with(DIGEST, view(peer("a")), STATUS, protocol="7.0.0", refused={})
+    (found, _) = machines_with(DIGEST, view(peer("a")), STATUS, name="m", protocol="7.0.0", refused={})
     assert (found.memory, found.bandwidth, found.accelerated, found.lends) == (90, 7.0, True, True)
     assert found.rtts == {"me": 0.01, "far": 0.02}
     assert found.relayed == frozenset({"far"})
@@ -68,7 +80,7 @@ def test_who_cannot_take_part_is_told_why() -> None:
     assert machines(older)["a"] == "it speaks llama.cpp's RPC protocol 6.1.0, this node 7.0.0"
     assert machines(peer("a"), a="its memory is taken")["a"] == "its memory is taken"
     silent = peer("a", services=())
-    (found, _) = machines_with(DIGEST, view(silent), STATUS, protocol="7.0.0", refused={})
+    (found, _) = machines_with(DIGEST, view(silent), STATUS, name="m", protocol="7.0.0", refused={})
     assert not found.lends
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import trio
 from google.protobuf.message import DecodeError
 
 from libmesh._pb import mesh_pb2 as pb
+from libmesh.errors import MeshError
 from libmesh.testing.conformance import chains
 from libmesh.testing.conformance.bench import Bench, Guest, topic_of
 from libmesh.testing.conformance.chains import Identity
+from libmesh.testing.conformance.exchanges import farewell
 from libmesh.testing.conformance.rules import RuleBroken, require, rule
 
 PROBE_TIME = 0.9
@@ -67,15 +71,21 @@ async def relayed(bench: Bench) -> None:
 
 @rule("gossip.forged", "A forged or replayed record on the topic is ignored.", place="Record.signature")
 async def forged(bench: Bench) -> None:
-    """Between two good announcements, a forgery in another's name and an old one of our own."""
+    """A forgery in another's name and an old announcement of our own, each between two good ones.
+
+    A peer may hang up on the one who forged.
+    """
     other = Identity.fresh()
-    async with bench.announced() as guest:
-        sequence = await reaches(guest, 2)
+    async with bench.announced() as guest, bench.member() as liar:
+        sequence, before = await reaches(guest, 2), await reaches(liar, 1)
         good = chains.seal(chains.announce(other, bench.credential(other), (1, 1)), other.seed)
-        await guest.publish(pb.Gossip(record=pb.Record(body=good.body, signature=bytes(64))))
+        await liar.publish(pb.Gossip(record=pb.Record(body=good.body, signature=bytes(64))))
+        with suppress(RuleBroken, MeshError, trio.BrokenResourceError):
+            await reaches(liar, before + 1)
         await guest.publish(pb.Gossip(record=guest.announce(1)))
         last = await reaches(guest, sequence + 1)
         known = await guest.sync()
+        await farewell(guest, liar.identity)
     require(other.key not in known.digest, "it believes a record with a wrong signature")
     require(known.age(guest.identity.key) == (1, last), "a replayed announcement displaced a newer one")
 

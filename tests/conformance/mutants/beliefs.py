@@ -191,7 +191,7 @@ def keeps_its_announcements_to_itself(patch: Patch) -> None:
 
 @mutant("gossip.learned", "did not reach it", slow=True)
 def does_not_listen_to_gossip(patch: Patch) -> None:
-    patch.setattr(Driver, "_hear", lambda self, data: None)
+    patch.setattr(Driver, "_hear", lambda self, data, teller: None)
 
 
 @mutant("gossip.forged", "wrong signature")

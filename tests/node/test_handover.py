@@ -1,0 +1,125 @@
+"""A split that changes hands while it is asked: real nodes, real llama.cpp. Who asks notices a pause at the most."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from libmesh_node.hardware import memory_bandwidth
+from libmesh_node.llama.engine import Engine
+from libmesh_node.models.demo import SMALL, write_model
+
+from tests.node.nodes import PATIENCE, Machine, Node, wait_for
+from tests.node.test_chaos import ask
+from tests.node.test_splits import host_of, named, servers_running, working
+
+pytestmark = [pytest.mark.llama, pytest.mark.slow]
+
+TOKENS = 64
+SLOW, FAST = 1e8, 1e10
+"""Bytes per second that the nodes take for their memory's speed: what a split takes is compute then, and no round trip."""
+
+Start = Callable[..., Node]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 MB; with its cache it takes 69."""
+    path = tmp_path_factory.mktemp("models") / "small.gguf"
+    write_model(path, SMALL, 7)
+    return path
+
+
+@pytest.fixture
+def start(
+    machine: Machine, model: Path, engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Start:
+    """Starts a node with the model whose memory is that fast."""
+
+    def start(speed: float, *flags: str) -> Node:
+        cache = tmp_path / f"cache{speed:g}"
+        measured = cache / "libmesh" / "hardware.json"
+        memory_bandwidth(measured)
+        measured.write_text(json.dumps(dict.fromkeys(json.loads(measured.read_text()), speed)))
+        monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+        engine_at = ("--bin-dir", str(engine.require_llama_server().path.parent))
+        return machine.node("--model", str(model), "--max-rtt", "5000", "--verbose", *engine_at, *flags).up()
+
+    return start
+
+
+class Asker:
+    """Asks one node again and again until `stop`, and pauses after each answer for longer than that took."""
+
+    def __init__(self, node: Node) -> None:
+        self.answers = 0
+        self._failure: BaseException | None = None
+        self._node, self._stopped = node, threading.Event()
+        self._thread = threading.Thread(target=self._run)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped.is_set():
+                began = time.monotonic()
+                ask(self._node, "small", 1, TOKENS)
+                self.answers += 1
+                self._stopped.wait(1 + time.monotonic() - began)
+        except BaseException as exc:
+            self._failure = exc
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+
+
+@pytest.mark.parametrize(
+    "flags", [("--max-vram", "0.05"), ("--max-vram", "0.3", "--split")], ids=["room for one", "room for both"]
+)
+def test_a_better_host_takes_over_and_every_answer_is_whole(start: Start, flags: tuple[str, ...]) -> None:
+    first = start(SLOW, *flags)
+    token = first.invite("--scope", "worker")
+    second = start(SLOW, *flags, "--join", token).sees("small", limit=2 * PATIENCE)
+    (worker,) = working([first, second])
+    asker = Asker(worker)
+    try:
+        better = start(FAST, *flags, "--join", token)
+        nodes = [first, second, better]
+        better.until(lambda status: status["node_status"] == "Serving (split)", 3 * PATIENCE, "its turn")
+        asked = asker.answers
+        wait_for(lambda: asker.answers > asked + 1, PATIENCE, "answers of the better host")
+    finally:
+        asker.stop()
+    assert "looking for a server that goes on" not in worker.words
+    wait_for(lambda: servers_running(nodes) == 1, PATIENCE, "one server only")
+    assert host_of(nodes) is better
+    assert len(working(nodes)) == 1
+
+
+def test_an_answer_goes_on_when_the_worker_dies_under_it(start: Start) -> None:
+    """Its memory is had elsewhere, too."""
+    nodes = [start(SLOW, "--max-vram", "0.05")]
+    token = nodes[0].invite("--scope", "worker")
+    nodes += [start(SLOW, "--max-vram", "0.05", "--join", token) for _ in range(2)]
+    for node in nodes:
+        node.sees("small", limit=2 * PATIENCE)
+    wait_for(lambda: servers_running(nodes) == 1 and len(working(nodes)) == 1, PATIENCE, "one split only")
+    (worker,) = working(nodes)
+    asked = next(node for node in nodes if node is not worker and node is not host_of(nodes))
+
+    def kill(count: int, _server: str) -> None:
+        if count == 10:
+            (process,) = named(worker.status(), "rpc-server")
+            os.kill(process["pid"], signal.SIGKILL)
+
+    ask(asked, "small", 1, 20 * TOKENS, kill)
+    assert "looking for a server that goes on" in asked.words
+    assert "the worker's rpc-server has ended" in host_of(nodes).words

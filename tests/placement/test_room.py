@@ -1,0 +1,148 @@
+"""What is being answered while a better placement comes, in virtual time: finished first, by whomever it is answered."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import trio
+import trio.testing
+from libmesh_node import split_host
+
+from tests.placement.hosting import LOAD, Machine, Run, World, world
+from tests.placement.test_churn import TURN, settled
+
+
+class Busy:
+    """Whether servers answer requests: those for which `says` holds."""
+
+    def __init__(self) -> None:
+        self.says: Callable[[object], bool] = lambda server: False
+
+    async def __call__(self, server: object) -> bool:
+        return self.says(server)
+
+
+@pytest.fixture
+def busy(monkeypatch: pytest.MonkeyPatch) -> Busy:
+    asked = Busy()
+    monkeypatch.setattr(split_host, "_is_busy", asked)
+    return asked
+
+
+async def bettered(place: World) -> Run:
+    """The running split of a host that has a better worker in view now, and no memory for a part in both."""
+    place.join("a", Machine(25, bandwidth=1000))
+    place.join("b", Machine(25))
+    await settled(place)
+    (run,) = place.serving
+    assert run.placement.members == ("b", "a")
+    place.join("c", Machine(25, bandwidth=500, rtt=0.001))
+    place.nodes["a"].machine.rtt = 0.001
+    place.news()
+    return run
+
+
+async def test_a_host_finishes_what_it_answers_before_its_split_ends_for_a_better_one(
+    autojump_clock: trio.testing.MockClock, busy: Busy
+) -> None:
+    async with world(force=False) as place:
+        run = await bettered(place)
+        idle_at = trio.current_time() + TURN
+        busy.says = lambda _: trio.current_time() < idle_at
+        await trio.sleep(TURN - 1)
+        assert place.serving == [run]
+        await settled(place)
+        assert place.serving[0].placement.members == ("c", "a")
+    assert (place.launched, place.most) == (2, 1)
+    assert place.outages == [pytest.approx(LOAD + 1.05, abs=0.5)]
+
+
+async def test_a_host_that_always_has_something_to_do_keeps_its_split(
+    autojump_clock: trio.testing.MockClock, busy: Busy
+) -> None:
+    """When it is idle after all, the better one comes."""
+    async with world(force=False) as place:
+        run = await bettered(place)
+        busy.says = lambda _: True
+        await trio.sleep(5 * split_host.DRAIN_LIMIT)
+        assert place.serving == [run]
+        busy.says = lambda _: False
+        await trio.sleep(3 * TURN)
+        assert place.serving[0].placement.members == ("c", "a")
+    assert (place.launched, place.most, len(place.outages)) == (2, 1, 1)
+
+
+async def test_a_host_keeps_its_split_when_the_better_worker_leaves_before_it_is_idle(
+    autojump_clock: trio.testing.MockClock, busy: Busy
+) -> None:
+    async with world(force=False) as place:
+        run = await bettered(place)
+        busy.says = lambda _: True
+        await trio.sleep(TURN)
+        place.leave("c")
+        busy.says = lambda _: False
+        await trio.sleep(5 * TURN)
+        assert place.serving == [run]
+    assert (place.launched, place.outages) == (1, [])
+
+
+async def test_no_split_ends_for_a_worker_whose_memory_others_have(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """It is announced as free. The worker refuses, and what runs goes on; it is asked again now and then."""
+    async with world(force=True) as place:
+        place.join("a", Machine(100, bandwidth=1000))
+        place.join("b", Machine(100))
+        await settled(place)
+        (run,) = place.serving
+        place.lent["c"] = 90
+        place.join("c", Machine(100, bandwidth=900, rtt=0.0005))
+        for _ in range(20):
+            await trio.sleep(TURN)
+        assert place.serving == [run]
+        assert 2 < place.launched < 50
+        place.lent.clear()
+        await trio.sleep(3 * TURN)
+        assert "c" in place.serving[0].placement.members
+    assert place.outages == []
+
+
+async def test_a_split_that_another_host_takes_over_finishes_what_it_answers(
+    autojump_clock: trio.testing.MockClock, busy: Busy
+) -> None:
+    """It takes nothing new meanwhile."""
+    async with world(force=True) as place:
+        place.join("a", Machine(100))
+        place.join("b", Machine(100))
+        await settled(place)
+        (old,) = place.serving
+        busy.says = lambda server: server is old.server
+        place.join("c", Machine(100, bandwidth=1000, rtt=0.0005))
+        await trio.sleep(TURN)
+        assert {run.placement.host for run in place.serving} == {old.placement.host, "c"}
+        assert place.nodes[old.placement.host].entry.base_url is None
+        busy.says = lambda _: False
+        await settled(place)
+        assert place.serving[0].placement.host == "c"
+        assert [node.entry.split_bytes > 0 for node in place.nodes.values()] == [False, False, True]
+    assert place.outages == []
+
+
+async def test_what_was_ended_for_another_host_is_said_to_come(
+    autojump_clock: trio.testing.MockClock, busy: Busy
+) -> None:
+    """So that requests wait for it. Not any more when it has been taken back."""
+    async with world(force=False) as place:
+        place.join("a", Machine(25))
+        place.join("b", Machine(25))
+        await settled(place)
+        place.idle.add("c")
+        place.join("c", Machine(25, bandwidth=1000, rtt=0.001))
+        while place.serving:
+            await trio.sleep(0.5)
+        for _ in range(10):
+            await trio.sleep(split_host.HEIR_LIMIT / 20)
+            assert [node.entry.coming for node in place.nodes.values()].count(True) == 1
+        await settled(place)
+        assert not any(node.entry.coming or node.entry.left for node in place.nodes.values())
