@@ -28,7 +28,7 @@ from statistics import mean
 import trio
 
 TICKS = os.sysconf("SC_CLK_TCK")
-SETTLE = 20.0
+SETTLE = 30.0
 """Seconds after everybody has met everybody, for what was started then to end."""
 
 

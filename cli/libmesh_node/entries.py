@@ -32,6 +32,7 @@ class Entry:
         leaving: its server finishes what it is answering, and gets nothing new.
         unloading: it is going to be no model of this node any more.
         asleep: it had nothing to do and was ended; it is started again when a request waits for it.
+        left: its split here has ended, so that another node's can begin, which it is now waited for.
         door: what other nodes' requests for it come by; `None` while it is offered to nobody.
     """
 
@@ -49,6 +50,7 @@ class Entry:
     leaving: bool = False
     unloading: bool = False
     asleep: bool = False
+    left: bool = False
     door: Door | None = None
 
     @property
@@ -65,11 +67,12 @@ class Entry:
     def coming(self) -> bool:
         """Whether it will answer soon, or as soon as it is asked: it is being loaded or restarted, or sleeps.
 
-        So it is while it finishes what it is answering, to be started again with less memory.
+        So it is while it finishes what it is answering, to be started again with less memory; and while another node is
+        about to serve it, or to be passed over for that.
         """
         if self.unloading or self.base_url is not None:
             return False
-        return self.asleep or any(server.process.status not in _OVER for server in self.servers)
+        return self.asleep or self.left or any(server.process.status not in _OVER for server in self.servers)
 
     @property
     def failed(self) -> bool:

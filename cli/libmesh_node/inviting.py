@@ -110,38 +110,57 @@ class Inviting:
     def revoke(self, name: str) -> str:
         """Take back the invite or the membership that `name` names; say in words what was done.
 
-        `name` is an invite's id or the beginning of it, or a peer's id, its end, or its host name. Raises
-        `CommandFailed`.
+        `name` is an invite's id or the beginning of it, or a peer's id, its end, or its host name. An invite is one that
+        this node made, or one that a peer came by. Raises `CommandFailed`.
         """
         try:
-            invite = self._kept.find(name)
-            if invite is not None:
-                self._mesh.revoke(self._kept.chains[invite.id])
-                self._kept.mark_revoked(invite.id)
-                done = f"The invite {invite.id[:8]} is revoked, and with it everybody that it let in."
+            if (invite := self._invite_named(name)) is not None:
+                self._mesh.revoke(invite[1])
+                self._kept.mark_revoked(invite[0])
+                done = f"The invite {invite[0][:8]} is revoked, and with it everybody that it let in."
             else:
                 peer, called = self._peer_named(name)
+                invites = self._mesh.invites_of(peer)
                 self._mesh.revoke_peer(peer)
                 done = f"The membership of {called} is revoked."
+                if invites:
+                    done += (
+                        f" Its invite {invites[-1].id[:8]} still holds, for another identity of its holder, too; "
+                        "`libmesh-node invite revoke` takes that back, and whomever else it let in."
+                    )
         except MeshError as exc:
             raise CommandFailed("denied", f"{name}: {exc}.") from exc
         self.keep()
         self.show_again()
         return done
 
-    def _peer_named(self, name: str) -> tuple[PeerId, str]:
-        matches = [
+    def _invite_named(self, name: str) -> tuple[str, bytes] | None:
+        """Id and chain: of ours first, then of those that others came by, unless a peer is called so, too."""
+        if (own := self._kept.find(name)) is not None:
+            return own.id, self._kept.chains[own.id]
+        if len(name) < 4 or self._peers_named(name):
+            return None
+        view = self._mesh.view
+        known = [one for peer in (*view.peers, *view.followers) for one in self._mesh.invites_of(peer.peer)]
+        found = {one.id: one.chain for one in known if one.id.startswith(name.lower())}
+        return next(iter(found.items())) if len(found) == 1 else None
+
+    def _peers_named(self, name: str) -> list[tuple[PeerId, str]]:
+        return [
             (peer.peer, decode_status(peer.attributes).hostname or peer.peer)
             for peer in (*self._mesh.view.peers, *self._mesh.view.followers)
             if name == peer.peer
             or (len(name) >= 4 and peer.peer.endswith(name))
             or name == decode_status(peer.attributes).hostname
         ]
+
+    def _peer_named(self, name: str) -> tuple[PeerId, str]:
+        matches = self._peers_named(name)
         if len(matches) != 1:
             what = "Neither an invite nor a peer is" if not matches else f"{len(matches)} peers are"
             raise CommandFailed(
                 "not_found",
-                f"{what} called {name}; `libmesh-node invite --list` and `status` tell their names.",
+                f"{what} called {name}; `libmesh-node invite --list` and `peers` tell their names.",
             )
         return matches[0]
 

@@ -1,7 +1,8 @@
 """Hosting one model: when the election says so, its split is started, replaced, and ended.
 
-Make before break: a better placement is started beside the running one. Only where memory does not allow both does the
-running one end first, whoever is to host the better one; requests wait meanwhile in the nodes that took them.
+Make before break: a better placement is started beside the running one, which finishes what it is answering when that
+takes over. Only where memory does not allow both does the running one end first, whoever is to host the better one: when
+it has nothing to do. Requests wait meanwhile in the nodes that took them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from libmesh_node.placement.electing import elect_at, predict
 from libmesh_node.placement.machine import Machine, short
 from libmesh_node.placement.seen import host_elsewhere, is_coming, machines_with, placement_elsewhere
 from libmesh_node.placement.splitting import Placement, Shortage, SplitRules, fit_beside, split_from
-from libmesh_node.placement.steering import Abandon, Adopt, Broken, Looked, Steering
+from libmesh_node.placement.steering import Abandon, Adopt, Broken, Looked, Steering, same
 from libmesh_node.serving import LocalModels
 from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting
 
@@ -41,7 +42,7 @@ UNABLE_FOR = 300.0
 """A node whose own llama-server failed so often in a row offers no memory for so many seconds: others shall be elected."""
 
 DRAIN_LIMIT = 120.0
-"""Seconds that a replaced server may take to finish what it is answering; one that makes room for another host, to be idle."""
+"""Seconds that a replaced server may take to finish what it is answering; one that makes room for a better split, to be idle."""
 
 HEIR_LIMIT = 30.0
 """Seconds without a sign that the peer loads the model for which this node ended its split; then it is taken back."""
@@ -105,7 +106,7 @@ class SplitHost:
                             await self._news.wait()
             finally:
                 self.entry.servers.clear()
-                self.entry.workers, self.entry.split_bytes = (), 0
+                self.entry.workers, self.entry.split_bytes, self.entry.left = (), 0, False
 
     # ── deciding ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -122,10 +123,12 @@ class SplitHost:
         now = trio.current_time()
         elsewhere = host_elsewhere(self.entry.digest, self._mesh.view)
         self._notice(elsewhere is not None, now)
+        self._note_left()
         machines = machines_with(
             self.entry.digest,
             self._mesh.view,
             self._status(),
+            name=self.name,
             protocol=self._models.equipment.rpc_protocol,
             refused={peer: why for peer, (why, _) in self._refused.items()},
         )
@@ -135,8 +138,8 @@ class SplitHost:
             best = self._instead_of(best, machines)
         self.served = elsewhere is not None or (self._run is not None and self._run.ready)
         self._tell(best)
-        self._yield_to(best, elsewhere[0] if elsewhere is not None else None)
-        if self._run is not None and not (isinstance(best, Placement) and self._is_heir(best.host)):
+        self._yield_to(best, elsewhere[0] if elsewhere is not None else None, nursery)
+        if self._run is not None and not self._ends_for(best, self._run):
             self._heir = None
         if self._coming is not None or now < self._not_before:
             return
@@ -150,12 +153,9 @@ class SplitHost:
         lives = self._run is not None
         for effect in self._steering.handle(Looked(best, running, lives), now):
             match effect:
-                case Adopt(placement) if placement.host == self._mesh.view.me:
-                    if self._run is None or fit_beside(self._run.placement, placement, machines):
-                        self._start(placement, machines, nursery)
-                    else:
-                        self._make_room(self._run, now)
-                case Adopt(placement):  # another one's to start; ours ends when that one answers, or now
+                case Adopt(placement) if self._may_start(placement, machines):
+                    self._start(placement, machines, nursery)
+                case Adopt(placement):  # another one's to start, or later; ours ends when that one answers, or before
                     self._steering.current = self._run.placement if self._run is not None else None
                     if self._run is not None and not fit_beside(self._run.placement, placement, machines):
                         self._leave_to(placement.host, self._run, now, nursery)
@@ -181,8 +181,12 @@ class SplitHost:
         elif is_coming(heir, self.entry.digest, self._mesh.view):
             self._heir = heir, now + HEIR_LIMIT
         elif now >= until:
-            log.warning("%s: the peer %s did not take it over", self.name, short(heir))
+            hours = f"{NO_HEIR_FOR / 3600:g} h"
+            log.warning("%s: the peer %s did not take it over; nothing is left to it for %s", self.name, short(heir), hours)
             self._bar(heir, now)
+
+    def _note_left(self) -> None:
+        self.entry.left = self._run is None and self._heir is not None
 
     def _bar(self, heir: str, now: float) -> None:
         """It did not take over."""
@@ -198,8 +202,19 @@ class SplitHost:
         own = split_from(self.entry.shape, mine, others, self._rules)
         return own if isinstance(own, Placement) else best
 
-    def _is_heir(self, peer: str) -> bool:
-        return self._heir is not None and self._heir[0] == peer
+    def _may_start(self, placement: Placement, machines: list[Machine]) -> bool:
+        """Whether it is this node's to start, and there is room beside what runs here, if anything does."""
+        if placement.host != self._mesh.view.me:
+            return False
+        return self._run is None or (
+            self._heir is None and fit_beside(self._run.placement, placement, machines)
+        )
+
+    def _ends_for(self, best: Placement | Shortage, run: SplitRun) -> bool:
+        """Whether it is still for the best placement that `run` makes room."""
+        if self._heir is None or not isinstance(best, Placement) or best.host != self._heir[0]:
+            return False
+        return not same(best, run.placement)
 
     def _tell(self, best: Placement | Shortage) -> None:
         missing = str(best) if isinstance(best, Shortage) else ""
@@ -207,14 +222,18 @@ class SplitHost:
             log.info("%s waits: %s", self.name, missing)
         self.missing = missing
 
-    def _yield_to(self, best: Placement | Shortage, elsewhere: str | None) -> None:
-        """Two hosts of one model: the one that would be elected stays, once it answers."""
+    def _yield_to(self, best: Placement | Shortage, elsewhere: str | None, nursery: trio.Nursery) -> None:
+        """Two hosts of one model: the one that would be elected stays, once it answers. Here nothing new is taken then."""
         run = self._run
         if run is None or not run.ready or elsewhere is None:
             return
         if isinstance(best, Placement) and best.host == elsewhere:
             log.info("%s is served by the peer %s now", self.name, short(elsewhere))
-            self._stop(run)
+            self._run, self.entry.workers = None, ()
+            if run.server in self.entry.servers:
+                self.entry.servers.remove(run.server)
+            nursery.start_soon(self._drain, run)
+            self._models.on_change()
 
     # ── acting ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -235,34 +254,39 @@ class SplitHost:
         )
         memory = {machine.peer: machine.memory for machine in machines}
         self._coming = run = self._launch(setting, placement, memory, partial(self._changed, nursery))
-        nursery.start_soon(self._live, run)
+        nursery.start_soon(self._live, run, nursery)
 
-    async def _live(self, run: SplitRun) -> None:
+    async def _live(self, run: SplitRun, nursery: trio.Nursery) -> None:
         failure = await run.run()
         if run.server in self.entry.servers:
             self.entry.servers.remove(run.server)
-        if failure is not None:
-            self._failed(run, failure)
+        if failure is not None and run in (self._run, self._coming):
+            self._failed(run, failure, nursery)
         if run.server is not None and run.server.plan.draft is None:
             self.entry.plan = replace(self.entry.plan, draft=None)  # given up, and not to be tried again
         if run is self._coming:
             self._coming = None
         if run is self._run:
-            self._run = None
-            self.entry.workers, self.entry.split_bytes = (), 0
+            self._run, self.entry.workers = None, ()
+            if self._heir is not None and self._heir[0] == self._mesh.view.me:
+                self._heir = None
+                self._steering.handle(Broken(), trio.current_time())
+        self.entry.split_bytes = self._run.home_bytes if self._run is not None else 0
+        self._note_left()
         self._models.on_change()
         self.look()
         await trio.sleep_until(self.unable_until)
         self._models.on_change()
 
-    def _failed(self, run: SplitRun, failure: SplitFailed) -> None:
+    def _failed(self, run: SplitRun, failure: SplitFailed, nursery: trio.Nursery) -> None:
         now = trio.current_time()
         who = f"the peer {short(failure.peer)}: " if failure.peer else ""
         log.warning(
             "%s: the split %s: %s%s", self.name, "ended" if run is self._run else "failed", who, failure
         )
-        if failure.later and self._run is not None and run is self._coming:
-            self._make_room(self._run, now)
+        if failure.later and self._run is not None and failure.peer in self._run.placement.members:
+            self._steering.current = self._run.placement
+            self._leave_to(self._mesh.view.me, self._run, now, nursery)
             return
         self._own_failures += not failure.peer and run.ready_since is None
         if self._own_failures >= OWN_FAILURES:
@@ -282,16 +306,11 @@ class SplitHost:
         else:
             self._steering.current = self._run.placement
 
-    def _make_room(self, run: SplitRun, now: float) -> None:
-        """What is to come has no room beside `run`. Requests wait meanwhile."""
-        log.info("%s: memory is only free once the running split has ended; ending it", self.name)
-        self._stop(run)
-        self._steering.handle(Broken(), now)
-
     def _leave_to(self, heir: str, run: SplitRun, now: float, nursery: trio.Nursery) -> None:
-        """A better split of another host has no room beside `run`, which ends as soon as it has nothing to do."""
+        """A better split, of another host or of this one, has no room beside `run`, which ends as soon as it is idle."""
         if self._heir is None:
-            log.info("%s: the peer %s serves it better once the split here has ended", self.name, short(heir))
+            who = "this node" if heir == self._mesh.view.me else f"the peer {short(heir)}"
+            log.info("%s: %s serves it better once the split here has ended, which it does when idle", self.name, who)
             self._heir = heir, now + DRAIN_LIMIT + HEIR_LIMIT
             nursery.start_soon(self._end_for_heir, run)
 

@@ -94,8 +94,9 @@ class Splits:
         me, mine = self._mesh.view.me, self._status()
         if all(model.digest != shape.digest for model in mine.models):
             mine = replace(mine, models=(*mine.models, AnnouncedModel(name=name, digest=shape.digest)))
+        protocol = self._models.equipment.rpc_protocol
         machines = machines_with(
-            shape.digest, self._mesh.view, mine, protocol=self._models.equipment.rpc_protocol, refused={}
+            shape.digest, self._mesh.view, mine, name=name, protocol=protocol, refused={}
         )
         return plan_json(name, shape, machines, rules_of(self._options), me)
 

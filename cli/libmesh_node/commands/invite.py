@@ -56,7 +56,7 @@ def add_parser(subparsers: Any) -> None:
         "name",
         nargs="?",
         metavar="ID",
-        help="an invite's id, as --list shows it, or a peer, as status shows it",
+        help="an invite's id, as --list or `peers` shows it, or a peer, as `peers` shows it",
     )
     add_node_choice(parser)
 

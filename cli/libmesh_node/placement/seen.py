@@ -19,25 +19,31 @@ _BELIEVED = (PeerState.ALIVE, PeerState.SUSPECT)
 
 
 def machines_with(
-    digest: str, view: View, mine: NodeStatus, *, protocol: str, refused: Mapping[str, str]
+    digest: str, view: View, mine: NodeStatus, *, name: str, protocol: str, refused: Mapping[str, str]
 ) -> list[Machine]:
-    """All nodes that announce the model, this one included, sorted by peer.
+    """All nodes that announce the model, this one included, sorted by peer. Excluded are those with another file of its name.
 
     Args:
         digest: of the model.
         view: of the mesh.
         mine: what this node announces itself, so that it reckons with the same numbers as everybody else.
+        name: what the model is called here.
         protocol: of this node's own llama.cpp, to tell who speaks another.
         refused: peers that have refused this node lately, and why.
     """
     own = _machine(view.me, mine, lends=view.scope >= Scope.WORKER and bool(mine.rpc_protocol), why="")
     found = {view.me: own} if _has(mine, digest) else {}
     for peer in view.peers:
+        if peer.state not in _BELIEVED:
+            continue
         status = decode_status(peer.attributes)
-        if peer.state in _BELIEVED and _has(status, digest):
+        if _has(status, digest):
             why, known = _why_not(peer, status, protocol), refused.get(peer.peer, "")
             machine = _machine(peer.peer, status, lends=_lends(peer, status), why=known or why)
             found[peer.peer] = replace(machine, private=bool(known) and not why)
+        elif other := next((model for model in status.models if model.name == name), None):
+            why = f"it has another file named {name}" if other.digest else "its file is still being identified"
+            found[peer.peer] = _machine(peer.peer, status, lends=False, why=why)
     return [found[peer] for peer in sorted(found)]
 
 

@@ -19,6 +19,9 @@ OVERHEAD = 1.1
 LINK_BANDWIDTH = 12.5e6
 """Bytes per second that a worker's answers are reckoned with: 100 Mbit/s, since nobody measures it."""
 
+NAMED = 8
+"""Peers that are named when something is missing, with what is wrong with each; `plan` names all."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitRules:
@@ -111,7 +114,8 @@ class Shortage:
         refused = [
             f"peer {short(entry.peer)} refused: {entry.why}" for entry in self.verdicts if not entry.taken
         ]
-        return "; ".join([what, *refused])
+        more = [f"and {len(refused) - NAMED} more"] if len(refused) > NAMED else []
+        return "; ".join([what, *refused[:NAMED], *more])
 
 
 def needed(shape: ModelShape) -> int:
@@ -171,7 +175,7 @@ def _rank(
         elif rtt is None:
             why = "its distance is not known yet"
         elif rtt > rules.max_rtt:
-            why = _ms(rtt)
+            why = f"{_ms(rtt)}, over the limit of {_ms(rules.max_rtt)}"
         else:
             ranked.append((rtt, machine))
             continue
