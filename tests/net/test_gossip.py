@@ -121,7 +121,8 @@ async def test_a_message_brings_nothing_beside_it_but_word_of_a_large_one(
 
     monkeypatch.setattr(RpcQueue, "push", record)
     async with gossiping(3) as (opened, events):
-        await publish_until(opened[0], bytes(size), lambda: all(heard(seen) for seen in events[1:]))
+        text = bytes(size)
+        await publish_until(opened[0], text, lambda: all(map(heard, events[1:])))
     assert any(rpc.publish for rpc in said)
     assert not any(rpc.HasField("senderRecord") for rpc in said)
     assert any(rpc.control.idontwant for rpc in said) is declined
