@@ -69,10 +69,10 @@ def _mesh(status: Json, peers: list[Json]) -> Finding:
     connected = [peer for peer in peers if peer.get("path")]
     if connected:
         return Finding(
-            "mesh", Grade.GOOD, f"{len(peers)} other nodes are there; {len(connected)} are connected."
+            "mesh", Grade.GOOD, f"{_are(len(peers), 'other node')} there, {len(connected)} connected."
         )
     if peers:
-        text = f"{len(peers)} other nodes are known, and none is connected."
+        text = f"{_are(len(peers), 'other node')} known, and none is connected."
         return Finding("mesh", Grade.BAD, text, "See the reasons below; a relay helps most (--relay).")
     notices = [str(notice) for notice in status.get("notices") or []]
     if notices:
@@ -85,6 +85,10 @@ def _mesh(status: Json, peers: list[Json]) -> Finding:
         "No other node is in the mesh yet.",
         "Invite one: `libmesh-node invite`, then `libmesh-node --join TOKEN` on the other machine.",
     )
+
+
+def _are(count: int, noun: str) -> str:
+    return f"1 {noun} is" if count == 1 else f"{count} {noun}s are"
 
 
 def _address(status: Json, reach: Json) -> Finding:
@@ -165,7 +169,12 @@ def _mapping(reach: Json) -> Finding:
             "forwarding", Grade.GOOD, f"The router forwards {' '.join(mapped) or 'a port'} ({protocol})."
         )
     failure = str(reach.get("mapping_failure") or "not tried yet")
-    advice = "" if reach.get("standing") == "public" else "Switch UPnP on in the router's settings if it may."
+    if failure == "not asked for":
+        return Finding(
+            "forwarding", Grade.NOTE, "No router is asked for a port: --no-port-mapping or --offline."
+        )
+    tell = reach.get("standing") != "public" and failure != "not tried yet"
+    advice = "Switch UPnP on in the router's settings if it may." if tell else ""
     return Finding("forwarding", Grade.NOTE, f"No router forwards a port by itself ({failure}).", advice)
 
 
@@ -215,7 +224,7 @@ def _relays(status: Json) -> list[Finding]:
             Finding(
                 "relay",
                 Grade.NOTE,
-                "None: who cannot be dialled is reached only by those that it dials itself.",
+                "None: a node that nobody can dial is reached only by those that it connects to itself.",
                 "Any member that can be dialled relays for the others; or run `libmesh-node relay` on a server.",
             )
         )
@@ -238,12 +247,16 @@ def _peer(peer: Json) -> Finding:
     if path in ("direct", "punched"):
         return Finding(topic, Grade.GOOD, f"{path}{far}, {peer.get('address') or 'address unknown'}")
     if path == "relayed":
-        reasons = sorted(
-            map(str, peer.get("why_not_direct") or []), key=lambda why: not why.startswith("punch")
-        )
-        why = "; ".join(map(_shortened, reasons[:3])) or "a direct path is being looked for"
-        return Finding(topic, Grade.NOTE, f"relayed{far}. Not direct because: {why}")
+        return Finding(topic, Grade.NOTE, f"relayed{far}. Not direct because: {why_not_direct(peer)}")
     return Finding(topic, Grade.NOTE, "not connected; this node connects when it needs to")
+
+
+def why_not_direct(peer: Json) -> str:
+    """Of a peer that is reached through a relay: why each better way failed, a hole punch first, three at most."""
+    why = peer.get("why_not_direct")
+    reasons = [str(reason) for reason in why] if isinstance(why, list | tuple) else []
+    reasons.sort(key=lambda reason: not reason.startswith("punch"))
+    return "; ".join(map(_shortened, reasons[:3])) or "a direct path is being looked for"
 
 
 def _shortened(reason: str) -> str:

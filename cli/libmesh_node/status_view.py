@@ -15,9 +15,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from libmesh_node.doctor import why_not_direct
 from libmesh_node.terminal import harmless
 
-NARROW = 105
+NARROW = 112
 """Columns that the table of peers needs with short names."""
 
 Json = Mapping[str, Any]
@@ -40,9 +41,11 @@ def status_tables(status: Json, now_unix: float, width: int) -> RenderableType:
     narrow = width < NARROW
     parts: list[RenderableType] = [_this_node(status)]
     peers = _objects(status, "peers")
+    relayed = [peer for peer in peers if peer.get("path") == "relayed"]
     names = _names(status, peers)
     sections = (
         ("peers", _peers(peers, now_unix, narrow), bool(peers)),
+        *([("not direct", _relayed(relayed, now_unix), True)] if relayed else []),
         ("models", _models(_objects(status, "models"), names, narrow), bool(_objects(status, "models"))),
         ("processes", _processes(_objects(status, "processes")), bool(_objects(status, "processes"))),
     )
@@ -113,6 +116,7 @@ def _peers(peers: Iterable[Json], now_unix: float, narrow: bool) -> Table:
         "?scope",
         "state",
         "path",
+        "?>for",
         ">rtt",
         "?>memory",
         "models",
@@ -129,6 +133,7 @@ def _peers(peers: Iterable[Json], now_unix: float, narrow: bool) -> Table:
             _text(peer, "scope"),
             _state(_text(peer, "state")),
             _state(_text(peer, "path") or "–"),
+            age(peer.get("path_since"), now_unix),
             f"{rtt:.1f} ms" if isinstance(rtt, (int, float)) else "–",
             size(peer.get("vram_gb")),
             ", ".join(_strings(peer, "serving_models") or _strings(peer, "models"))
@@ -136,6 +141,19 @@ def _peers(peers: Iterable[Json], now_unix: float, narrow: bool) -> Table:
             or "–",
             str(peer.get("inflight_requests", 0)),
             age(peer.get("since"), now_unix),
+        )
+    return table.rich
+
+
+def _relayed(peers: Iterable[Json], now_unix: float) -> Table:
+    """Those that are reached through a relay, since when, and why."""
+    table = _Columns("peer", "host", ">relayed for", "because")
+    for peer in peers:
+        table.add(
+            short_id(_text(peer, "id")),
+            _text(peer, "hostname") or "–",
+            age(peer.get("path_since"), now_unix),
+            harmless(why_not_direct(peer)),
         )
     return table.rich
 

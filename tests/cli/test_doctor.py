@@ -47,8 +47,8 @@ def finding(topic: str, **status: Any) -> Finding:
 @pytest.mark.parametrize(
     ("topic", "status", "grade", "said"),
     [
-        ("mesh", {}, Grade.GOOD, "1 are connected"),
-        ("mesh", {"peers": [{**DIRECT, "path": None}]}, Grade.BAD, "none is connected"),
+        ("mesh", {}, Grade.GOOD, "1 other node is there, 1 connected"),
+        ("mesh", {"peers": [{**DIRECT, "path": None}]}, Grade.BAD, "1 other node is known, and none is connected"),
         ("mesh", {"peers": []}, Grade.NOTE, "No other node"),
         ("mesh", {"peers": [], "notices": ["Nobody in the mesh answers."]}, Grade.BAD, "Nobody in the mesh"),
         ("address", {"reachability": reach(observed=["11.0.2.2"])}, Grade.GOOD, "11.0.2.2"),
@@ -69,6 +69,7 @@ def finding(topic: str, **status: Any) -> Finding:
         ("web", {"addresses": ["/ip4/11.0.0.1/tcp/1", "/ip4/11.0.0.1/tcp/80/ws"]}, Grade.GOOD, "/tcp/80/ws"),
         ("forwarding", {"reachability": reach(mapping="PCP", addresses=[candidate("mapped", None)])}, Grade.GOOD, "PCP"),
         ("forwarding", {}, Grade.NOTE, "No router"),
+        ("forwarding", {"reachability": reach(mapping_failure="not asked for")}, Grade.NOTE, "--no-port-mapping"),
         ("relay", {"addresses": [f"/ip4/11.0.0.1/tcp/1/p2p/{PEER}/p2p-circuit"]}, Grade.GOOD, "12 ms away"),
         ("relay", {}, Grade.NOTE, "None"),
         ("peer gpu", {}, Grade.GOOD, "direct, 12 ms, /ip4/11.0.0.1/tcp/1"),

@@ -59,6 +59,31 @@ def test_a_change_of_the_path_is_shown_with_its_reason(
     assert "(was not connected)" in lines[5]
 
 
+def test_a_reason_that_turns_up_later_is_shown_when_it_does_and_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    early, late = (
+        {**RELAYED, "why_not_direct": []},
+        {**RELAYED, "why_not_direct": ["punch: no answer", "x: refused"]},
+    )
+    _, lines = pinged(monkeypatch, capsys, early, RELAYED, RELAYED, late)
+    assert [line.partition("because ")[2] for line in lines] == [
+        "",
+        "",
+        "punch: no answer",
+        "",
+        "",
+        "x: refused",
+    ]
+
+
+def test_a_peer_that_does_not_answer_now_is_not_shown_as_if_it_did(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, lines = pinged(monkeypatch, capsys, DIRECT, {**DIRECT, "state": "suspect"})
+    assert lines[1].endswith("direct, 1.2 ms, and does not answer now")
+
+
 def test_no_path_at_the_end_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

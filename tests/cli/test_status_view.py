@@ -28,6 +28,7 @@ STATUS: dict[str, Any] = {
         {
             "id": PEER, "hostname": "cellar", "role": "Client", "scope": "client", "state": "alive", "path": "direct",
             "rtt_ms": 1.234, "vram_gb": 0, "models": ["m"], "inflight_requests": 3, "since": NOW - 125,
+            "path_since": NOW - 61,
         },
     ],
     "models": [
@@ -71,6 +72,8 @@ def test_everything_that_a_person_asks_for_is_there() -> None:
             "client",
             "alive",
             "direct",
+            "1",
+            "min",
             "1.2",
             "ms",
             "–",
@@ -98,6 +101,20 @@ def test_everything_that_a_person_asks_for_is_there() -> None:
         "of",
         "memory",
     ]
+
+
+def test_of_a_relayed_peer_it_is_told_since_when_and_why_there_is_no_better_path() -> None:
+    peer = STATUS["peers"][0] | {
+        "path": "relayed", "why_not_direct": ["/ip4/11.0.2.2/tcp/1: no answer", "punch: it changes ports"]
+    }  # fmt: skip
+    assert "not direct" not in shown(STATUS)
+    for width in (200, 80):
+        text = shown(STATUS | {"peers": [STATUS["peers"][0], peer]}, width)
+        assert max(map(len, text.splitlines())) <= width
+        _, _, told = text.partition("not direct")
+        told = " ".join(told.partition("models")[0].split())
+        assert f"{short_id(PEER)} cellar 1 min punch: it changes ports; /ip4/11.0.2.2/tcp/1: no" in told
+        assert told.count(short_id(PEER)) == 1
 
 
 def test_peers_on_hosts_of_one_name_are_told_apart_by_their_ids() -> None:

@@ -64,7 +64,7 @@ def _entry(node: NodeClient, peer: str) -> dict[str, Any]:
 
 
 def lines_of(entry: dict[str, Any], before: dict[str, Any] | None, now_unix: float) -> list[str]:
-    """What is told of a peer: one line, and under it the reasons, where the path is another one than `before`."""
+    """What is told of a peer: one line, and under it the reasons why the path is no better that `before` did not tell."""
     who = harmless(str(entry.get("hostname") or short_id(str(entry["id"]))))
     clock = time.strftime("%H:%M:%S", time.localtime(now_unix))
     path, rtt, since = entry.get("path"), entry.get("rtt_ms"), entry.get("path_since")
@@ -73,14 +73,17 @@ def lines_of(entry: dict[str, Any], before: dict[str, Any] | None, now_unix: flo
         return [f"{clock}  {who}: no connection ({harmless(str(state))})"]
     distance = f"{rtt:.1f} ms" if isinstance(rtt, int | float) else "not measured yet"
     line = f"{clock}  {who}: {harmless(str(path))}, {distance}"
-    if before is not None and (path, entry.get("address")) == (before.get("path"), before.get("address")):
-        return [line]
-    line += f", {harmless(str(entry.get('address') or 'address unknown'))}"
-    line += f", since {age(since, now_unix)}" if isinstance(since, int | float) else ""
-    if before is not None:
+    if entry.get("state") == "suspect":
+        line += ", and does not answer now"
+    same = before is not None and (path, entry.get("address")) == (before.get("path"), before.get("address"))
+    told = (before.get("why_not_direct") or []) if before is not None and same else []
+    if not same:
+        line += f", {harmless(str(entry.get('address') or 'address unknown'))}"
+        line += f", since {age(since, now_unix)}" if isinstance(since, int | float) else ""
+    if before is not None and not same:
         line += f"  (was {harmless(str(before.get('path') or 'not connected'))})"
-    reasons = entry.get("why_not_direct") or []
-    return [line, *(f"          not better, because {harmless(str(reason))}" for reason in reasons)]
+    news = [reason for reason in entry.get("why_not_direct") or [] if reason not in told]
+    return [line, *(f"          not better, because {harmless(str(reason))}" for reason in news)]
 
 
 def _count(text: str) -> int:
