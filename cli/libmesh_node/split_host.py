@@ -155,7 +155,7 @@ class SplitHost:
             match effect:
                 case Adopt(placement) if self._may_start(placement, machines):
                     self._start(placement, machines, nursery)
-                case Adopt(placement):  # another one's to start, or later; ours ends when that one answers, or before
+                case Adopt(placement):  # another one's, or for later; ours ends when that answers, or before
                     self._steering.current = self._run.placement if self._run is not None else None
                     if self._run is not None and not fit_beside(self._run.placement, placement, machines):
                         self._leave_to(placement.host, self._run, now, nursery)
@@ -181,8 +181,7 @@ class SplitHost:
         elif is_coming(heir, self.entry.digest, self._mesh.view):
             self._heir = heir, now + HEIR_LIMIT
         elif now >= until:
-            hours = f"{NO_HEIR_FOR / 3600:g} h"
-            log.warning("%s: the peer %s did not take it over; nothing is left to it for %s", self.name, short(heir), hours)
+            log.warning("%s: the peer %s did not take over, and is left nothing now", self.name, short(heir))
             self._bar(heir, now)
 
     def _note_left(self) -> None:
@@ -310,7 +309,7 @@ class SplitHost:
         """A better split, of another host or of this one, has no room beside `run`, which ends as soon as it is idle."""
         if self._heir is None:
             who = "this node" if heir == self._mesh.view.me else f"the peer {short(heir)}"
-            log.info("%s: %s serves it better once the split here has ended, which it does when idle", self.name, who)
+            log.info("%s: %s serves it better once the split here is idle and has ended", self.name, who)
             self._heir = heir, now + DRAIN_LIMIT + HEIR_LIMIT
             nursery.start_soon(self._end_for_heir, run)
 

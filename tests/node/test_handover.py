@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -54,33 +55,6 @@ def start(
     return start
 
 
-class Asker:
-    """Asks one node again and again until `stop`, and pauses after each answer for longer than that took."""
-
-    def __init__(self, node: Node) -> None:
-        self.answers = 0
-        self._failure: BaseException | None = None
-        self._node, self._stopped = node, threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            while not self._stopped.is_set():
-                began = time.monotonic()
-                ask(self._node, "small", 1, TOKENS)
-                self.answers += 1
-                self._stopped.wait(1 + time.monotonic() - began)
-        except BaseException as exc:
-            self._failure = exc
-
-    def stop(self) -> None:
-        self._stopped.set()
-        self._thread.join()
-        if self._failure is not None:
-            raise self._failure
-
-
 @pytest.mark.parametrize(
     "flags", [("--max-vram", "0.05"), ("--max-vram", "0.3", "--split")], ids=["room for one", "room for both"]
 )
@@ -89,15 +63,26 @@ def test_a_better_host_takes_over_and_every_answer_is_whole(start: Start, flags:
     token = first.invite("--scope", "worker")
     second = start(SLOW, *flags, "--join", token).sees("small", limit=2 * PATIENCE)
     (worker,) = working([first, second])
-    asker = Asker(worker)
-    try:
-        better = start(FAST, *flags, "--join", token)
-        nodes = [first, second, better]
-        better.until(lambda status: status["node_status"] == "Serving (split)", 3 * PATIENCE, "its turn")
-        asked = asker.answers
-        wait_for(lambda: asker.answers > asked + 1, PATIENCE, "answers of the better host")
-    finally:
-        asker.stop()
+    stop = threading.Event()
+    answers: list[str] = []
+
+    def go_on_asking() -> None:
+        while not stop.is_set():
+            began = time.monotonic()
+            answers.append(ask(worker, "small", 1, TOKENS))
+            stop.wait(1 + time.monotonic() - began)  # or its server would never be idle
+
+    with ThreadPoolExecutor(1) as pool:
+        asking = pool.submit(go_on_asking)
+        try:
+            better = start(FAST, *flags, "--join", token)
+            nodes = [first, second, better]
+            better.until(lambda status: status["node_status"] == "Serving (split)", 3 * PATIENCE, "its turn")
+            before = len(answers)
+            wait_for(lambda: len(answers) > before + 1, PATIENCE, "answers of the better host")
+        finally:
+            stop.set()
+        asking.result()
     assert "looking for a server that goes on" not in worker.words
     wait_for(lambda: servers_running(nodes) == 1, PATIENCE, "one server only")
     assert host_of(nodes) is better

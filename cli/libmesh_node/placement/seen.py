@@ -42,7 +42,9 @@ def machines_with(
             machine = _machine(peer.peer, status, lends=_lends(peer, status), why=known or why)
             found[peer.peer] = replace(machine, private=bool(known) and not why)
         elif other := next((model for model in status.models if model.name == name), None):
-            why = f"it has another file named {name}" if other.digest else "its file is still being identified"
+            why = (
+                f"it has another file named {name}" if other.digest else "its file is still being identified"
+            )
             found[peer.peer] = _machine(peer.peer, status, lends=False, why=why)
     return [found[peer] for peer in sorted(found)]
 
