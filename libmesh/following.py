@@ -166,7 +166,9 @@ class Following:
         hear: takes a message as gossip brings it, and who told it.
     """
 
-    def __init__(self, network: Network, membership: Membership, hear: Callable[[bytes, PeerId], None]) -> None:
+    def __init__(
+        self, network: Network, membership: Membership, hear: Callable[[bytes, PeerId], None]
+    ) -> None:
         self._network, self._membership, self._hear = network, membership, hear
         self._asked: set[PeerId] = set()
         self._changed = trio.Event()

@@ -9,7 +9,18 @@ import pytest
 import trio
 import trio.testing
 
-from libmesh import Mesh, PeerState, PeerUnreachable, Scope, Stream, StreamReset, following, syncing, tokens, wire
+from libmesh import (
+    Mesh,
+    PeerState,
+    PeerUnreachable,
+    Scope,
+    Stream,
+    StreamReset,
+    following,
+    syncing,
+    tokens,
+    wire,
+)
 from libmesh.core.announcement import Record
 from libmesh.core.credentials import Revocation
 from libmesh.core.summary import Digest

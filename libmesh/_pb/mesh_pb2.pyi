@@ -21,13 +21,43 @@ Protocols.
                           Either side may end it at any time. It is for peers that follow (see Hello).
   /libmesh/probe/1.0.0    Probe → ProbeAnswer. Then both end the stream.
   /libmesh/tunnel/1.0.0   Open → Opened; then, if not refused, the bytes of the service, both ways.
-  gossipsub, topic "libmesh/1/<mesh id>/peers": one Gossip per message, in gossipsub's strict-signing mode.
+  gossipsub (/meshsub/1.2.0 or 1.1.0), topic "libmesh/1/<mesh id>/peers": one Gossip per message, in gossipsub's
+                          strict-signing mode, with its own message ids (source and sequence number).
   gossipsub, topic "libmesh/1/<mesh id>/app": one Post per message, in the same mode.
+                          Members subscribe to both topics; those that follow, to none.
 
 The first stream on a connection is a hello, opened by whoever dialled. Until it has succeeded, a peer's other
 streams (gossipsub's included, identify and ping excepted) wait for it, for at most 5 s, and are reset then.
 A peer that follows and was given another credential says hello again, on the same connections; others announce it.
 Whoever's credential ends is disconnected then, by each of the others.
+
+Admission. Proof is the peer's, not the connection's: as long as two peers have one, further ones between them need no
+hello; after the last one has ended, the next one begins with a hello. Whoever doubts that the other side still knows it
+(the connection was silent, and was replaced) says hello again, and is answered as at first. Of one peer, one hello is
+answered at a time; a second one waits, a third one is reset. An inbound connection is closed if its peer has not been
+admitted after 10 s, or was refused.
+
+Patience. Whoever waits for a message of the other side waits 10 s (in a probe, 5 s) and resets the stream then; in a
+hello, it also closes the connection. There is no such limit to a tunnel after its Opened, nor to the news of a follow.
+
+Liveness. What follows is a peer's own business, but others expect it to answer. libmesh probes one member every 0.5 s. Who
+does not answer in 0.5 s, nor to any of three others that are asked about it in 0.7 s more, is suspected, and so is one
+whose connection has ended though it should have one; that is published as a Suspicion. A suspect that answers, connects
+or announces something new is believed again. After 2.5 s it is taken for dead. (Where round trips take up to 0.3 s: 0.75,
+1, 1.6, and 4 to 4.5 s.) A peer that probes nobody harms nobody but itself.
+
+Repair. An announcement is published when it changes, and every 300 s, or in proportion to the members more seldom beyond
+32 of them. Every 10 s or so a peer compares with a connected one, chosen by lot, and 1, 2, 4 … s after a comparison that
+found something. A record that came otherwise than by gossip is published anew after up to 0.3 s, by lot, unless gossip
+brings it before that.
+
+Connections. Up to 32 members, everybody is connected to everybody: of two that learn of each other, the one with the lower
+peer id (as base58 text) dials at once, and the other one 0.5 s later if need be. Beyond, each keeps those to its
+neighbours on seven rings, and closes others that were without an open stream when it looked, every 30 s. A peer's places
+on the rings are the first seven of the 16 big-endian u32 of SHA-512 over the 16 bytes "libmesh rings 1" 0x00 and its peer
+id (base58, ASCII); its neighbours are the six next to it on both sides of the first ring, and the one next to it on both
+sides of each other ring, among the members that are not taken for dead. A peer may keep fewer: it is dialled when it is
+needed, and when it is doubted.
 
 Words. Mesh key: the mesh's Ed25519 public key, 32 bytes. Mesh id: the first 16 bytes of SHA-256 over the mesh
 key, written as 32 lower-case hex digits. Times are seconds since 1970-01-01T00:00Z.
@@ -182,8 +212,8 @@ class Contact(_message.Message):
     """exactly 32 bytes"""
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Binary multiaddrs without /p2p, best first; at most 8 of at most 255 bytes. Those of a protocol that the reader does
-        not know are passed over.
+        """Binary multiaddrs without the peer's own /p2p at their end (a relay's stands in them, and they end in /p2p-circuit),
+        best first; at most 8 of at most 255 bytes. Those of a protocol that the reader does not know are passed over.
         """
 
     def __init__(
@@ -203,7 +233,7 @@ Global___Contact: _TypeAlias = Contact  # noqa: Y015
 @_typing.final
 class Invite(_message.Message):
     """What an invite token carries. The token is "lm1" followed by URL-safe base64 without padding (RFC 4648, section 5)
-    of this message and the first 4 bytes of its SHA-256.
+    of this message and the first 4 bytes of its SHA-256. White space in it is passed over.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -251,7 +281,7 @@ class Hello(_message.Message):
     FOLLOWING_FIELD_NUMBER: _builtins.int
     ATTRIBUTES_FIELD_NUMBER: _builtins.int
     agent: _builtins.str
-    """for people, such as "libmesh/0.1.0"; at most 128 bytes"""
+    """for people, such as "libmesh/0.1.0"; at most 128 bytes, more is cut"""
     following: _builtins.bool
     """The sender follows: it announces nothing, takes no part in the topics, and stands in nobody's table or digest. It keeps
     few connections, learns by /libmesh/follow what others hear by gossip, and uses services like everybody else.
@@ -320,7 +350,7 @@ Global___HelloReply: _TypeAlias = HelloReply  # noqa: Y015
 
 @_typing.final
 class Digest(_message.Message):
-    """What a peer knows of each member, itself included. At most 1 MiB."""
+    """What a peer knows of each member, itself included, unless it follows; of those who said goodbye, too. At most 1 MiB."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -624,6 +654,10 @@ Global___ProbeAnswer: _TypeAlias = ProbeAnswer  # noqa: Y015
 class Record(_message.Message):
     """A peer's announcement, signed by that peer. Passed on unchanged, byte by byte. At most 60 KiB.
 
+    A record is ignored if its signature is wrong, its credential is not good now, or a newer one is known. One that can never
+    have been good (its end and revocations aside) is told by liars only, and so is such a Revocation: who publishes it,
+    or tells it on a stream, may be disconnected for that. Nobody else is, whoever it speaks of.
+
     The signature (Ed25519, by the key in the body) is over the 23 bytes "libmesh announcement 1" 0x00 | body.
     """
 
@@ -686,9 +720,7 @@ class Announcement(_message.Message):
 
     @_builtins.property
     def addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
-        """Binary multiaddrs without /p2p, best first; at most 16 of at most 255 bytes. Those of a protocol that the reader
-        does not know are passed over.
-        """
+        """As in Contact, but at most 16."""
 
     def __init__(
         self,
@@ -741,7 +773,7 @@ Global___Service: _TypeAlias = Service  # noqa: Y015
 @_typing.final
 class Open(_message.Message):
     """First message on a tunnel stream, from the opener. At most 1 KiB. The opener may send the service's bytes right
-    after it, without waiting for the answer.
+    after it, without waiting for the answer. Some services wait for the first of these, for up to 120 s, before they answer.
     """
 
     DESCRIPTOR: _descriptor.Descriptor

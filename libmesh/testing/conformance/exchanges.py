@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import Any
 
 import trio
@@ -11,7 +10,7 @@ from libmesh._pb import mesh_pb2 as pb
 from libmesh.testing.conformance import chains
 from libmesh.testing.conformance.bench import Bench, Guest
 from libmesh.testing.conformance.chains import Identity, Signer
-from libmesh.testing.conformance.rules import RuleBroken, require, rule
+from libmesh.testing.conformance.rules import require, rule
 
 HOUR = 3600
 

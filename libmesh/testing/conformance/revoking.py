@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from libmesh._pb import mesh_pb2 as pb
 from libmesh.testing.conformance.bench import PROBE, Bench, Guest
 from libmesh.testing.conformance.chains import Identity, Signer, link_id
-from libmesh.testing.conformance.rules import RuleBroken, require, rule
+from libmesh.testing.conformance.rules import require, rule
 from libmesh.testing.conformance.streams import Ending
 
 MOST_LINKS = 8
