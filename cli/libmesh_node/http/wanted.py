@@ -19,6 +19,30 @@ CHARACTERS_PER_TOKEN = 3
 
 _PICTURE_TOKENS = 500
 
+_SHOWN = frozenset(
+    {
+        "image",
+        "image_url",
+        "input_image",
+        "audio",
+        "input_audio",
+        "document",
+        "file",
+        "input_file",
+        "video_url",
+    }
+)
+"""Kinds of parts whose data are no text."""
+
+_MARK = "cache_control"
+"""Where a client of Anthropic's API would have a prompt cached: with each turn the marks move on to the newest messages."""
+
+_NAMES = frozenset({"type", "role", "id", "multimodal_data"})
+"""Fields of a message that are no part of its text."""
+
+_DEPTH = 8
+"""Levels of a request that are looked into: the results of tools, in messages, have parts of their own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
@@ -58,6 +82,8 @@ def read_wanted(body: bytes, headers: Mapping[str, str]) -> Wanted:
         request = {}
     if not isinstance(request, dict):
         request = {}
+    if _MARK.encode() in body:
+        request = _lasting(request)
     messages = request.get("messages") or request.get("input")
     messages = messages if isinstance(messages, list) else []
     limits = (
@@ -66,7 +92,7 @@ def read_wanted(body: bytes, headers: Mapping[str, str]) -> Wanted:
     return Wanted(
         prefixes=tuple(_prefixes(request, messages)),
         session=_session(request),
-        prompt_tokens=_guess(request, messages),
+        prompt_tokens=_guess(request),
         max_tokens=next((limit for limit in limits if type(limit) is int and limit >= 0), None),
         tools=bool(request.get("tools")),
         vision=any(kind in ("image_url", "input_image", "image") for kind in _part_types(messages)),
@@ -76,8 +102,10 @@ def read_wanted(body: bytes, headers: Mapping[str, str]) -> Wanted:
 
 
 def _session(request: dict[str, Any]) -> str:
-    for key in ("session_id", "prompt_cache_key", "user"):
-        value = request.get(key)
+    metadata = request.get("metadata")
+    about = metadata if isinstance(metadata, dict) else {}
+    named = [request.get(key) for key in ("session_id", "prompt_cache_key", "user")]
+    for value in (*named, about.get("user_id")):
         if isinstance(value, str) and value:
             return value[:200]
     return ""
@@ -103,31 +131,62 @@ def _prefixes(request: dict[str, Any], messages: list[Any]) -> list[bytes]:
     return names[: -MAX_PREFIXES - 1 : -1]
 
 
-def _part_types(messages: list[Any]) -> Iterator[str]:
+def _lasting(request: dict[str, Any]) -> dict[str, Any]:
+    """As `request` would be without its marks, with which goes the form that only they need."""
+
+    def unmarked(value: Any, depth: int = _DEPTH) -> Any:
+        if depth == 0 or not isinstance(value, dict | list):
+            return value
+        if isinstance(value, list):
+            return [unmarked(inner, depth - 1) for inner in value]
+        kept = {key: unmarked(inner, depth - 1) for key, inner in value.items() if key != _MARK}
+        match kept.get("content"):
+            case [{"type": "text", "text": str(text), **others}] if not others:
+                kept["content"] = text
+        return kept
+
+    cleaned: dict[str, Any] = unmarked(request)
+    return cleaned
+
+
+def _part_types(messages: list[Any], depth: int = 2) -> Iterator[str]:
     for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, list) else ():
+        parts = content if isinstance(content, list) else []
+        for part in parts:
             if isinstance(part, dict):
                 yield str(part.get("type"))
+        if depth > 1:  # what a tool returned
+            yield from _part_types(parts, depth - 1)
 
 
-def _guess(request: dict[str, Any], messages: list[Any]) -> int:
-    characters = 0
-    prompt = request.get("prompt")
-    if isinstance(prompt, str):
-        characters += len(prompt)
+def _guess(request: dict[str, Any]) -> int:
+    said = [request.get(key) for key in ("prompt", "system", "instructions", "messages", "input")]
+    characters, shown = _weigh(said, _DEPTH)
     if request.get("tools"):
         characters += len(_encode(request["tools"]))
-    pictures = 0
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else None
-        if isinstance(content, str):
-            characters += len(content)
-        for part in content if isinstance(content, list) else ():
-            text = part.get("text") if isinstance(part, dict) else None
-            characters += len(text) if isinstance(text, str) else 0
-            pictures += text is None
-    return characters // CHARACTERS_PER_TOKEN + pictures * _PICTURE_TOKENS
+    return characters // CHARACTERS_PER_TOKEN + shown * _PICTURE_TOKENS
+
+
+def _weigh(value: object, depth: int) -> tuple[int, int]:
+    """Characters of text, and parts that are none. A number is a token."""
+    if isinstance(value, str):
+        return len(value), 0
+    if depth == 0 or not isinstance(value, dict | list):
+        return 0, 0
+    if isinstance(value, dict):
+        kind = value.get("type")
+        if isinstance(kind, str) and kind in _SHOWN:
+            return 0, 1
+        value = [inner for key, inner in value.items() if key not in _NAMES]
+    characters = shown = 0
+    for inner in value:
+        if type(inner) is int:
+            characters += CHARACTERS_PER_TOKEN
+            continue
+        more, parts = _weigh(inner, depth - 1)
+        characters, shown = characters + more, shown + parts
+    return characters, shown
 
 
 def _encode(value: object) -> bytes:
