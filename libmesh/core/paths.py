@@ -95,6 +95,9 @@ class _Search:
     began: float = -INFINITY  # the last round
     again: float = INFINITY  # the next round
     reasons: dict[str, str] = field(default_factory=dict)
+    former: dict[str, str] = field(
+        default_factory=dict
+    )  # reasons of the round before, until this one is over
 
     @property
     def lanes(self) -> tuple[_Lane, _Lane, _Lane]:
@@ -103,6 +106,15 @@ class _Search:
     @property
     def next(self) -> float:
         return min(self.again, *(lane.next for lane in self.lanes))
+
+    @property
+    def known(self) -> dict[str, str]:
+        """Why each way failed when it last did, the newest last."""
+        former = {way: reason for way, reason in self.former.items() if way not in self.reasons}
+        return dict([*former.items(), *self.reasons.items()][-MAX_REASONS:])
+
+    def forget_reasons(self) -> None:
+        self.former, self.reasons = {}, {}
 
 
 class Paths:
@@ -121,9 +133,12 @@ class Paths:
         self._timers = Timers[PeerId]()
 
     def reasons(self, peer: PeerId) -> tuple[Attempt, ...]:
-        """Why each way to `peer` that was tried since it last had a direct path failed."""
+        """Why each way to `peer` that was tried since it last had a direct path failed, when it last did.
+
+        While a round is under way, what the one before came to is told of the ways that have not failed in this one.
+        """
         search = self._searches.get(peer)
-        return () if search is None else _attempts(search)
+        return () if search is None else _attempts(search.known)
 
     def deadline(self) -> float | None:
         """When `handle` wants to hear `Wake`; `None`: not before something else happens."""
@@ -160,7 +175,7 @@ class Paths:
             return [Reached(peer)]
         if not search.wanted:
             search.wanted = True
-            search.reasons.clear()
+            search.forget_reasons()
             ways = ways_to(peer, search.addresses, me=self._me, mine=self._mine)
             search.direct.begin(ways.direct, now)
             search.relay.begin(ways.circuits, now + self._head_start(ways))
@@ -196,7 +211,7 @@ class Paths:
         effects: list[Effect] = [Reached(peer)] if search.wanted else []
         search.wanted = search.doubted = False
         if kind is not PathKind.RELAYED:
-            search.reasons.clear()
+            search.forget_reasons()
             search.rounds = 0
             return effects + self._stop(peer, search)
         effects += self._stop_lane(peer, search.relay)
@@ -273,7 +288,7 @@ class Paths:
     def _begin_round(self, peer: PeerId, search: _Search, now: float) -> list[Effect]:
         ways = ways_to(peer, search.addresses, me=self._me, mine=self._mine)
         effects: list[Effect] = []
-        search.reasons.clear()
+        search.former, search.reasons = search.known, {}
         search.began, search.again = now, INFINITY
         if search.doubted:  # what is under way began before the path fell silent, maybe in another network
             effects = [effect for lane in search.lanes for effect in self._stop_lane(peer, lane)]
@@ -286,11 +301,12 @@ class Paths:
     def _at_the_end(self, peer: PeerId, search: _Search, now: float) -> list[Effect]:
         """Every way has been tried."""
         if search.wanted:
-            attempts = _attempts(search)
+            attempts = _attempts(search.reasons)
             return [Unreachable(peer, attempts), *self._give_up(peer, search)]
         if search.doubted:
             search.again = min(search.again, now + self._config.doubt_gap)
             return []
+        search.former.clear()
         if search.kind is PathKind.RELAYED and search.again == INFINITY:
             pause = min(self._config.retry_min * 2.0 ** min(search.rounds, 32), self._config.retry_max)
             search.rounds += 1
@@ -317,8 +333,8 @@ class Paths:
         return effects
 
 
-def _attempts(search: _Search) -> tuple[Attempt, ...]:
-    return tuple(Attempt(way=way, reason=reason) for way, reason in search.reasons.items())
+def _attempts(reasons: dict[str, str]) -> tuple[Attempt, ...]:
+    return tuple(Attempt(way=way, reason=reason) for way, reason in reasons.items())
 
 
 def _remember(search: _Search, way: str, reason: str) -> None:

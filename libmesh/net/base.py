@@ -110,9 +110,10 @@ class PeerConnected:
 class PathChanged:
     """Another connection is now the best one to a peer that stays connected: new streams go by it.
 
-    Streams that are open live on over the connection that they began on. Comes between `PeerConnected` and
-    `PeerDisconnected` of the peer, whether the change was for the better (a dial, a punch) or for the worse (a loss). Also
-    tells that the same connection works after all, if there was a `PathSilent`.
+    Streams that are open live on over the connection that they began on, unless that is silent: it is given up once the one
+    in its place has been heard, so that what can go on there does. Comes between `PeerConnected` and `PeerDisconnected` of
+    the peer, whether the change was for the better (a dial, a punch) or for the worse (a loss). Also tells that the same
+    connection works after all, if there was a `PathSilent`.
 
     `renewed`: the connection before was silent, so the peer may not know any more that it had admitted us.
     """
@@ -199,7 +200,7 @@ class Network(ABC):
 
         The best of the connections that stand: direct and punched before relayed, and among equals one on which both
         ends agree. New streams go by it. A worse one is closed when nothing has been open on it for a while, never
-        with a live stream.
+        with a live stream; and a silent one when the one in its place has been heard.
         """
 
     async def dial(self, peer: PeerId, address: str) -> Path:

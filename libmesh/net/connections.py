@@ -288,7 +288,7 @@ class Connections:
         before = entry.best
         self._choose(peer, entry)
         if self.vigil.doubts(connection):
-            if self.vigil.doubts(entry.best):  # whichever that is now: none of them answers
+            if entry.best is before and self.vigil.doubts(before):  # of another one `_choose` has told
                 self._emit(PathSilent(peer))
         elif entry.best is before is connection:
             entry.best_since = trio.current_time()
@@ -316,9 +316,12 @@ class Connections:
             return
         best = connections[0]
         if best is not entry.best:
-            renewed = entry.best is not None and self.vigil.doubts(entry.best)
+            silent = self.vigil.doubts(best)  # the one before ended, and none that is left answers
+            renewed = not silent and entry.best is not None and self.vigil.doubts(entry.best)
             entry.best, entry.best_since = best, trio.current_time()
             self._emit(PathChanged(peer, path_of(best), renewed))
+            if silent:
+                self._emit(PathSilent(peer))
             if entry.admitted.is_set() and self.tasks is not None:
                 self.tasks.start_soon(self._gossip.moved, best.muxed_conn.peer_id, best)
         for surplus in connections[1:]:

@@ -224,6 +224,24 @@ def test_reasons_are_kept_while_the_path_is_relayed() -> None:
     assert world.machine.reasons(THEM) == ()
 
 
+def test_reasons_are_kept_until_a_further_round_has_others() -> None:
+    world = World({R: (0.1, None), A: (0.2, "no route"), PUNCH: (3, "symmetric"), B: (0.1, "refused")})
+
+    def reasons() -> dict[str, str]:
+        return {attempt.way: attempt.reason for attempt in world.machine.reasons(THEM)}
+
+    world.want(A, R)
+    world.run(6)
+    assert reasons() == {A: "no route", PUNCH: "symmetric"}
+    world.tell(AddressesAre(THEM, (B, R)))
+    assert reasons() == {A: "no route", PUNCH: "symmetric"}
+    world.run(7)
+    assert world.tried[-2:] == [(6, B), (6, PUNCH)]
+    assert reasons() == {A: "no route", PUNCH: "symmetric", B: "refused"}
+    world.run(9.5)
+    assert reasons() == {B: "refused", PUNCH: "symmetric"}
+
+
 def test_what_nobody_waits_for_any_more_is_stopped() -> None:
     world = World({})
     world.want(A, B)

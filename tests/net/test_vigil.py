@@ -162,6 +162,25 @@ async def test_when_no_connection_answers_that_is_told_once_whichever_was_the_la
             assert told[-1] == PathSilent(two.peer)
             turn(one, one._connections.of(two.peer)[0])
             assert isinstance(told[-1], PathChanged)
+            renewed = [event.renewed for event in told if isinstance(event, PathChanged)]
+            assert renewed == ([True, False, False] if order == (0, 1) else [False]), (
+                "another silent one proves nothing"
+            )
+
+
+async def test_when_one_of_several_silent_connections_ends_silence_is_told_of_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with two_connections(monkeypatch) as (one, two, told):
+        both = one._connections.of(two.peer)
+        for connection in both:
+            turn(one, connection)
+        told.clear()
+        one._connections.of(two.peer)[0].muxed_conn.give_up("it ended")
+        await until(lambda: PathSilent(two.peer) in told)
+        changed, _ = told
+        assert isinstance(changed, PathChanged)
+        assert not changed.renewed
 
 
 async def test_a_silent_connection_is_ended_only_when_the_one_in_its_place_was_heard(
