@@ -67,6 +67,7 @@ class Pathing:
         self._outcomes: dict[PeerId, _Outcome] = {}
         self._attempts: dict[tuple[PeerId, str], trio.CancelScope] = {}
         self._since: dict[PeerId, tuple[PathKind, str, float]] = {}
+        self._silent: dict[PeerId, tuple[PathKind, str]] = {}
         self._mine: tuple[str, ...] = ()
         self._places = trio.CapacityLimiter(MAX_ATTEMPTS)
         self._alarm = Alarm()
@@ -118,9 +119,14 @@ class Pathing:
         """The network told of a connection."""
         if isinstance(event, net.PathSilent):
             log.info("no sign of life from %s: looking for another way", event.peer)
+            if (known := self._since.get(event.peer)) is not None:
+                self._silent[event.peer] = known[:2]
             self._refresh_mine()
             self._handle(io.PathDoubted(event.peer, self._addresses_of(event.peer)))
             return
+        silent, path = self._silent.pop(event.peer, None), self._network.path(event.peer)
+        if path is not None and silent == (path.kind, path.address):
+            log.info("%s answers again", event.peer)
         inbound = isinstance(event, net.PeerConnected) and event.inbound
         self._look_at(event.peer, inbound=inbound)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import trio
 import trio.testing
@@ -9,7 +11,7 @@ import trio.testing
 from libmesh import Mesh, PathKind, PeerUnreachable
 from libmesh.core.ways import PUNCH
 from libmesh.errors import NetworkError
-from libmesh.net.base import Network
+from libmesh.net.base import Network, PathChanged, PathSilent
 from libmesh.peers import Path, PeerId
 from libmesh.testing.memory import MemoryNetwork
 from tests.members import NOW
@@ -93,6 +95,21 @@ async def test_a_direct_path_that_is_cut_leaves_the_relay(autojump_clock: trio.t
         place.hub.cut(near.peer, far.peer)
         assert await until(lambda: kind(near, far) is kind(far, near) is PathKind.RELAYED) < 2
         await settled(list(meshes))
+
+
+async def test_the_log_tells_when_a_silent_peer_answers_again(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with town() as place:
+        near, far = await place.of(2)
+        found = path(near, far)
+        assert found is not None
+        with caplog.at_level(logging.INFO, "libmesh.pathing"):
+            for event in (PathSilent(far.peer), PathChanged(far.peer, found), PathChanged(far.peer, found)):
+                place.networks[1].emit(event)
+            await trio.sleep(1)
+    said = [record.getMessage() for record in caplog.records if record.name == "libmesh.pathing"]
+    assert said == [f"no sign of life from {far.peer}: looking for another way", f"{far.peer} answers again"]
 
 
 async def test_watchers_are_told_of_a_better_path(autojump_clock: trio.testing.MockClock) -> None:
