@@ -74,7 +74,7 @@ async def test_what_one_types_in_the_chat_room_the_other_sees() -> None:
             await type_until_seen(at_bob, b"hello from bob\n", alice, "hello from bob")
 
 
-async def test_both_sides_of_the_counter_come_to_the_same_total() -> None:
+async def test_both_sides_of_the_counter_come_to_the_same_total_and_keep_it() -> None:
     async with running("counter.py") as (alice, at_alice):
         token = await alice.until("lm1")
         async with running("counter.py", token) as (bob, at_bob):
@@ -85,3 +85,5 @@ async def test_both_sides_of_the_counter_come_to_the_same_total() -> None:
             await bob.until("total 2")
             await at_bob.stdin.send_all(b"\n")
             await alice.until("total 3")
+        await at_alice.stdin.send_all(b"\n")  # bob has gone, what he counted has not
+        await alice.until("total 4")
