@@ -16,8 +16,11 @@ from libmesh_node.http.balance import (
     FIRST_BYTE,
     MAX_REST,
     MAX_TOLD_FIRST,
+    MAX_TOLD_LINE,
     REST,
+    SLOWEST,
     TYPICAL_TOKENS,
+    UNPROVED,
     Balance,
 )
 from libmesh_node.http.wanted import BLOCK, MAX_PREFIXES, NOTHING, Wanted, read_wanted
@@ -72,7 +75,7 @@ def test_announced_time_to_first_token_counts_until_it_was_measured() -> None:
     slow, quick = server("a", first=2.0, speed=20.0), server("b", first=0.1, speed=20.0)
     known = balance()
     assert known.choose([slow, quick], (), NOTHING, 0) is quick
-    limits = [known.first_byte_limit(one, NOTHING) for one in (slow, quick)]
+    limits = [known.first_byte_limit(one, Wanted(streams=True)) for one in (slow, quick)]
     assert limits[0] - limits[1] == pytest.approx(DOUBT * 1.9)
     known.answered(slow, first=0.01)
     known.answered(quick, first=3.0)
@@ -91,6 +94,16 @@ def test_announced_time_to_first_token_does_not_keep_a_server_from_being_taken_t
     assert known.first_byte_limit(liar, quick) < FIRST_BYTE + DOUBT * (MAX_TOLD_FIRST + 1)
     known.answered(liar, first=1000.0)
     assert known.first_byte_limit(liar, quick) > DOUBT * MAX_TOLD_FIRST * 2
+
+
+def test_no_announcement_makes_a_server_that_hangs_be_waited_for_without_end() -> None:
+    known, liar = balance(), server("l", speed=1e-9, first=1e9, busy=65_536)
+    for wanted in (NOTHING, Wanted(streams=True, prompt_tokens=10**6)):
+        assert known.first_byte_limit(liar, wanted) == UNPROVED
+    slowest = server("s", speed=SLOWEST, first=MAX_TOLD_FIRST, busy=MAX_TOLD_LINE * liar.slots)
+    for one in (liar, slowest):
+        known.answered(one, speed=1e-9)
+    assert known.first_byte_limit(liar, NOTHING) == known.first_byte_limit(slowest, NOTHING) > UNPROVED
 
 
 def test_equals_share_alike() -> None:

@@ -160,6 +160,37 @@ def test_broken_body_says_nothing_against_the_server() -> None:
         assert (only.asked, other.asked) == (8, 0)
 
 
+FAULT = [
+    whole(
+        "500 Internal Server Error",
+        b'{"error":{"code":500,"message":"Compute error.","type":"server_error"}}',
+    )
+]
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_fault_of_a_server_is_its_own_if_another_one_answers(
+    monkeypatch: pytest.MonkeyPatch, streams: bool
+) -> None:
+    monkeypatch.setattr(balance, "REST", balance.MAX_REST)  # longer than all of this takes anywhere
+    with scripts(first=FAULT, second=[WHOLE]) as (faulty, good), running_node(model(faulty, good)) as node:
+        for number in range(5):  # each a conversation of its own: none is warm anywhere
+            body = {"messages": [{"role": "user", "content": f"Hi {number}"}], "stream": streams}
+            status, headers, answer = call(node.api_port, "POST", PATH, body)
+            assert (status, headers["x-libmesh-node"]) == (200, "second")
+            assert b"Hello" in answer
+        assert (faulty.asked, good.asked) == (3, 5)  # then it is left alone
+
+
+def test_fault_of_all_servers_is_the_requests() -> None:
+    with scripts(first=FAULT, second=FAULT) as (one, other), running_node(model(one, other)) as node:
+        for _ in range(5):
+            status, headers, answer = call(node.api_port, "POST", PATH, PLAIN | {"stream": False})
+            assert (status, headers["x-libmesh-attempts"]) == (500, "2")
+            assert b"Compute error" in answer
+        assert (one.asked, other.asked) == (5, 5)
+
+
 @pytest.mark.parametrize("request_body", [STREAM, PLAIN], ids=["stream", "plain"])
 def test_request_that_kills_its_servers_does_not_kill_them_all(request_body: dict[str, object]) -> None:
     names = [f"server{index}" for index in range(8)]

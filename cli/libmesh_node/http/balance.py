@@ -33,6 +33,16 @@ FIRST_BYTE = 10.0
 MAX_TOLD_FIRST = 15.0
 """Seconds to a first token that are believed of a server as announced; one that tells of more is given no more time for it."""
 
+SLOWEST = 1.0
+"""Tokens per second that a server is believed to make at the least: no node announces less (`llama/load.py`)."""
+
+MAX_TOLD_LINE = 16
+"""Requests for each slot that are believed of a line as announced. Nodes take turns, so nobody waits for all of a longer one."""
+
+UNPROVED = 600.0
+"""Seconds for the first byte of a server of which nothing was measured here, whatever it announces: as long as the SDKs of
+OpenAI and Anthropic wait, unless they are told otherwise."""
+
 DOUBT = 4.0
 """A server has so many times longer than predicted before it is taken to hang: predictions are guesses."""
 
@@ -134,17 +144,23 @@ class Balance:
     def first_byte_limit(self, server: Server, wanted: Wanted) -> float:
         """Seconds after which a request to `server`, in flight already, would be better off at another one.
 
-        By its line, as announced or as it is from here, the rates that are known of it, and the prompt's length.
+        By its line, as announced or as it is from here, the rates that are known of it, and the prompt's length. What is only
+        announced counts within bounds, so that no lie keeps a server from being taken to hang.
         """
         known = self._known.get(server.base_url, _Known())
         speed, slots = known.speed or server.speed or UNKNOWN_SPEED, max(server.slots, 1)
-        ahead = max(self.load(server) - slots, 0) * TYPICAL_TOKENS / slots
+        speed = max(speed, SLOWEST)
+        told = min(server.busy, MAX_TOLD_LINE * slots)
+        line = max(self.in_flight.get(server.base_url, 0), told)
+        ahead = max(line - slots, 0) * TYPICAL_TOKENS / slots
         own = wanted.prompt_tokens / PROMPT_SPEED
         if not wanted.streams:
-            limit = wanted.max_tokens
-            own += limit if limit is not None else server.context_length or LONGEST_ANSWER
+            most = wanted.max_tokens
+            own += most if most is not None else server.context_length or LONGEST_ANSWER
         first = max(known.first or 0.0, min(server.first or 0.0, MAX_TOLD_FIRST))
-        return FIRST_BYTE + DOUBT * (first + (ahead + own) / speed + 2 * _distance(server))
+        limit = FIRST_BYTE + DOUBT * (first + (ahead + own) / speed + 2 * _distance(server))
+        is_proved = known.first is not None or known.speed is not None
+        return limit if is_proved else min(limit, UNPROVED)
 
     def load(self, server: Server) -> int:
         """Requests under way at `server`: ours, or more if it told of more."""

@@ -20,7 +20,7 @@ import aiohttp
 from aiohttp import web
 
 from libmesh_node.http.affinity import Affinity
-from libmesh_node.http.answers import told
+from libmesh_node.http.answers import refined_error, told
 from libmesh_node.http.balance import Balance, Seat
 from libmesh_node.http.continuing import Succession
 from libmesh_node.http.errors import ApiError
@@ -66,6 +66,9 @@ BACKLOG = 2
 
 GENERATING = frozenset({"completions", "completion", "messages", "responses", "infill"})
 """Ends of the paths whose answers are generated; the others only compute a prompt, if that."""
+
+_FAULTS = frozenset({500, 502, 504})
+"""Answers of a server that fails, unless the request makes every server fail."""
 
 _LARGE = 1 << 18
 """Bytes of a body from which on it is read in a thread of its own."""
@@ -209,8 +212,14 @@ class Proxy:
             return True
         if upstream.status == 429:  # this node has more than its share there
             return any(other.base_url not in search.tried for other in search.model.servers)
-        server = search.exchange.server
+        exchange, server = search.exchange, search.exchange.server
         assert server is not None
+        if (
+            upstream.status in _FAULTS
+            and refined_error(upstream.status, start, exchange.request.path)[0] >= 500
+        ):
+            search.erred.append(server)
+            return any(other.base_url not in search.tried for other in search.model.servers)
         if upstream.status == 400 and b"exceed_context_size_error" in start:
             larger = [other for other in search.model.servers if other.context_length > server.context_length]
             return any(other.base_url not in search.tried for other in larger)
@@ -238,6 +247,9 @@ class Proxy:
         server, said = exchange.server, told(exchange.tail)
         if server is None or status >= 500:
             return
+        for erred in search.erred:
+            log.warning("%s at %s failed at what %s answered", search.model.name, erred.peer, server.peer)
+            self.balance.failed(erred, time.monotonic())
         if status >= 400:  # it is alive, and refused
             self.balance.answered(server)
             return
@@ -318,6 +330,7 @@ class _Search:
 
     Attributes:
         tried: base URLs that refused or failed since the last pause.
+        erred: servers that answered with a fault; it is theirs if another one can answer.
         hung_up: base URLs of servers that closed a kept connection.
         again: the server to ask once more before any other.
         deaths: servers that broke off on this request.
@@ -328,6 +341,7 @@ class _Search:
     def __init__(self, exchange: Exchange, find: Callable[[], Model]) -> None:
         self.exchange, self._find = exchange, find
         self.tried: set[str] = set()
+        self.erred: list[Server] = []
         self.hung_up: set[str] = set()
         self.again: Server | None = None
         self.deaths = 0
