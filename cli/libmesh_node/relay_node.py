@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,8 @@ from libmesh_node.datadir import DataDir, held_data_dir
 from libmesh_node.errors import NodeError, UsageError
 from libmesh_node.logs import logging_to
 from libmesh_node.membership import Membership, load_membership, save_membership, secret_key
+from libmesh_node.options import FileToken, NodeOptions
+from libmesh_node.renewing import Renewal, newest
 from libmesh_node.terminal import say
 
 log = logging.getLogger(__name__)
@@ -124,19 +127,43 @@ async def _member(
     options: RelayOptions, folder: DataDir, key: SecretKey, network: Libp2pNetwork
 ) -> AsyncIterator[None]:
     """Be a member of the mesh for which this relay is, and tell its members of it."""
-    membership = Membership.invited(options.token) if options.token is not None else load_membership(folder)
-    if membership is None or membership.token is None:
-        raise UsageError(
-            "Say for whom to relay: --join TOKEN for the members of a mesh, or --open for everybody."
-        )
+    membership = _membership(options, folder)
     config = MeshConfig(
         agent=f"libmesh-node-relay/{libmesh.__version__}", relays=RelayUse(keep=False, offer=True)
     )
-    async with open_mesh(
-        key, invite=membership.token, network=network, config=config, wait=options.token is not None
+    async with (
+        open_mesh(
+            key, invite=membership.token, network=network, config=config, wait=options.token is not None
+        ) as mesh,
+        trio.open_nursery() as nursery,
     ):
         save_membership(folder, membership)
+        files = (options.token.file,) if isinstance(options.token, FileToken) else ()
+        renewal = Renewal(
+            mesh,
+            folder,
+            NodeOptions(data_dir=options.data_dir, join_files=files),
+            invited=True,
+            advice="start the relay again with --join and a new invite",
+        )
+        nursery.start_soon(renewal.run)
         yield
+        nursery.cancel_scope.cancel()
+
+
+def _membership(options: RelayOptions, folder: DataDir) -> Membership:
+    """By the invite that was given, or by the one that this relay is in by. Raises `UsageError` if there is none."""
+    if options.token is not None:
+        remembered = None
+        with suppress(NodeError):  # damaged, and not needed
+            remembered = load_membership(folder)
+        return newest(Membership.invited(options.token), remembered, time.time())
+    remembered = load_membership(folder)
+    if remembered is None:
+        raise UsageError(
+            "Say for whom to relay: --join TOKEN for the members of a mesh, or --open for everybody."
+        )
+    return remembered
 
 
 async def _serve(network: Libp2pNetwork, whom: str) -> None:

@@ -34,6 +34,8 @@ LOOK_EVERY = 30.0
 SAY_EVERY = 86400.0
 """Seconds between lines in the log."""
 
+ADVICE = "hand it a new invite in the web console, or start it again with --join"
+
 
 class Renewal:
     """Looks after the end of one stay's membership. `run` until cancelled.
@@ -44,6 +46,7 @@ class Renewal:
         options: says which invites and files there are.
         invited: whether this node came with an invite. Who founded the mesh has all that there is.
         renewed: told that another invite holds.
+        advice: what to do about a membership that ends, for the log.
         clock: seconds since the epoch.
     """
 
@@ -54,11 +57,13 @@ class Renewal:
         options: NodeOptions,
         *,
         invited: bool,
-        renewed: Callable[[], None],
+        renewed: Callable[[], None] = lambda: None,
+        advice: str = ADVICE,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._mesh, self._folder, self._options = mesh, folder, options
         self._invited, self._renewed, self._clock = invited, renewed, clock
+        self._advice = advice
         self._soon = self._begin()
         self._refused: set[str] = set()
         self._said_at = -math.inf
@@ -105,17 +110,15 @@ class Renewal:
     async def run(self) -> None:
         """Look now and then."""
         while self._invited:
-            if self._left() <= self._soon and not await self._renew() and self._left() > 0:
+            if self._left() <= self._soon and not await self._renew():
                 self._warn()
             await trio.sleep(min(LOOK_EVERY, max(1.0, self._soon / 8)))
 
     def _warn(self) -> None:
         if self._clock() - self._said_at >= SAY_EVERY:
             self._said_at = self._clock()
-            log.warning(
-                "this node's membership ends on %s: hand it a new invite in the web console, or start it again with --join",
-                self._date(),
-            )
+            when = "has ended" if self._left() <= 0 else f"ends on {self._date()}"
+            log.warning("this node's membership %s: %s", when, self._advice)
 
     async def _renew(self) -> bool:
         """By what the command line names, the files last: one may lie on a share that does not answer."""

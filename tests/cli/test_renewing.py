@@ -10,18 +10,20 @@ import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import trio
 import trio.testing
-from libmesh_node import options, renewing
+from libmesh_node import options, relay_node, renewing
 from libmesh_node.datadir import DataDir
 from libmesh_node.membership import Membership, load_membership
 from libmesh_node.options import NodeOptions
+from libmesh_node.relay_node import RelayOptions
 from libmesh_node.renewing import Renewal, newest
 
-from libmesh import Mesh, Scope
+from libmesh import Mesh, Scope, open_mesh
 from tests.members import NOW, key
 from tests.town import clock, town
 
@@ -117,7 +119,9 @@ async def test_the_end_is_told_a_week_before_and_daily(
             await day(31)
             assert node.renewal.ended
             assert_told(node, "has ended")
-    assert len(said) == WEEK
+    assert len([line for line in said if "ends on" in line]) == WEEK
+    assert "has ended" in said[WEEK]
+    assert "has ended" in said[-1]
 
 
 async def test_of_a_short_membership_the_second_half_is_told(
@@ -146,6 +150,33 @@ async def test_a_file_that_holds_a_newer_invite_by_then_renews(
         await day(59)
         assert_told(node, "membership ends on")
         assert node.renewals == 1
+
+
+async def test_a_relay_stays_in_its_mesh_by_a_newer_invite_in_its_file(
+    autojump_clock: trio.testing.MockClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(relay_node, "open_mesh", partial(open_mesh, wall_clock=clock))
+    monkeypatch.setattr(relay_node, "Renewal", partial(Renewal, clock=clock))
+    file = tmp_path / "shared"
+    async with town() as place:
+        founder = await place.found()
+        file.write_text(invite(founder, 30))
+        chosen = RelayOptions(
+            token=options.invite(f"@{file}"), open_to_all=False, port=0, websocket_port=None, announce=(), max_peers=1,
+            max_circuits=1, bandwidth=0, bandwidth_per_peer=0, data_dir=tmp_path,
+        )  # fmt: skip
+        network = await place.network(2)
+        async with relay_node._member(chosen, DataDir(tmp_path), key(2), network):  # type: ignore[arg-type]
+            await day(20)
+            file.write_text(newer := invite(founder, 60))
+            await day(31)
+            admission = founder.admission_of(network.peer)
+            assert admission is not None
+            assert admission[1] == NOW + 60 * DAY
+    kept = load_membership(DataDir(tmp_path))
+    assert kept is not None
+    assert kept.token == newer
+    assert relay_node._membership(replace(chosen, token=None), DataDir(tmp_path)) == kept
 
 
 async def test_another_invite_of_the_command_line_renews(
