@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from libmesh import keys, tokens
 from libmesh.core import credentials
 from libmesh.core.credentials import Credential, Invite, Link
+from libmesh.core.ways import is_private, to_invite
 from libmesh.errors import InviteExpired, InviteMalformed
-from libmesh.peers import MeshId, PeerId, Scope
+from libmesh.peers import MeshId, PeerId, Scope, View
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,21 @@ def check_invite(token: str, *, now_unix: float) -> Invite:
     if refusal is not None:
         raise InviteMalformed(f"the invite was tampered with: {refusal.detail}")
     return invite
+
+
+def ways_in(
+    view: View, addresses: Sequence[str], *, following: bool
+) -> tuple[tuple[PeerId, tuple[str, ...]], ...]:
+    """Whom an invite names as ways into the mesh, and where: its maker, at `addresses`, and two peers that it is connected to.
+
+    Those that can be reached from anywhere are named before others. Who only follows names three of them and not itself.
+    """
+    alive = [entry for entry in view.peers if entry.path is not None and entry.addresses]
+    alive.sort(key=lambda entry: all(map(is_private, entry.addresses)))
+    if following and alive:
+        return tuple((entry.peer, to_invite(entry.addresses, 4)) for entry in alive[:3])
+    others = ((entry.peer, to_invite(entry.addresses, 2)) for entry in alive[:2])
+    return ((view.me, to_invite(addresses, 4)), *others)
 
 
 def read_invite(token: str) -> InviteInfo:

@@ -14,10 +14,9 @@ import trio
 from libmesh import keys, tokens, tunnel, wire
 from libmesh.core import membership_io as io
 from libmesh.core.credentials import Authority, Invite, Link
-from libmesh.core.ways import to_announce
 from libmesh.driver import Driver
 from libmesh.errors import AdmissionRefused, InviteDenied, InviteMalformed, PeerUnreachable, ServiceRefused
-from libmesh.invites import InviteInfo, check_invite, invites_in
+from libmesh.invites import InviteInfo, check_invite, invites_in, ways_in
 from libmesh.net.base import Stream
 from libmesh.peers import MeshId, PathKind, PeerId, Reaching, Scope, Service, View
 from libmesh.posts import Post
@@ -271,11 +270,7 @@ class Mesh:
         return tokens.encode_invite(Invite(authority=authority, contacts=self._ways_in()))
 
     def _ways_in(self) -> tuple[tuple[PeerId, tuple[str, ...]], ...]:
-        alive = [entry for entry in self.view.peers if entry.path is not None and entry.addresses]
-        if self.following and alive:
-            return tuple((entry.peer, to_announce(entry.addresses, 4)) for entry in alive[:3])
-        others = [(entry.peer, entry.addresses[:2]) for entry in alive[:2]]
-        return ((self.peer, to_announce(self.addresses, 4)), *others)
+        return ways_in(self.view, self.addresses, following=self.following)
 
     def admission_of(self, peer: PeerId) -> tuple[tuple[str, ...], int | None] | None:
         """How a peer came in: the ids of the invites from the mesh's key down to it, and when its membership ends.

@@ -8,7 +8,8 @@ import pytest
 
 from libmesh import InviteExpired, InviteMalformed, Scope, read_invite
 from libmesh.core.credentials import Authority, Invite, LinkKind
-from libmesh.invites import check_invite
+from libmesh.invites import check_invite, ways_in
+from libmesh.peers import Path, PathKind, PeerState, PeerView, View
 from libmesh.tokens import encode_invite
 from tests.members import HOUR, MESH, NOW, peer, seed
 
@@ -91,3 +92,28 @@ def test_other_texts_are_no_tokens(token: str) -> None:
     for use in (read_invite, lambda text: check_invite(text, now_unix=NOW)):
         with pytest.raises(InviteMalformed):
             use(token)
+
+
+def seen(number: int, *addresses: str, connected: bool = True) -> PeerView:
+    return PeerView(
+        peer=peer(number), scope=Scope.CLIENT, state=PeerState.ALIVE, services=(), attributes=b"", addresses=addresses,
+        path=Path(kind=PathKind.DIRECT, address="") if connected else None, since_unix=0.0, incarnation=1,
+    )  # fmt: skip
+
+
+def test_an_invite_names_its_maker_and_two_peers_those_first_that_are_reached_from_anywhere() -> None:
+    near, public = "/ip4/192.168.1.7/tcp/1", "/ip4/8.8.8.8/tcp/1"
+    circuit = f"{public}/p2p/{peer(3)}/p2p-circuit"
+    peers = (
+        seen(1, near),
+        seen(2, public, connected=False),
+        seen(3, public),
+        seen(4, near, circuit),
+        seen(5, public),
+    )
+    view = View(mesh_id=MESH.mesh_id, me=peer(9), scope=Scope.INVITE, peers=peers)
+    reached = ((peer(3), (public,)), (peer(4), (circuit, near)), (peer(5), (public,)))
+    assert ways_in(view, (near,), following=False) == ((peer(9), (near,)), *reached[:2])
+    assert ways_in(view, (near,), following=True) == reached
+    alone = View(mesh_id=MESH.mesh_id, me=peer(9), scope=Scope.INVITE, peers=())
+    assert ways_in(alone, (near,), following=True) == ((peer(9), (near,)),)

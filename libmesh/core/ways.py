@@ -99,6 +99,21 @@ def to_announce(addresses: Sequence[str], limit: int) -> tuple[str, ...]:
     return (*kept, *circuits[: limit - len(kept)])
 
 
+def to_invite(addresses: Sequence[str], limit: int) -> tuple[str, ...]:
+    """The `limit` best of a peer's addresses, given best first, for somebody who may be anywhere.
+
+    Public ones and names, then circuits, then those of its LAN. One of each kind has a place before a second of any: a
+    machine has many addresses of one kind, such as those of IPv6 or of its containers, and its reader may use none of them.
+    """
+    kinds: tuple[list[str], ...] = ([], [], [])
+    for address in dict.fromkeys(addresses):
+        kinds[1 if is_circuit(address) else 2 if is_private(address) else 0].append(address)
+    kept = [*(found[0] for found in kinds if found), *(address for found in kinds for address in found[1:])][
+        :limit
+    ]
+    return tuple(address for found in kinds for address in found if address in kept)
+
+
 _Ip = ipaddress.IPv4Address | ipaddress.IPv6Address
 
 

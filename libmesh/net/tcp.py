@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 import psutil
 import trio
@@ -29,6 +29,8 @@ DIAL_LIMIT = 10.0
 """Seconds that one address may take, the handshake included. Linux gives up on a silent address only after 127 s."""
 
 _HOST_PROTOCOLS = ("ip4", "ip6", "dns", "dns4", "dns6")
+
+_FAR = "192.0.2.1"  # of nobody (RFC 5737)
 
 _KEEPALIVE_IDLE = 30
 
@@ -68,7 +70,9 @@ def multiaddr_of(host: str, port: int) -> str:
 def interface_hosts() -> list[str]:
     """The IP addresses of this machine's interfaces that are up: global, then private, then loopback ones.
 
-    Link-local IPv6 addresses are left out: nobody can dial them without knowing an interface's name.
+    Of the private ones, that on the way to everybody else comes first: the others may be bridges to virtual machines or
+    containers, of which there can be many. Link-local IPv6 addresses are left out: nobody can dial them without knowing an
+    interface's name.
     """
     up = {name for name, stats in psutil.net_if_stats().items() if stats.isup}
     found = {
@@ -78,13 +82,24 @@ def interface_hosts() -> list[str]:
         for address in addresses
         if address.family in (socket.AF_INET, socket.AF_INET6) and "%" not in address.address
     }
+    return in_order(found, _outward())
 
-    def rank(host: str) -> tuple[int, int, str]:
+
+def in_order(hosts: Iterable[str], outward: str) -> list[str]:
+    """As `interface_hosts`, which are `hosts`; `outward` is the one on the way to everybody else."""
+
+    def rank(host: str) -> tuple[int, bool, int, str]:
         ip = ipaddress.ip_address(host)
         kind = 2 if ip.is_loopback else 0 if ip.is_global else 1
-        return (kind, ip.version, host)
+        return (kind, host != outward, ip.version, host)
 
-    return sorted((host for host in found if not ipaddress.ip_address(host).is_link_local), key=rank)
+    return sorted((host for host in hosts if not ipaddress.ip_address(host).is_link_local), key=rank)
+
+
+def _outward() -> str:
+    """The IPv4 address that leads to everybody else, as the routes are now; empty if there is none. Sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        return "" if sock.connect_ex((_FAR, 9)) else str(sock.getsockname()[0])
 
 
 def open_listeners(hosts: Sequence[str], port: int, kind: str = "peer-to-peer") -> list[trio.SocketListener]:

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from libmesh.core.ways import MAX_WAYS, PUNCH, Ways, is_circuit, is_websocket, relay_of, to_announce, ways_to
+from libmesh.core.ways import (
+    MAX_WAYS,
+    PUNCH,
+    Ways,
+    is_circuit,
+    is_websocket,
+    relay_of,
+    to_announce,
+    to_invite,
+    ways_to,
+)
 from libmesh.peers import PeerId
 
 ME, THEM, RELAY = PeerId("me"), PeerId("them"), PeerId("relay")
@@ -125,3 +135,17 @@ def test_circuits_have_places_among_the_announced_addresses() -> None:
     assert to_announce(direct, 16) == tuple(direct[:16])
     assert to_announce([direct[0], *circuits], 16) == (direct[0], *circuits)
     assert to_announce([*direct, circuits[0]], 16) == (*direct[:15], circuits[0])
+
+
+def test_an_invite_has_an_address_of_each_kind_and_public_ones_first() -> None:
+    public = [f"/ip6/2a00::{n}/tcp/1" for n in range(1, 6)]
+    circuits = [f"/ip4/8.8.8.{n}/tcp/1/p2p/{RELAY}/p2p-circuit" for n in range(2)]
+    near = [f"/ip4/192.168.{n}.1/tcp/1" for n in range(5)]
+    assert to_invite([*public, *near, *circuits], 4) == (*public[:2], circuits[0], near[0])
+    assert to_invite([*near, *circuits], 4) == (*circuits, *near[:2])
+    assert to_invite([*near, *circuits], 2) == (circuits[0], near[0])
+    assert to_invite(near, 4) == tuple(near[:4])
+    assert to_invite([*public, *near], 4) == (*public[:3], near[0])
+    assert to_invite([NAME, *public], 1) == (NAME,)
+    assert to_invite([near[0], near[0]], 4) == (near[0],)
+    assert to_invite([], 4) == ()

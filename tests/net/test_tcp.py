@@ -164,6 +164,20 @@ def test_an_address_gives_its_multiaddr_and_back(host: str) -> None:
     assert tcp.host_and_port(tcp.multiaddr_of(host, 4001)) == (host, 4001)
 
 
+def test_of_private_addresses_the_one_that_leads_outward_comes_first() -> None:
+    hosts = ["172.17.0.1", "127.0.0.1", "fd00::1", "192.168.1.5", "10.8.0.1", "8.8.8.8", "169.254.1.1"]
+    rest = ["10.8.0.1", "172.17.0.1", "fd00::1", "127.0.0.1"]
+    assert tcp.in_order(hosts, "192.168.1.5") == ["8.8.8.8", "192.168.1.5", *rest]
+    assert tcp.in_order(hosts, "") == [
+        "8.8.8.8",
+        "10.8.0.1",
+        "172.17.0.1",
+        "192.168.1.5",
+        "fd00::1",
+        "127.0.0.1",
+    ]
+
+
 def test_this_machines_addresses_end_with_loopback_and_none_is_unspecified() -> None:
     hosts = tcp.interface_hosts()
     assert "127.0.0.1" in hosts
