@@ -25,7 +25,6 @@ from libmesh_node.llama.engine import find_engine
 from libmesh_node.models.demo import SMALL, TINY, ModelShape, write_model
 from libmesh_node.snapshot import Model, NodeSnapshot, Server
 
-
 PATIENCE = 60.0
 """Seconds to wait for whatever is bound to happen, however busy the machine is."""
 
@@ -95,7 +94,8 @@ def read_comments(response: http.client.HTTPResponse, count: int) -> bytes:
     """What comes until so many comments have."""
     received = b""
     while sum(line.startswith(b":") for line in received.splitlines(keepends=True)) < count:
-        assert (data := response.read1()), f"it ended: {received!r}"
+        data = response.read1()
+        assert data, f"it ended: {received!r}"
         received += data
     return received
 

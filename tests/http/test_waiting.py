@@ -31,11 +31,11 @@ def test_client_of_a_slow_server_is_told_once_why_and_reads_the_whole(tools: boo
     with (
         hesitating_server(WHOLE, told) as server,
         running_node(replace(model(), servers=(server,))) as node,
+        asking(node.api_port, PATH, request) as answer,
     ):
-        with asking(node.api_port, PATH, request) as answer:
-            body = read_comments(answer, 3)
-            told.set()
-            body += answer.read()
+        body = read_comments(answer, 3)
+        told.set()
+        body += answer.read()
     headers = answer.headers
     comments = [line for line in body.splitlines() if line.startswith(b":")]
     assert (answer.status, headers["Content-Type"]) == (200, "text/event-stream")
@@ -81,11 +81,11 @@ def test_servers_own_refusal_after_the_wait_is_an_event() -> None:
     with (
         hesitating_server(refusal, told) as server,
         running_node(replace(model(), servers=(server,))) as node,
+        asking(node.api_port, PATH, STREAM) as answer,
     ):
-        with asking(node.api_port, PATH, STREAM) as answer:
-            read_comments(answer, 1)
-            told.set()
-            body = answer.read()
+        read_comments(answer, 1)
+        told.set()
+        body = answer.read()
     assert answer.status == 200
     assert "too long" in json.loads(events(body)[-1].removeprefix(b"data: "))["error"]["message"]
 

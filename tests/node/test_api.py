@@ -150,7 +150,9 @@ def test_client_that_leaves_ends_the_generation_on_the_other_node(pair: Pair) ->
 
     before = tokens_made(pair.server)
     body: Json = {"model": "demo", "max_tokens": 8000, "messages": MESSAGES, "stream": True}
-    with httpx.stream("POST", f"{pair.client.api}/v1/chat/completions", json=body, timeout=PATIENCE) as response:
+    with httpx.stream(
+        "POST", f"{pair.client.api}/v1/chat/completions", json=body, timeout=PATIENCE
+    ) as response:
         pieces = response.iter_raw()  # kept: the response ends with its iterator
         next(pieces)
         assert busy()

@@ -141,6 +141,7 @@ def test_a_plan_says_who_would_serve_and_starts_nothing(machine: Machine, medium
     assert plan["possible"]
     assert [member["layers"] for member in plan["members"]] == [6]
     assert plan["host"] == plan["this_node"] == third.node_id
+
     def refused() -> bool:
         done = second.run("plan", str(medium))
         assert done.returncode == 1

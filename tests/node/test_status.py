@@ -71,7 +71,9 @@ def test_requests_in_flight_are_counted(pair: Pair) -> None:
         pieces = response.iter_raw()  # kept: the response ends with its iterator
         next(pieces)
         assert pair.client.status()["models"][0]["servers"][0]["in_flight"] == 1
-    pair.client.until(lambda status: status["models"][0]["servers"][0]["in_flight"] == 0, what="none in flight")
+    pair.client.until(
+        lambda status: status["models"][0]["servers"][0]["in_flight"] == 0, what="none in flight"
+    )
 
 
 def test_events_begin_with_the_whole_status(pair: Pair) -> None:
@@ -93,7 +95,9 @@ def test_status_command(pair: Pair) -> None:
 
 def test_token_is_told_to_this_machine_only(pair: Pair) -> None:
     """A page of another site, which a browser here might open, has another host name in `Host`."""
-    answer = httpx.get(f"{pair.server.console}/api/status", headers={"Host": "evil.example"}, timeout=PATIENCE)
+    answer = httpx.get(
+        f"{pair.server.console}/api/status", headers={"Host": "evil.example"}, timeout=PATIENCE
+    )
     assert answer.status_code == 403
     posted = httpx.post(
         f"{pair.server.console}/api/stop", json={}, headers={"Origin": "http://evil.example"}, timeout=5
