@@ -52,6 +52,7 @@ class NodeOptions:
         announce_addresses: multiaddrs that peers are told to reach this node at, besides those found.
         offline: dial nobody but on private networks and at the addresses of invites, and ask no router for a port.
         relays: multiaddrs of the relays to be reached through, instead of those that members are.
+        relay_rate: bytes a second that this node carries for other members as a relay; 0 to be none, `None` without a limit.
         invite_file: where to write an invite at start, mode 600.
     """
 
@@ -82,6 +83,7 @@ class NodeOptions:
     lan: bool = True
     offline: bool = False
     relays: tuple[str, ...] = ()
+    relay_rate: float | None = None
     invite_file: Path | None = None
     json_logs: bool = False
     verbose: bool = False
@@ -138,6 +140,7 @@ def node_options(args: argparse.Namespace) -> NodeOptions:
         announce_addresses=tuple(dict.fromkeys(args.announce_addr)),
         offline=args.offline,
         relays=tuple(dict.fromkeys(args.relay)),
+        relay_rate=args.relay_bandwidth,
         invite_file=args.invite_file,
         json_logs=args.json_logs,
         verbose=args.verbose,
@@ -216,6 +219,17 @@ def gigabytes(text: str) -> float:
     if not (0 < value < math.inf):
         raise argparse.ArgumentTypeError(f"{text!r} is no amount of memory; give gigabytes, such as 8 or 0.5")
     return value
+
+
+def rate(text: str) -> float:
+    """Bytes a second, from Mbit/s; 0 is none at all."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < 1e6:
+        raise argparse.ArgumentTypeError(f"{text!r} is no rate; give Mbit/s, such as 100 or 2.5")
+    return value * 1e6 / 8
 
 
 def count(text: str) -> int:

@@ -241,16 +241,17 @@ class Stays:
         """Whoever has an address told to it is reachable there, and relays for those who are not."""
         return RelayUse(
             known=self._options.relays,
-            offer=bool(self._options.announce_addresses),
-            volunteer=not self._options.client,
+            offer=bool(self._options.announce_addresses) and self._options.relay_rate != 0,
+            volunteer=not self._options.client and self._options.relay_rate != 0,
         )
 
     def _listen(self) -> Libp2pConfig:
+        rate = self._options.relay_rate
         return Libp2pConfig(
             port=self._port(),
             websocket_port=self._options.bind_ws,
             announce=self._options.announce_addresses,
-            relay=RelayLimits(),
+            relay=None if rate == 0 else RelayLimits(bandwidth=rate or 0.0),
             map_port=self._options.map_port and not self._options.offline,
             private_only=self._options.offline,
         )

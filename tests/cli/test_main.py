@@ -91,7 +91,7 @@ def test_help_names_every_command_and_every_flag(capsys: pytest.CaptureFixture[s
     shown = capsys.readouterr().out
     flags = (
         "model join client port console bind-port bind-ws listen-all bin-dir max-vram device data-dir ephemeral announce-addr "
-        "relay invite-file json-logs verbose version split min-peers tensor-split max-rtt draft no-draft draft-max"
+        "relay relay-bandwidth invite-file json-logs verbose version split min-peers tensor-split max-rtt draft no-draft draft-max"
     )
     for flag in flags.split():
         assert f"--{flag}" in shown

@@ -53,7 +53,7 @@ def test_every_flag_reaches_the_node(tmp_path: Path) -> None:
             "CUDA0",
         ),
         *("--data-dir", str(tmp_path), "--announce-addr", "/ip4/1.2.3.4/tcp/5", "--invite-file", "~/i"),
-        *("--relay", RELAY, "--relay", RELAY),
+        *("--relay", RELAY, "--relay", RELAY, "--relay-bandwidth", "8"),
         *("--split", "--min-peers", "2", "--tensor-split", "3,1", "--max-rtt", "20ms"),
         *("--draft", "~/d.gguf", "--draft-max", "4"),
         *("--json-logs", "--verbose"),
@@ -78,6 +78,7 @@ def test_every_flag_reaches_the_node(tmp_path: Path) -> None:
         data_dir=tmp_path,
         announce_addresses=("/ip4/1.2.3.4/tcp/5",),
         relays=(RELAY,),
+        relay_rate=1e6,
         invite_file=Path.home() / "i",
         json_logs=True,
         verbose=True,
@@ -182,6 +183,16 @@ def test_memory_must_be_a_positive_number(text: str) -> None:
 
 def test_memory_may_carry_its_unit() -> None:
     assert options.gigabytes("8GB") == options.gigabytes("8 g") == options.gigabytes("8") == 8.0
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "x", ""])
+def test_a_rate_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="no rate"):
+        options.rate(text)
+
+
+def test_nothing_at_all_is_a_rate() -> None:
+    assert options.rate("0") == 0
 
 
 def test_a_relay_is_named_with_its_peer_id() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from functools import partial
 from typing import Any
 
@@ -109,10 +108,6 @@ def _count(text: str) -> int:
 
 def _megabits(text: str) -> float:
     """Bytes a second, from Mbit/s."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"{text!r} is no rate; give Mbit/s, such as 100 or 2.5")
-    return value * 1e6 / 8
+    if not (value := options.rate(text)):
+        raise argparse.ArgumentTypeError("0 is no rate for a relay; leave the flag out for no limit")
+    return value

@@ -140,6 +140,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         metavar="MULTIADDR",
         help="be reached through this relay, and not through those of members (repeatable)",
     )
+    mesh.add_argument(
+        "--relay-bandwidth",
+        type=options.rate,
+        metavar="MBIT",
+        help="carry at most so many Mbit/s for members that cannot reach each other, where this node can be dialled; 0 to carry nothing "
+        "(default: no limit)",
+    )
 
     serves = parser.add_argument_group("API and console")
     serves.add_argument(
