@@ -9,7 +9,7 @@ import trio
 from libmesh_node.announced import AnnouncedModel
 from libmesh_node.door import Door
 from libmesh_node.llama.gguf import GgufHeader, read_header
-from libmesh_node.llama.load import IDLE, UNABLE, coarse
+from libmesh_node.llama.load import IDLE, UNABLE, Abilities, coarse
 from libmesh_node.llama.server import MIN_CONTEXT, ServerPlan
 from libmesh_node.llama.supervisor import LlamaServer
 from libmesh_node.models.reference import ModelFile
@@ -31,6 +31,7 @@ class Entry:
         life: ends the server of one that is served alone; `None` while it has none.
         leaving: its server finishes what it is answering, and gets nothing new.
         unloading: it is going to be no model of this node any more.
+        abilities: of its last server, which still hold while it sleeps.
         asleep: it had nothing to do and was ended; it is started again when a request waits for it.
         left: its split here has ended, so that another node's can begin, which it is now waited for.
         door: what other nodes' requests for it come by; `None` while it is offered to nobody.
@@ -50,6 +51,7 @@ class Entry:
     leaving: bool = False
     unloading: bool = False
     asleep: bool = False
+    abilities: Abilities = UNABLE
     left: bool = False
     door: Door | None = None
 
@@ -101,9 +103,8 @@ _OVER = ("failed", "stopping")
 def announced(entry: Entry) -> AnnouncedModel:
     """What the other nodes are told of it."""
     server = entry.servers[0] if entry.servers else None
-    plan, load, able = (
-        (server.plan, server.load, server.abilities or UNABLE) if server else (entry.plan, IDLE, UNABLE)
-    )
+    plan, load = (server.plan, server.load) if server else (entry.plan, IDLE)
+    able = (server.abilities if server else None) or entry.abilities
     return AnnouncedModel(
         name=entry.model.name,
         digest=entry.digest,

@@ -99,6 +99,8 @@ def _model(
         wanted=asked.wanted,
         coming=asked.coming,
         standbys=asked.standbys,
+        tools=any(model.tools for model, _ in entries),
+        vision=any(model.vision for model, _ in entries),
     )
 
 

@@ -285,6 +285,7 @@ class LocalModels:
     async def _live(self, entry: Entry, server: LlamaServer, life: trio.CancelScope) -> None:
         with life:
             await server.run()
+        entry.abilities = server.abilities or entry.abilities
         if server.plan.draft is None:
             entry.plan = replace(entry.plan, draft=None)  # given up, and not tried again after a sleep
         if life.cancel_called:

@@ -55,6 +55,7 @@ class Model:
         wanted: somebody's operator named it.
         coming: a server is being started, or will be as soon as a request waits.
         standbys: nodes that have it and would serve it if it were asked for.
+        tools, vision: whether it takes tools, and pictures, as far as is known; also while it sleeps.
     """
 
     name: str
@@ -67,6 +68,8 @@ class Model:
     wanted: bool = False
     coming: bool = False
     standbys: int = 0
+    tools: bool = False
+    vision: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

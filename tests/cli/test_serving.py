@@ -21,7 +21,7 @@ from libmesh_node.errors import NodeError
 from libmesh_node.finishing import finish
 from libmesh_node.llama.engine import Binary, Engine
 from libmesh_node.llama.gguf import GgufHeader, TensorInfo
-from libmesh_node.llama.load import IDLE, UNABLE
+from libmesh_node.llama.load import IDLE, UNABLE, Abilities
 from libmesh_node.llama.restart import RestartConfig, RestartPolicy
 from libmesh_node.llama.server import MAX_CONTEXT, ServerPlan, plan_server
 from libmesh_node.llama.supervisor import LlamaServer
@@ -341,3 +341,14 @@ async def test_a_model_of_a_node_that_ends_is_not_coming(
         (told,) = models.announced
         assert not told.ready
         assert not told.coming
+
+
+async def test_what_a_model_takes_is_known_while_it_sleeps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with sixteen_gb(tmp_path, monkeypatch, large("first", 5 * GB - 1)) as models:
+        entry = models.entries["first"]
+        entry.servers[0].abilities = Abilities(tools=True)
+        assert await models.rest(entry)
+        (told,) = models.announced
+        assert (told.ready, told.coming, told.tools, told.vision) == (False, True, True, False)

@@ -148,8 +148,17 @@ def test_automatic_choice_is_to_be_tried_again_while_a_model_is_coming_that_may_
     assert caught.value.status == 400
 
 
+def test_automatic_choice_is_of_what_sleeps_if_nothing_that_is_served_will_do() -> None:
+    asleep, dull = replace(model("asleep"), coming=True, tools=True), replace(model("dull"), coming=True)
+    assert pick_model([COLD, dull], Wanted()) is dull
+    assert pick_model([COLD, dull, asleep], Wanted(tools=True)) is asleep
+    assert pick_model([*SIZES, asleep], Wanted(tools=True)) is asleep
+    assert pick_model([*ABLE, asleep], Wanted(tools=True)).name == "caller"
+    assert pick_model([*SIZES, asleep], Wanted()).name == "large"
+
+
 def test_automatic_choice_of_nothing_is_refused() -> None:
-    with pytest.raises(ApiError) as caught:
+    with pytest.raises(ApiError, match="names one waits for it: `Mistral-7B`") as caught:
         pick_model([COLD], Wanted())
     assert (caught.value.status, caught.value.code) == (503, "no_models")
 

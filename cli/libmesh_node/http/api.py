@@ -29,7 +29,7 @@ from libmesh_node.http.exposure import METHODS, check_endpoint
 from libmesh_node.http.intake import Intake
 from libmesh_node.http.metrics import Metrics
 from libmesh_node.http.proxy import Proxy
-from libmesh_node.http.routing import AUTO, IDLE, RETRY_AFTER, find_model, pick_model
+from libmesh_node.http.routing import AUTO, RETRY_AFTER, find_model, nothing_served, pick_model
 from libmesh_node.http.wanted import read_wanted
 from libmesh_node.snapshot import Model, NodeSnapshot, Server
 
@@ -217,7 +217,7 @@ class Api:
                 served = sum(bool(model.servers) for model in snapshot.models)
                 if served:
                     return 200, {"status": "ok", "models": served}
-                return 503, json.loads(encode_error(ApiError(503, "no_models", IDLE), path))
+                return 503, json.loads(encode_error(nothing_served(snapshot.models, snapshot.notices), path))
             case "" if path == "":
                 return 200, {"service": "libmesh-node", "version": snapshot.version, "api": "/v1"}
             case other if other.startswith("/models/") and other != "/models/sse":
@@ -246,8 +246,8 @@ class Api:
             "meta": {
                 "n_ctx": model.context_length,
                 "size": model.size_bytes,
-                "tools": any(server.tools for server in model.servers),
-                "vision": any(server.vision for server in model.servers),
+                "tools": model.tools or any(server.tools for server in model.servers),
+                "vision": model.vision or any(server.vision for server in model.servers),
             },
         }
 

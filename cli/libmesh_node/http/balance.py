@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from libmesh_node.http.wanted import Wanted
-from libmesh_node.snapshot import Server
+from libmesh_node.snapshot import Model, Server
 
 SMOOTHING = 0.3
 """Weight of a new measurement."""
@@ -253,9 +253,9 @@ class Balance:
         return speeds[len(speeds) // 2] if speeds else UNKNOWN_SPEED
 
 
-def can(server: Server, wanted: Wanted) -> bool:
-    """Whether a server is known to take what a request brings besides text."""
-    return (server.tools or not wanted.tools) and (server.vision or not wanted.vision)
+def can(what: Server | Model, wanted: Wanted) -> bool:
+    """Whether a server, or a model that has none now, is known to take what a request brings besides text."""
+    return (what.tools or not wanted.tools) and (what.vision or not wanted.vision)
 
 
 def _distance(server: Server) -> float:

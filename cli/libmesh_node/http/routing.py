@@ -30,7 +30,7 @@ def find_model(models: Sequence[Model], name: str | None, notices: Sequence[str]
     models, that is why.
     """
     if not models:
-        raise ApiError(503, "no_models", " ".join(notices) or IDLE, retry_after=RETRY_AFTER)
+        raise nothing_served(models, notices)
     if not name:
         served = [model for model in models if model.servers]
         candidates = served or list(models)
@@ -56,16 +56,19 @@ def pick_model(models: Sequence[Model], wanted: Wanted, notices: Sequence[str] =
 
     Of those of which a server takes what the request brings (tools, pictures), and whose context has room for it if any has:
     the largest of those that answer fast enough for a reader, or if none is known to, the largest; ties by name. How long a
-    prompt is, is a guess: where it fits nowhere, the largest context is chosen, whose server counts and says so best.
+    prompt is, is a guess: where it fits nowhere, the largest context is chosen, whose server counts and says so best. Only if
+    none of those that are served takes it, one that is being loaded or sleeps is chosen, and waited for.
 
-    Raises `ApiError`: 503 if none is served; if none takes what the request brings, 400 with what is missing where, or 503
-    while another is being loaded or sleeps, of which nobody knows what it takes.
+    Raises `ApiError`: 503 if none is served or coming; if none takes what the request brings, 400 with what is missing where,
+    or 503 while another is coming of which nobody knows what it takes.
     """
     served = [model for model in models if model.servers]
-    if not served:
-        raise ApiError(503, "no_models", " ".join(notices) or IDLE, retry_after=RETRY_AFTER)
+    coming = [model for model in models if model.coming and not model.servers]
+    if not served and not coming:
+        raise nothing_served(models, notices)
     able = [model for model in served if any(can(server, wanted) for server in model.servers)]
-    if not able and (coming := [model for model in models if model.coming and not model.servers]):
+    able = able or [model for model in coming if can(model, wanted)]
+    if not able and coming:
         message = f"{_missing(served, wanted)} {_listing(coming)} may, and will answer soon or when named; try again."
         raise ApiError(503, "no_capable_model", message, param="model", retry_after=RETRY_AFTER)
     if not able:
@@ -100,6 +103,16 @@ def _missing(served: Sequence[Model], wanted: Wanted) -> str:
 
 
 _BROUGHT = (("tools", "tools"), ("vision", "pictures"))
+
+
+def nothing_served(models: Sequence[Model], notices: Sequence[str] = ()) -> ApiError:
+    """The refusal where no model is served at this moment; `notices` as for `find_model`."""
+    message = " ".join(notices) or IDLE
+    if models:
+        message = (
+            f"No model is served at this moment. A request that names one waits for it: {_listing(models)}."
+        )
+    return ApiError(503, "no_models", message, retry_after=RETRY_AFTER)
 
 
 def no_server(model: Model) -> ApiError:
