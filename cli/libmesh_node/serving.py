@@ -147,9 +147,11 @@ class LocalModels:
             raise NodeError(
                 f"Another model named {model.name} is served here. Unload it first, or rename one file."
             )
-        elif entry.leaving:
+        while entry.leaving and not entry.unloading:  # noqa: ASYNC110 - it makes room, or goes to sleep
+            await trio.sleep(0.05)
+        if entry.leaving:
             raise NodeError(f"{model.name} is being unloaded; try again in a moment.")
-        elif entry.asleep or entry.failed:
+        if entry.asleep or entry.failed:
             self._serve(entry)
         if named:
             self.named.setdefault(model.name, entry.digest)

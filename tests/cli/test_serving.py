@@ -343,6 +343,20 @@ async def test_a_model_of_a_node_that_ends_is_not_coming(
         assert not told.coming
 
 
+async def test_a_model_that_is_about_to_sleep_is_loaded_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with sixteen_gb(tmp_path, monkeypatch, first := large("first", 5 * GB - 1)) as models:
+        entry = models.entries["first"]
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(models.rest, entry)
+            await trio.sleep(0.5)
+            assert entry.leaving
+            assert await models.load(first, named=True) is entry
+        await trio.sleep(1)
+        assert status_of(entry) == "ready"
+
+
 async def test_what_a_model_takes_is_known_while_it_sleeps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
 ) -> None:

@@ -189,6 +189,8 @@ def test_lost_last_server_is_replaced_within_ten_seconds_and_a_load() -> None:
             node.serves.clear()
             node.loading.clear()
     assert model in town.unserved()
+    lost = town.now
     for _ in range(10 + LOAD):
         town.second()
     assert model not in town.unserved()
+    assert min(when for when, _, take in town.moves if when > lost and take.model == model) <= lost + 5
