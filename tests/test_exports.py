@@ -8,6 +8,7 @@ import inspect
 import pytest
 
 import libmesh
+import libmesh.testing
 
 
 def test_all_is_sorted_and_everything_in_it_is_there() -> None:
@@ -32,6 +33,12 @@ def test_every_public_method_is_documented(name: str) -> None:
             inspect.isfunction(value) or isinstance(value, (property, classmethod))
         ):
             assert inspect.getdoc(value), f"libmesh.{name}.{method} has no docstring"
+
+
+@pytest.mark.parametrize("name", ["MemoryHub", "check_network", "RULES"])
+def test_what_others_test_with_is_where_they_are_told(name: str) -> None:
+    assert name in libmesh.testing.__all__
+    assert getattr(libmesh.testing, name)
 
 
 CONFIGS = [

@@ -198,6 +198,14 @@ async def test_what_is_posted_leaves_though_nothing_follows() -> None:
         assert await far.receive_some() == b"tion"
 
 
+async def test_what_there_is_no_room_for_is_not_posted() -> None:
+    async with streams() as (near, accept):
+        posted = next(number for number in range(1000) if not near.post(bytes(1000)))
+        await near.send_eof()
+        far: Stream = await accept()  # type: ignore[misc]
+        assert len(await read_all(far)) == 1000 * posted > 200_000
+
+
 @pytest.mark.parametrize("end", ["aclose", "reset"])
 async def test_posting_to_a_stream_that_is_over_does_nothing_and_the_next_call_tells(end: str) -> None:
     async with streams() as (near, accept):

@@ -5,6 +5,9 @@ from __future__ import annotations
 _SOON = 3
 """Pings that are a second apart at first: one that meets a connection being set up measures that, not the path."""
 
+_LATE = 1.0
+"""Seconds after its time from which a call of `tick` shows that we stood still ourselves: what has come meanwhile is unread."""
+
 
 class Keepalive:
     """Pings on a schedule and judges the answers.
@@ -46,6 +49,8 @@ class Keepalive:
     def tick(self, now: float) -> int | None:
         """The number to ping with, if a ping is due. Afterwards `deadline` is later than `now`."""
         if self._sent is not None and now >= self._sent + self._timeout:
+            if self._late(now):
+                self._next = now
             self._sent = None
         if now < self._next:
             return None
@@ -58,10 +63,16 @@ class Keepalive:
         return self._opaque
 
     def silence(self, now: float) -> float | None:
-        """For how long the peer has been silent, if that is too long. To be asked before `tick`."""
+        """For how long the peer has been silent, if that is too long. To be asked before `tick`.
+
+        Never if that is asked late: then the peer may have answered, and is pinged anew.
+        """
         if self._sent is None or now < self._sent + self._timeout or self.heard_at > self._sent:
             return None
-        return now - self.heard_at
+        return None if self._late(now) else now - self.heard_at
+
+    def _late(self, now: float) -> bool:
+        return self._sent is not None and now > self._sent + self._timeout + _LATE
 
     def answered(self, opaque: int, now: float) -> None:
         """The peer echoed a ping. Echoes of old ones, and of none, are ignored."""

@@ -73,15 +73,13 @@ class Yamux:
         self._windows = self.table.windows
         self._next_id = 1 if initiator else 2
         self._peer_parity = 0 if initiator else 1
-        self._open_refused = self._gone = False
+        self._open_refused = self._gone = self._peer_gone = False
         self._refusals = 0
         self.broken: str | None = None
         self._control = ControlQueue()
-        # where the parser stands
         self._parser = FrameParser()
         self._body_left = self._body_stream = 0
-        self._body_known = False  # the body belongs to a live stream; otherwise it is skipped
-        self._body_finishes = False
+        self._body_known = self._body_finishes = False  # known: of a live stream; otherwise it is skipped
         self.keepalive = Keepalive(
             interval=self._options.ping_interval, timeout=self._options.ping_timeout, now=now
         )
@@ -91,7 +89,7 @@ class Yamux:
     @property
     def closing(self) -> bool:
         """True once no stream can be opened any more."""
-        return self._gone or self.broken is not None or self._next_id > _MAX_STREAM_ID
+        return self._gone or self._peer_gone or self.broken is not None or self._next_id > _MAX_STREAM_ID
 
     def open(self, now: float) -> int | None:
         """Open a stream and return its id; `None` while too many are unacknowledged (wait for `OpenAllowed`).
@@ -236,14 +234,14 @@ class Yamux:
         events: list[Event] = []
         if self.broken is not None:
             return events
-        silence = self.keepalive.silence(now)
-        if silence is not None:
+        if (silence := self.keepalive.silence(now)) is not None:
             self._break(events, f"no sign of life for {silence:.1f} s")
             return events
         for stream_id in self.table.expired(now):
             if self._streams[stream_id].state is not State.LINGERING:
                 events.append(Reset(stream_id, "the peer did not finish in time"))
             self.reset(stream_id)
+        self._allow_open(events)
         if (opaque := self.keepalive.tick(now)) is not None:
             self._control.ping(opaque)
         return events
@@ -280,7 +278,7 @@ class Yamux:
         elif kind == PING:
             self.keepalive.answered(length, now)
         elif kind == GO_AWAY:
-            self._gone = True
+            self._peer_gone = True  # it takes no streams; those that it opens are welcome
             events.append(GoneAway(length))
         else:
             self._break(events, f"yamux frame type {kind}")
@@ -301,6 +299,7 @@ class Yamux:
                 stream = None
                 if self.broken is not None:
                     return
+                self._allow_open(events)
             finishes = bool(flags & FIN) and not flags & RST
             self._body_left, self._body_stream = length, stream_id
             self._body_known = stream is not None and not flags & RST
@@ -363,6 +362,7 @@ class Yamux:
         stream = self._streams.get(stream_id) if self._body_known else None
         if stream is not None and stream.state is State.LINGERING:
             self.reset(stream_id)  # closed here since the header came
+            self._allow_open(events)
         elif stream is not None:
             self._windows.unread += len(piece)
             events.append(Data(stream_id, piece))

@@ -22,6 +22,7 @@ from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
 from libmesh.core.ways import relay_of
+from libmesh.core.yamux_frames import Options
 from libmesh.errors import NetworkError, PeerUnreachable
 from libmesh.net import tcp, websocket
 from libmesh.net.base import (
@@ -84,6 +85,7 @@ class Libp2pNetwork(Network):
             seed,
             max_connections=config.max_connections,
             handshake_limit=config.handshake_limit,
+            options=Options(ping_interval=config.ping_interval, ping_timeout=config.ping_timeout),
             serve=self._server.take,
         )
         self._host = BasicHost(
@@ -375,7 +377,7 @@ async def open_libp2p_network(
 ) -> AsyncIterator[Libp2pNetwork]:
     """A running `Libp2pNetwork` whose peer id belongs to the Ed25519 `seed` (32 bytes).
 
-    Raises `AddressUnavailable` if the port is taken.
+    Raises `AddressUnavailable` if the port is taken, and `ValueError` for a time in `config` that cannot work.
     """
     network = Libp2pNetwork(seed, config or Libp2pConfig())
     async with network.running():

@@ -26,6 +26,10 @@ class Libp2pConfig:
         max_events: events not yet read, beyond which gossip messages are dropped. Never other events.
         private_only: of what others name, dial addresses of private networks only: in hole punches, and for those who want to
             know whether they can be reached. What `Network.connect` and `Network.dial` are told is not looked at.
+        ping_interval: seconds between pings on each connection.
+        ping_timeout: seconds without any sign of life after a ping until a connection is dead, and its streams with it. A
+            peer that vanishes is noticed within the sum of both. Less costs packets on connections that are idle, and
+            ends those over links that pause for as long.
         relay: what this node gives as a relay for others; `None` to be none.
         relay_open: be a relay for whoever comes, not for admitted peers only.
     """
@@ -42,5 +46,7 @@ class Libp2pConfig:
     max_waiting: int = 32
     max_events: int = 1024
     private_only: bool = False
+    ping_interval: float = 10.0
+    ping_timeout: float = 5.0
     relay: RelayLimits | None = None
     relay_open: bool = False

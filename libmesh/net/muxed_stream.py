@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _JOIN_BELOW = 16 * 1024  # a chunk smaller than this is returned together with those behind it
 _JOIN_UP_TO = 64 * 1024
+_CRUMB_BYTES = 1024  # what waits is joined up to this: by itself, a byte takes fifty
 
 Pieces = list[bytes | memoryview]
 
@@ -175,15 +176,16 @@ class YamuxStream(StockFace):
         view = _bytes_of(data)
         return self._outbound.send_nowait(self, view) if len(view) else 0
 
-    def post(self, data: bytes, *, hurry: bool = True) -> None:
+    def post(self, data: bytes, *, hurry: bool = True) -> bool:
         """Send at most 1 KiB without waiting, together with what follows in this turn of the scheduler.
 
-        Without `hurry`, together with what follows within `outbound.COMPANY_TIME`. For the lines that open a stream:
-        never refused, as the first window has room and each stream has few. Nothing happens on a stream that is closed
-        or broken.
+        Without `hurry`, together with what follows within `outbound.COMPANY_TIME`. For the lines that open a stream: the
+        first window has room for them. False, and nothing was sent, when it is used up. Nothing happens on a stream that
+        is closed or broken.
         """
         if self._broken is None and not self._closed:
-            self._outbound.post(self, data, hurry=hurry)
+            return self._outbound.post(self, data, hurry=hurry)
+        return True
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See `trio.abc.SendStream.send_all`."""
@@ -339,7 +341,11 @@ class YamuxStream(StockFace):
 
     def _deliver(self, data: bytes | memoryview) -> None:
         """Have bytes wait for their reader. A view is copied."""
-        self._chunks.append(bytes(data))
+        chunks = self._chunks
+        if chunks and len(data) < _CRUMB_BYTES and len(chunks[-1]) < _CRUMB_BYTES:
+            chunks[-1] += data
+        else:
+            chunks.append(bytes(data))
         self._receivable.wake()
 
     def deliver_all(self, pieces: Pieces) -> None:

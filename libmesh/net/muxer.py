@@ -374,6 +374,7 @@ class YamuxConnection(IMuxedConn):
         self._outbound.append(self._machine.finish(stream.stream_id, linger_from=linger_from))
         if stream.both_finished:
             del self._streams[stream.stream_id]
+            self._openable.unpark_all()
         self._outbound.flush_soon()
 
     def abandon(self, stream: YamuxStream, unread: int) -> None:

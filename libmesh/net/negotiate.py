@@ -233,8 +233,7 @@ class Libp2pStream(Stream):
         if not isinstance(self._inner, YamuxStream):
             return False
         self._propose()
-        self._inner.post(data, hurry=not self._inner.unread)
-        return True
+        return self._inner.post(data, hurry=not self._inner.unread)
 
     def _raise_refusal(self) -> None:
         if self._refused:

@@ -130,17 +130,21 @@ class Outbound:
         except StreamReset as exc:
             self._fail(str(exc))
 
-    def post(self, stream: YamuxStream, data: bytes, *, hurry: bool) -> None:
-        """Send a few bytes of a new stream, soon. The window has room for them.
+    def post(self, stream: YamuxStream, data: bytes, *, hurry: bool) -> bool:
+        """Send a few bytes of a new stream, soon. False, and nothing is sent, if the window has no room for them.
 
         Without `hurry` they leave with the next thing that does, `COMPANY_TIME` later at most.
         """
+        known = self._machine.table.states.get(stream.stream_id)
+        if known is not None and known.send_window < len(data):
+            return False
         header, count = self._machine.data(stream.stream_id, len(data))
         self.append(header, data[:count])
         if hurry:
             self.flush_soon()
         else:
             self.flush_later()
+        return True
 
     def append(self, *pieces: bytes) -> None:
         """Queue frames behind what is queued already. They leave with the next batch.

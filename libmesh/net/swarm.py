@@ -21,6 +21,7 @@ from libp2p.network.config import ConnectionConfig
 from libp2p.peer.id import ID
 from multiaddr import Multiaddr
 
+from libmesh.core.yamux_frames import Options
 from libmesh.keys import public_key_of
 from libmesh.net.eager import EagerClient
 from libmesh.net.muxer import Serve, YamuxConnection
@@ -36,12 +37,17 @@ SECURITY: Sequence[tuple[str, Callable[[KeyPair], ISecureTransport]]] = ((NOISE_
 
 
 def new_mesh_swarm(
-    seed: bytes, *, max_connections: int, handshake_limit: float, serve: Serve | None = None
+    seed: bytes,
+    *,
+    max_connections: int,
+    handshake_limit: float,
+    options: Options | None = None,
+    serve: Serve | None = None,
 ) -> Any:
     """A swarm for the Ed25519 `seed`, without transports: connections are brought to it already made.
 
-    `handshake_limit` is in seconds; `serve` takes each inbound stream. Typed `Any`: the class behind py-libp2p's
-    interface has what we need, the interface has not.
+    `handshake_limit` is in seconds; `options` are those of each connection's muxer; `serve` takes each inbound stream.
+    Typed `Any`: the class behind py-libp2p's interface has what we need, the interface has not.
     """
     _quiet(logging.getLogger("libp2p"))
     key_pair = create_new_key_pair(seed)
@@ -62,7 +68,7 @@ def new_mesh_swarm(
             ),
         ),
     )
-    install_muxer(swarm.upgrader, serve=serve)
+    install_muxer(swarm.upgrader, options, serve)
     for selector in (swarm.upgrader.security_multistream, swarm.upgrader.muxer_multistream):
         selector._selector.multiselect_client = EagerClient()
     security = swarm.upgrader.security_multistream

@@ -81,6 +81,26 @@ def test_an_end_in_place_of_an_acknowledgement_lets_the_next_open(answer: int) -
     assert OpenAllowed() in side.take(frame(WINDOW_UPDATE, answer, 1, 0))
 
 
+def test_a_stream_that_is_given_up_unacknowledged_lets_the_next_open() -> None:
+    side = Side(True, Options(max_unacknowledged=1, linger=30.0))
+    side.machine.open(0)
+    side.abandon(1)
+    assert side.machine.open(0) is None
+    assert OpenAllowed() in side.machine.tick(30.0)
+    assert side.machine.open(30.0) == 3
+
+
+@pytest.mark.parametrize("arrived", [0, 12, 14])
+def test_data_without_an_acknowledgement_for_a_stream_that_was_left_lets_the_next_open(arrived: int) -> None:
+    side = Side(True, Options(max_unacknowledged=1))
+    said = frame(DATA, 0, 1, 4, b"late")
+    side.machine.open(0)
+    side.take(said[:arrived])
+    side.abandon(1)
+    assert side.machine.open(0) is None
+    assert OpenAllowed() in side.take(said[arrived:])
+
+
 def test_streams_beyond_the_backlog_are_refused() -> None:
     side = Side(False, Options(backlog=2, ping_interval=1e9, ping_timeout=1e9))
     for stream_id in (1, 3, 5):

@@ -183,6 +183,16 @@ def test_going_away_lets_open_streams_go_on_and_refuses_new_ones() -> None:
     assert pair.b.opened == [stream_id]
 
 
+def test_a_peer_that_takes_no_more_streams_may_still_open_some() -> None:
+    side = Side(False, PLAIN)
+    assert side.take(frame(GO_AWAY, 0, 0, 0)) == [GoneAway(0)]
+    assert side.machine.closing
+    side.take(frame(WINDOW_UPDATE, SYN, 1, 0))
+    assert side.opened == [1]
+    side.machine.shutdown()
+    assert frames_of(side.machine.take_control()) == [(GO_AWAY, 0, 0, 0)]
+
+
 def test_pings_are_echoed_at_most_a_few_at_a_time() -> None:
     side = Side(False, PLAIN)
     side.take(b"".join(frame(PING, SYN, 0, opaque) for opaque in range(100)))
@@ -216,6 +226,15 @@ def test_a_peer_silent_for_the_timeout_after_a_ping_is_dead() -> None:
     assert side.machine.deadline() == 17.0
     assert side.machine.tick(16.9) == []
     assert side.machine.tick(17.0) == [Broken("no sign of life for 14.9 s")]
+
+
+def test_who_stood_still_asks_again_before_the_peer_is_taken_for_dead() -> None:
+    side = Side(True, Options(ping_interval=10.0, ping_timeout=5.0))
+    settle(side)
+    side.machine.tick(12.0)
+    assert side.machine.tick(40.0) == []  # it was due at 17, and what came since then is unread
+    assert side.machine.deadline() == 45.0
+    assert side.machine.tick(45.0) == [Broken("no sign of life for 42.9 s")]
 
 
 @pytest.mark.parametrize("sign", ["bytes", "progress"])

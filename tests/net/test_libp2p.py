@@ -108,6 +108,22 @@ async def test_both_sides_are_told_of_a_connection_once_and_of_its_end() -> None
         nursery.cancel_scope.cancel()
 
 
+async def test_the_times_of_the_keepalive_are_those_of_the_configuration() -> None:
+    config = Libp2pConfig(hosts=("127.0.0.1",), ping_interval=3.0, ping_timeout=2.0)
+    async with networks(2, config) as (one, two):
+        await join(one, two)
+        for network, peer in ((one, two.peer), (two, one.peer)):
+            (connection,) = network._connections.of(peer)
+            keepalive = connection.muxed_conn._machine.keepalive
+            assert (keepalive._interval, keepalive._timeout) == (3.0, 2.0)
+
+
+async def test_a_time_that_cannot_work_is_named() -> None:
+    with pytest.raises(ValueError, match="ping_timeout"):
+        async with open_libp2p_network(seed(1), Libp2pConfig(ping_timeout=0.0)):
+            raise AssertionError("it opened")
+
+
 # ── strangers ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from libmesh.core.yamux_frames import DATA, HEADER, RST, SYN, WINDOW_UPDATE
+from libmesh.core.yamux_frames import DATA, FIN, HEADER, RST, SYN, WINDOW_UPDATE, Options
 from libmesh.net.base import StreamReset
 from libmesh.net.muxed_stream import YamuxStream
 from libmesh.net.muxer import YamuxConnection
@@ -86,6 +86,23 @@ async def test_the_end_of_a_stream_leaves_alone_the_next_one_to_which_the_peer_g
         connection.give_up("lost")
         with pytest.raises(StreamReset, match="lost"):
             await stream.receive_some()
+
+
+async def test_a_stream_that_both_sides_finish_unacknowledged_makes_room_for_the_next() -> None:
+    secured: Any = WaitingConn()
+    connection = YamuxConnection(secured, peer_of(KEYS[1]), Options(max_unacknowledged=1))
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.start)
+        await connection.event_started.wait()
+        stream = await connection.open_stream()
+        secured.say(HEADER.pack(0, WINDOW_UPDATE, FIN, stream.stream_id, 0))
+        assert await stream.receive_some() == b""
+        with trio.fail_after(60):
+            async with trio.open_nursery() as openers:
+                openers.start_soon(connection.open_stream)
+                await trio.testing.wait_all_tasks_blocked()
+                await stream.send_eof()
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_mistake_beside_a_cancellation_costs_the_connection_and_not_the_host(

@@ -73,6 +73,16 @@ async def test_a_connection_that_dies_fails_every_stream_on_both_sides_within_th
         assert b.is_closed
 
 
+async def test_a_stream_that_nobody_ever_acknowledged_makes_room_for_the_next_when_it_is_given_up(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    options = Options(max_unacknowledged=1, linger=30)
+    async with memory_muxed_pair(options) as (a, _b, _):
+        await (await a.open_stream()).aclose()
+        with trio.fail_after(2 * options.linger):
+            await a.open_stream()
+
+
 async def test_both_sides_forget_a_stream_that_is_closed_by_either(
     autojump_clock: trio.testing.MockClock,
 ) -> None:

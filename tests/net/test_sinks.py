@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 import trio
@@ -15,6 +16,7 @@ from libmesh.net.negotiate import Libp2pStream
 from libmesh.net.pipes import BufferPool, SocketPipe
 from libmesh.net.records import BUFFER_BYTES, RecordChannel
 from libmesh.net.splice import MOST_PIECES, splice
+from tests.net.hosts import until
 from tests.net.pairs import muxed_pair, socket_pair, stream_pair
 from tests.net.test_muxer import against
 
@@ -106,6 +108,19 @@ async def test_a_peer_of_crumbs_is_understood() -> None:
             got += await far.receive_some()
         assert got == b"".join(crumbs)
         nursery.cancel_scope.cancel()
+
+
+async def test_crumbs_that_nobody_reads_take_little_more_memory_than_they_have_bytes() -> None:
+    async with against() as (connection, peer):
+        stream = await connection.open_stream()
+        crumbs = [bytes([number % 256, 7, number >> 8]) for number in range(20_000)]
+        await peer.write(b"".join(data(stream, crumb) for crumb in crumbs))
+        await until(lambda: stream.unread == 3 * len(crumbs))
+        assert sum(map(sys.getsizeof, stream._chunks)) < 1.1 * stream.unread
+        got = b""
+        while (piece := stream.receive_nowait(1000)) is not None:
+            got += piece
+        assert got == b"".join(crumbs)
 
 
 async def test_a_connection_that_waits_behind_a_full_read_holds_no_buffer() -> None:

@@ -15,7 +15,7 @@ import trio
 from libmesh.errors import ServiceRefused
 from libmesh.net.base import Stream
 from libmesh.net.negotiate import accept_stream, encode_line, open_lazy_stream
-from libmesh.net.splice import SpliceResult, splice
+from libmesh.net.splice import NOT_READ_BYTES, SpliceResult, splice
 from libmesh.peers import PeerId
 from tests.net.hosts import until
 from tests.net.pairs import drain, fill, muxed_pair, socket_pair
@@ -172,6 +172,19 @@ async def test_a_refused_service_resets_the_socket_and_is_told() -> None:
         with pytest.raises(trio.BrokenResourceError):
             await client.receive_some()
         await client.aclose()
+
+
+async def test_the_socket_is_told_what_it_is_for() -> None:
+    async with muxed_pair() as (a, _b):
+        client, entrance = await socket_pair()
+        stream = await open_lazy_stream(a, PEER, "/tunnel")
+        async with client, trio.open_nursery() as nursery:
+            nursery.start_soon(splice, stream, entrance)
+            await until(lambda: entrance.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE))
+            assert entrance.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            if hasattr(socket, "TCP_NOTSENT_LOWAT"):
+                assert entrance.getsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT) == NOT_READ_BYTES
+            nursery.cancel_scope.cancel()
 
 
 async def test_a_lost_connection_resets_the_sockets() -> None:
