@@ -14,16 +14,22 @@ from libp2p.crypto.ed25519 import create_new_key_pair
 from libp2p.crypto.x25519 import create_new_key_pair as create_x25519
 from libp2p.custom_types import TProtocol
 from libp2p.host.ping import PingService
+from libp2p.identity.identify_push.identify_push import push_identify_to_peer
 from libp2p.network.config import ConnectionConfig
 from libp2p.network.stream.exceptions import StreamEOF
 from libp2p.peer.id import ID
 from libp2p.peer.peerinfo import PeerInfo
+from libp2p.peer.peerstore import PeerStoreError
+from libp2p.pubsub.gossipsub import GossipSub
+from libp2p.pubsub.pubsub import Pubsub
 from libp2p.security.noise.transport import Transport as StockNoise
 from libp2p.security.tls.transport import TLSTransport
+from libp2p.tools.anyio_service import background_trio_service
 from multiaddr import Multiaddr
 
 from libmesh.errors import ServiceRefused
-from libmesh.net.base import Network, Stream, StreamHandler
+from libmesh.net.base import Message, Network, NetworkEvent, Stream, StreamHandler
+from libmesh.net.gossip import PROTOCOLS as GOSSIP_PROTOCOLS
 from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
 from libmesh.net.muxer import YamuxConnection
 from libmesh.net.muxer_choice import install_muxer
@@ -31,6 +37,7 @@ from libmesh.net.negotiate import Libp2pStream, open_lazy_stream
 from libmesh.net.stock import StockStream
 from libmesh.peers import Path, PeerId
 from libmesh.testing.contract import RULES, check_network
+from tests.net.hosts import collect, until
 
 ECHO = "/echo/1.0.0"
 SIZE = 4 * 1024 * 1024
@@ -134,6 +141,65 @@ async def test_stock_dials_us() -> None:
                 await stream.read(1)
         assert bytes(got) == DATA
         assert (await PingService(stock).ping(peer))[0] >= 0
+
+
+async def test_each_is_told_what_the_other_serves_and_serves_later() -> None:
+    """Identify, and identify-push, both ways; ping, ours."""
+    first, later = TProtocol("/ipfs/ping/1.0.0"), TProtocol("/served/later/1.0.0")
+    async with stock_host(b"s") as stock, network() as ours:
+        peer, address = address_of(stock)
+        await ours.connect(peer, [address])
+        hosts = {ours.peer: ours._host, peer: stock}
+        for one, other in ((ours.peer, peer), (peer, ours.peer)):
+            known = hosts[one].get_peerstore()
+            await until(lambda known=known, other=other: first in protocols(known, other))  # type: ignore[misc]
+            hosts[other].multiselect.add_handler(later, None)
+            assert await push_identify_to_peer(hosts[other], ID.from_base58(one))
+            await until(lambda known=known, other=other: later in protocols(known, other))  # type: ignore[misc]
+        ping = await ours.open_stream(peer, first)
+        await ping.send_all(b"p" * 32)
+        with trio.fail_after(60):
+            assert await ping.receive_some(1) == b"p"
+        await ping.aclose()
+
+
+def protocols(peerstore: Any, peer: PeerId) -> list[TProtocol]:
+    try:
+        return list(peerstore.get_protocols(ID.from_base58(peer)))
+    except PeerStoreError:
+        return []
+
+
+async def test_gossip_crosses_both_ways() -> None:
+    async with stock_host(b"s") as stock, network() as ours, trio.open_nursery() as nursery:
+        router = GossipSub(
+            [TProtocol(each) for each in GOSSIP_PROTOCOLS], degree=8, degree_low=6, degree_high=12
+        )
+        pubsub = Pubsub(stock, router)
+        async with background_trio_service(pubsub), background_trio_service(router):
+            await pubsub.wait_until_ready()
+            heard: list[NetworkEvent] = []
+            nursery.start_soon(collect, ours, heard)
+            subscription = await pubsub.subscribe("interop")
+            await ours.subscribe("interop")
+            peer, address = address_of(stock)
+            await ours.connect(peer, [address])
+            ours.admit(peer)
+            theirs: list[bytes] = []
+
+            async def hear() -> None:
+                while True:
+                    theirs.append((await subscription.get()).data)  # its own, too
+
+            nursery.start_soon(hear)
+            with trio.fail_after(60):
+                while b"from us" not in theirs or not any(isinstance(event, Message) for event in heard):
+                    await ours.publish("interop", b"from us")
+                    await pubsub.publish("interop", b"from stock")
+                    await trio.sleep(0.2)
+            said = {(event.origin, event.data) for event in heard if isinstance(event, Message)}
+            assert said == {(peer, b"from stock")}
+            nursery.cancel_scope.cancel()
 
 
 async def test_our_muxer_over_stock_tls() -> None:
