@@ -158,7 +158,10 @@ class SplitHost:
                 case Adopt(placement):  # another one's, or for later; ours ends when that answers, or before
                     self._steering.current = self._run.placement if self._run is not None else None
                     if self._run is not None and not fit_beside(self._run.placement, placement, machines):
-                        self._leave_to(placement.host, self._run, now, nursery)
+                        if running is None and placement.host == self._mesh.view.me:
+                            self._make_room(self._run, now)
+                        else:
+                            self._leave_to(placement.host, self._run, now, nursery)
                 case Abandon(why):
                     log.warning("%s cannot be served any more: %s", self.name, why)
                     self._stop(self._run)
@@ -304,6 +307,12 @@ class SplitHost:
             self._steering.handle(Broken(), now)
         else:
             self._steering.current = self._run.placement
+
+    def _make_room(self, run: SplitRun, now: float) -> None:
+        """A member of `run` is silent, so that nothing can be expected of it, and its memory here is needed at once."""
+        log.info("%s: the split here has lost a member; ending it for another one", self.name)
+        self._stop(run)
+        self._steering.handle(Broken(), now)
 
     def _leave_to(self, heir: str, run: SplitRun, now: float, nursery: trio.Nursery) -> None:
         """A better split, of another host or of this one, has no room beside `run`, which ends as soon as it is idle."""

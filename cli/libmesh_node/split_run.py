@@ -44,6 +44,10 @@ STALLED_AFTER = 300.0
 
 _STEP = 256  # llama.cpp pads its cache to multiples of this
 
+MASK = 2 * BATCH
+"""Bytes that each machine takes for each token of the cache, whatever its share: of the mask of a batch, in f16. It is part of the
+compute buffer, of which `ModelShape.compute` is the rest; with a long context it is the most."""
+
 
 class SplitFailed(Exception):
     """A split could not be started, or has ended. `peer`: whose fault it was; empty if nobody's or this node's.
@@ -294,7 +298,8 @@ def _over(layers: int, room: list[int]) -> list[int]:
 def _memory(share: Share, context: int, shape: ModelShape) -> int:
     """Bytes that a share takes with a cache for `context` tokens. The last one may also make logits."""
     logits = BATCH * 4 * shape.vocabulary
-    return int(share.weights * OVERHEAD) + share.kv_per_token * context + shape.compute + logits
+    cache = (share.kv_per_token + MASK) * context
+    return int(share.weights * OVERHEAD) + cache + shape.compute + logits
 
 
 def _context(setting: SplitSetting, placement: Placement, memory: dict[str, int]) -> int:
@@ -302,7 +307,6 @@ def _context(setting: SplitSetting, placement: Placement, memory: dict[str, int]
     most = (setting.model.header.context_length or setting.shape.context) * setting.slots
     for share in (*placement.workers, placement.home):
         if share.kv_per_token:
-            most = min(
-                most, (memory.get(share.peer, 0) - _memory(share, 0, setting.shape)) // share.kv_per_token
-            )
+            left = memory.get(share.peer, 0) - _memory(share, 0, setting.shape)
+            most = min(most, left // (share.kv_per_token + MASK))
     return max(setting.shape.context, min(most, 65536) // _STEP * _STEP)

@@ -87,6 +87,25 @@ async def test_a_host_keeps_its_split_when_the_better_worker_leaves_before_it_is
     assert (place.launched, place.outages) == (1, [])
 
 
+async def test_nothing_is_waited_for_when_a_member_has_fallen_silent(
+    autojump_clock: trio.testing.MockClock, busy: Busy
+) -> None:
+    """Its host's server waits for it, and passes for busy."""
+    async with world(force=False) as place:
+        place.join("a", Machine(25, bandwidth=1000))
+        place.join("b", Machine(25))
+        await settled(place)
+        place.join("c", Machine(25, rtt=0.05))
+        await trio.sleep(TURN)
+        assert place.serving[0].placement.members == ("b", "a")
+        busy.says = lambda _: True
+        place.nodes.pop("b").life.cancel()
+        place.news()
+        await trio.sleep(LOAD + 5)
+        assert place.serving[0].placement.members == ("c", "a")
+    assert place.most == 1
+
+
 async def test_no_split_ends_for_a_worker_whose_memory_others_have(
     autojump_clock: trio.testing.MockClock,
 ) -> None:

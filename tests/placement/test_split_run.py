@@ -12,6 +12,7 @@ import trio
 from libmesh_node import split_run
 from libmesh_node.llama.engine import Binary
 from libmesh_node.llama.gguf import read_header
+from libmesh_node.models.demo import SMALL, write_model
 from libmesh_node.models.digest import model_digest
 from libmesh_node.models.reference import ModelFile
 from libmesh_node.placement.shape import shape_of
@@ -59,3 +60,18 @@ async def test_split_that_gets_no_port_fails_and_says_why(
     assert isinstance(failure, SplitFailed)
     assert "Too many open files" in str(failure)
     assert not failure.peer
+
+
+def test_a_long_context_has_room_for_what_llama_server_computes_with_it(tmp_path: Path) -> None:
+    """Measured with RPC protocol 7.0.0: llama.cpp took 44 MB besides weights and cache at 32768 tokens, and 19 were asked for."""
+    path, context = tmp_path / "small.gguf", 32768
+    write_model(path, SMALL, 7)
+    shape = shape_of([read_header(path)], "", 4096)
+    cache = sum(shape.kv_per_token[:4])
+    share = Share(peer="worker", layers=4, weights=sum(shape.layers[:4]), granted=0, kv_per_token=cache)
+    asked = split_run._memory(share, context, shape)
+    assert asked >= share.weights + cache * context + 44_314_624
+    setting: Any = SimpleNamespace(model=SimpleNamespace(header=read_header(path)), shape=shape, slots=4)
+    placement = Placement(host="home", home=share, workers=(share,), tokens_per_second=1.0)
+    assert split_run._context(setting, placement, {"worker": asked}) == context
+    assert split_run._context(setting, placement, {"worker": asked - 1}) == context - 256
