@@ -142,7 +142,8 @@ class Proxy:
         search = _Search(exchange, find)
         while True:
             exchange.seeking = True
-            server = await kept(exchange, self._next(search), WAITING)
+            with kept(exchange, WAITING):
+                server = await self._next(search)
             exchange.seeking = False
             exchange.attempts += 1
             exchange.server, exchange.model = server, search.model.name
@@ -150,8 +151,8 @@ class Proxy:
             began = time.monotonic()
             with self._occupied(server, exchange.model) as seat:
                 try:
-                    opening = self._open_in_time(search, server)
-                    upstream, start = await kept(exchange, opening, COMPUTING, lambda got: got[0].close())
+                    with kept(exchange, COMPUTING):
+                        upstream, start = await self._open_in_time(search, server)
                 except FAILURES as exc:
                     self._note_failure(search, server, exc)
                     continue
@@ -280,25 +281,28 @@ class Proxy:
 
     async def _open_in_time(self, search: _Search, server: Server) -> tuple[aiohttp.ClientResponse, bytes]:
         """As `_open`. Raises `Overdue` if nothing comes for longer than its line explains while another could be asked."""
-        exchange = search.exchange
+        exchange, loop = search.exchange, asyncio.get_running_loop()
         fresh = not server.local or server.base_url in search.hung_up
+
         limit = self.balance.first_byte_limit(server, exchange.wanted)
-        opening = asyncio.create_task(self._open(exchange, server, fresh=fresh))
+        due = loop.call_later(limit, lambda: look())
+
+        def look() -> None:
+            nonlocal due
+            if exchange.request.method == "POST" and self._has_other(search, server):
+                patience.reschedule(loop.time())
+            else:
+                due = loop.call_later(LOOK, look)
+
         try:
-            while not (await asyncio.wait((opening,), timeout=limit))[0]:
-                if exchange.request.method == "POST" and self._has_other(search, server):
-                    raise Overdue(f"nothing came for {time.perf_counter() - search.asked:.0f} s")
-                limit = LOOK
-        except BaseException:
-            opening.cancel()
-            if (
-                (await asyncio.wait((opening,)))[0]
-                and not opening.cancelled()
-                and opening.exception() is None
-            ):
-                opening.result()[0].close()
+            async with asyncio.timeout(None) as patience:
+                return await self._open(exchange, server, fresh=fresh)
+        except TimeoutError:
+            if patience.expired():
+                raise Overdue(f"nothing came for {time.perf_counter() - search.asked:.0f} s") from None
             raise
-        return opening.result()
+        finally:
+            due.cancel()
 
     def _has_other(self, search: _Search, server: Server) -> bool:
         """Whether a server has room that was not asked yet."""

@@ -7,16 +7,14 @@ goes wrong is an event of it. Its headers name who was asked by then; if another
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from aiohttp import web
 
 from libmesh_node.http.errors import ApiError, encode_stream_error
 from libmesh_node.http.exchange import Exchange
 from libmesh_node.http.sse import comment
-
-T = TypeVar("T")
 
 SILENCE = 25.0
 """Seconds until the first comment: longer than any refusal takes that does not wait for a model to be loaded. Proxies and
@@ -26,31 +24,32 @@ SAY_EVERY = 10.0
 """Seconds between two comments."""
 
 
-async def kept(
-    exchange: Exchange,
-    waiting: Coroutine[Any, Any, T],
-    why: str,
-    drop: Callable[[T], object] = lambda result: None,
-) -> T:
-    """What `waiting` returns or raises; meanwhile its client is kept, if it asked for a stream, and told `why`.
+@contextmanager
+def kept(exchange: Exchange, why: str) -> Iterator[None]:
+    """Keep the client during the block, if it asked for a stream, and tell it `why` it waits.
 
-    Cancelling cancels `waiting` and waits for its end. A result that comes all the same is given to `drop`.
+    What is said is written by another task, and not said any more once the block has ended.
     """
     if not exchange.wanted.streams or exchange.request.method != "POST":
-        return await waiting
-    task = asyncio.create_task(waiting)
+        yield
+        return
+    talking: list[asyncio.Task[None]] = []
+    loop = asyncio.get_running_loop()
     pause = SILENCE if exchange.response is None else SAY_EVERY
+    due = loop.call_later(pause, lambda: talking.append(loop.create_task(_talk(exchange, why))))
     try:
-        while not (await asyncio.wait((task,), timeout=pause))[0]:
+        yield
+    finally:
+        due.cancel()
+        for task in talking:
+            task.cancel()
+
+
+async def _talk(exchange: Exchange, why: str) -> None:
+    with suppress(OSError):  # the client has left, which cancels its request
+        while True:
             await _say(exchange, why)
-            pause = SAY_EVERY
-    except BaseException:
-        task.cancel()
-        await asyncio.wait((task,))
-        if not task.cancelled() and task.exception() is None:
-            drop(task.result())
-        raise
-    return task.result()
+            await asyncio.sleep(SAY_EVERY)
 
 
 async def _say(exchange: Exchange, why: str) -> None:
