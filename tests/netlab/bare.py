@@ -11,6 +11,8 @@ time:
     {"do": "punch", "peer": ID}                           the path
     {"do": "path", "peer": ID, "kinds": [KIND, …]}        the path, once it is of one of these kinds
     {"do": "echo", "peer": ID, "size": N}                 whether N bytes came back from `/echo/1.0.0`, and the stream was not cut
+    {"do": "map", "by": NAME}                             have the router forward our port by `NAT-PMP`, …: the address then
+    {"do": "unmap", "by": NAME}                           have it forward the port no more
 """
 
 from __future__ import annotations
@@ -18,14 +20,19 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import trio
 
 from libmesh import Libp2pConfig, Libp2pNetwork, MeshError, PeerId, RelayLimits, Stream, open_libp2p_network
 from libmesh.net.base import PeerConnected, StreamReset
+from libmesh.net.nat import Method, _methods
+from libmesh.net.nat_wire import Refused
 
 ECHO = "/echo/1.0.0"
+METHODS: dict[str, Method] = {}
+MAPPED: dict[str, int] = {}
 
 
 async def main(options: dict[str, Any]) -> None:
@@ -88,6 +95,12 @@ async def act(network: Libp2pNetwork, order: dict[str, Any]) -> dict[str, Any]:
             await network.punch(peer)
         case "path":
             await until(lambda: kind_to(network, peer) in order["kinds"])
+        case "map":
+            METHODS.update({method.name: method for method in _methods() if method.name not in METHODS})
+            return {"address": await mapped(METHODS[order["by"]], network.port)}
+        case "unmap":
+            await METHODS[order["by"]].give_back(network.port, MAPPED[order["by"]])
+            return {}
         case "echo":
             stream = await network.open_stream(peer, ECHO)
             try:
@@ -118,6 +131,18 @@ async def echoed(stream: Stream, size: int) -> bool:
         async for piece in stream:
             got += piece
     return bytes(got) == data
+
+
+async def mapped(method: Method, port: int) -> str:
+    """The router forwards `port` by this method. It may only be starting."""
+    with trio.move_on_after(90):
+        while True:
+            with suppress(OSError, ValueError, Refused):
+                mapping = await method.ask(port, port)
+                MAPPED[method.name] = mapping.port
+                return mapping.address
+            await trio.sleep(0.2)
+    return ""
 
 
 async def until(condition: Callable[[], object]) -> None:
