@@ -41,7 +41,7 @@ from libmesh.net.ciphers import CHACHA, fast_ciphers
 from libmesh.net.eager import Proposed
 from libmesh.net.pipes import BufferPool, pipe_of
 from libmesh.net.records import BUFFER_BYTES, RecordChannel
-from libmesh.net.session import Session
+from libmesh.net.session import Session, not_the_peer
 
 PROTOCOL_ID = "/noise"
 YAMUX_ID = "/yamux/1.0.0"
@@ -169,7 +169,7 @@ class Noise(ISecureTransport):
         identity, offered = _verified(received, handshake.remote_static)
         peer = ID.from_pubkey(identity)
         if expected is not None and peer != expected:
-            raise PeerIDMismatchesPubkey(f"dialled {expected}, and {peer} answered")
+            raise PeerIDMismatchesPubkey(not_the_peer(peer, self._peer))
 
         def agreed(ours: Sequence[str], theirs: Sequence[str]) -> str | None:
             first, second = (ours, theirs) if initiator else (theirs, ours)

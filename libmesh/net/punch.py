@@ -63,6 +63,7 @@ MAX_PUNCHES = 32
 """Punches at a time that others asked for. More are refused: each costs a burst of SYNs."""
 
 _REPEAT = 0.1
+_BETWEEN = 0.2  # seconds beyond a round trip: the other side's part of an attempt ends later than ours
 _HEADER_LINE = encode_line(HEADER)
 _REPEATED = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EADDRNOTAVAIL, errno.EADDRINUSE}
 
@@ -83,6 +84,10 @@ class _Attempt:
     def end_soon(self) -> None:
         """Wait a little for what is under way, and for nothing else."""
         self.scope.deadline = min(self.scope.deadline, trio.current_time() + SETTLE_TIME)
+
+
+class _Declined(NetworkError):
+    """The other side does not take part in an attempt."""
 
 
 class Puncher:
@@ -138,16 +143,23 @@ class Puncher:
             event.set()
 
     async def _punch(self, peer: PeerId) -> Path:
-        failure = ""
+        failure, declined = "", ""
         for _ in range(ATTEMPTS):
+            if failure:
+                known = self._underlay.path(peer)
+                await trio.sleep((known.rtt if known and known.rtt else 0.0) + _BETWEEN)
             if (path := self._direct(peer)) is not None:
                 return path
             try:
                 stream = await self._underlay.open_stream(peer, wire.DCUTR, kind=PathKind.RELAYED)
             except MeshError as exc:
-                raise NetworkError(failure or f"there is no relayed connection to punch over: {exc}") from exc
+                reason = failure or declined or f"there is no relayed connection to punch over: {exc}"
+                raise NetworkError(reason) from exc
             try:
                 return await self._punch_once(peer, stream)
+            except _Declined as exc:
+                declined = str(exc)
+                log.debug("hole punch to %s: %s", peer, exc)
             except NetworkError as exc:
                 failure = str(exc)
                 log.debug("hole punch to %s: %s", peer, exc)
@@ -155,7 +167,7 @@ class Puncher:
                 stream.reset()
             if (answering := self._answering.get(peer)) is not None:  # it refused because it asks itself
                 await answering.wait()
-        return self._direct(peer) or self._give_up(failure)
+        return self._direct(peer) or self._give_up(failure or declined)  # what dials came to says more
 
     async def _punch_once(self, peer: PeerId, stream: Stream) -> Path:
         try:
@@ -169,7 +181,7 @@ class Puncher:
         except trio.TooSlowError as exc:
             raise NetworkError("the peer did not answer in time") from exc
         except (MeshError, trio.BrokenResourceError) as exc:
-            raise NetworkError(f"the peer does not take part: {exc}") from exc
+            raise _Declined(f"the peer does not take part: {exc}") from exc
 
         async def give_the_sign() -> None:
             with suppress(

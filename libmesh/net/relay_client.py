@@ -160,7 +160,7 @@ class RelayClient:
                 case core.Ask(relay):
                     self._tasks.start_soon(self._ask, relay)
                 case core.Held(relays):
-                    log.info("reachable through %d relays: %s", len(relays), ", ".join(relays) or "none")
+                    log.info("relays through which others reach this node: %s", ", ".join(relays) or "none")
                     self._watch(relays)
                     self._changed()
         self._alarm.moved()

@@ -7,11 +7,17 @@ from typing import Any
 from libp2p.abc import IRawConnection
 from libp2p.connection_types import ConnectionType
 from libp2p.io.exceptions import IOException
+from libp2p.peer.id import ID
 from libp2p.security.base_session import BaseSession
 from multiaddr import Multiaddr
 
 from libmesh.net.base import StreamReset
 from libmesh.net.records import Channel
+
+
+def not_the_peer(found: ID, me: ID) -> str:
+    """Who answered in place of the peer that was dialled. At a private address of its network it may be this node."""
+    return "this node itself answered" if found == me else f"another peer answered, {found}"
 
 
 class Session(BaseSession):

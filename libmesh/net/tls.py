@@ -24,7 +24,7 @@ from libmesh.net.certificate import TlsFailure, identity_of, make_certificate
 from libmesh.net.noise import YAMUX_ID
 from libmesh.net.pipes import BufferPool, Pipe, SocketPipe, pipe_of
 from libmesh.net.records import BUFFER_BYTES, Channel, Piece
-from libmesh.net.session import Session
+from libmesh.net.session import Session, not_the_peer
 
 PROTOCOL_ID = "/tls/1.0.0"
 
@@ -101,7 +101,7 @@ class Tls(ISecureTransport):
                 identity = identity_of(channel.certificate())
                 peer = ID.from_pubkey(identity)
                 if expected is not None and peer != expected:
-                    raise TlsFailure(f"dialled {expected}, and {peer} answered")
+                    raise TlsFailure(not_the_peer(peer, self._peer))
         except trio.TooSlowError:
             raise TlsFailure(f"no TLS handshake within {self._timeout} s") from None
         except (SSL.Error, StreamReset) as exc:

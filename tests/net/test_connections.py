@@ -172,8 +172,10 @@ async def test_a_dial_says_in_few_words_what_went_wrong() -> None:
         ):
             with pytest.raises(NetworkError, match=why):
                 await one.dial(two.peer, address)
-        with pytest.raises(NetworkError):
+        with pytest.raises(NetworkError, match="another peer answered"):
             await one.dial(peer(9), two.addresses()[0])
+        with pytest.raises(NetworkError, match="this node itself answered"):
+            await one.dial(two.peer, one.addresses()[0])
         assert kinds(one, two) == []
 
 

@@ -156,6 +156,23 @@ async def test_strangers_cannot_make_us_dial() -> None:
             await stream.receive_some()
 
 
+async def test_what_the_dials_came_to_is_told_rather_than_that_a_later_attempt_was_declined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    outcomes = [NetworkError("a: no answer"), punch._Declined("not now"), punch._Declined("not now")]
+
+    async def once(*_: object) -> None:
+        raise outcomes.pop(0)
+
+    monkeypatch.setattr(punch, "_BETWEEN", 0.01)
+    monkeypatch.setattr(punch.Puncher, "_punch_once", once)
+    async with relayed() as nodes:
+        await nodes.connect()
+        with pytest.raises(NetworkError, match="a: no answer"):
+            await nodes.target.punch(nodes.source.peer)
+    assert not outcomes
+
+
 async def test_a_failure_names_each_address_and_leaves_the_relayed_path(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -141,7 +141,7 @@ async def test_a_peer_that_is_not_the_one_dialled_is_refused() -> None:
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(answer)
-        with pytest.raises(TlsFailure, match=r"dialled .* answered"):
+        with pytest.raises(TlsFailure, match="another peer answered"):
             await Tls(KEYS[0]).secure_outbound(raws[0], peer_of(KEYS[1]))
     for raw in raws:
         await raw.close()
