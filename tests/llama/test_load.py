@@ -11,6 +11,7 @@ from libmesh_node.llama.load import (
     Abilities,
     FirstToken,
     ServerLoad,
+    Smoothed,
     read_abilities,
     read_load,
 )
@@ -47,6 +48,16 @@ def test_steps_are_never_a_third_off(speed: float) -> None:
 
 def test_speed_stays_while_nothing_is_generated() -> None:
     assert read_load(metrics(0, 0, 0), ServerLoad(busy=4, speed=8.0)) == ServerLoad(busy=0, speed=8.0)
+
+
+def test_speed_is_smoothed_over_time() -> None:
+    speeds, load = Smoothed(), IDLE
+    for measured, told in ((10, 8), (40, 16), (0, 16), (10, 16), (10, 12)):
+        load = read_load(metrics(1, 0, measured), load, speeds)
+        assert load.speed == told
+    for _ in range(30):
+        load = read_load(metrics(1, 0, 40), load, speeds)
+    assert load.speed == read_load(metrics(1, 0, 40)).speed
 
 
 @pytest.mark.parametrize(

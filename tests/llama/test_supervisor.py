@@ -22,7 +22,7 @@ from libmesh_node.llama import supervisor
 from libmesh_node.llama.engine import Binary, Engine
 from libmesh_node.llama.restart import RestartConfig, RestartPolicy
 from libmesh_node.llama.server import ServerPlan, plan_server
-from libmesh_node.llama.supervisor import LlamaServer
+from libmesh_node.llama.supervisor import PROPS_TRIES, LlamaServer
 from libmesh_node.models.reference import open_model
 from libmesh_node.snapshot import Process
 
@@ -113,7 +113,7 @@ def test_node_killed_while_serving_leaves_no_server(demo_path: Path, engine: Eng
         from pathlib import Path
         from libmesh_node.llama.engine import find_engine
         from libmesh_node.llama.server import plan_server
-        from libmesh_node.llama.supervisor import LlamaServer
+        from libmesh_node.llama.supervisor import PROPS_TRIES, LlamaServer
         from libmesh_node.models.reference import open_model
 
         async def main():
@@ -321,21 +321,23 @@ async def test_environment_cannot_change_the_command_line(
     assert len(answer["data"][0]["embedding"]) == plan.model.header.embedding_length
 
 
+@pytest.mark.parametrize("unsaid", [PROPS_TRIES - 1, PROPS_TRIES], ids=["before it is ready", "later"])
 async def test_a_server_that_does_not_say_at_once_what_it_takes_is_asked_again(
-    engine: Engine, plan: ServerPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    engine: Engine, plan: ServerPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unsaid: int
 ) -> None:
     get, asked = supervisor._get, []
 
     async def slow(port: int, path: str) -> bytes:
-        if path == "/props":
-            asked.append(path)
-            if len(asked) <= 2:
-                return b""
-        return await get(port, path)
+        if path != "/props":
+            return await get(port, path)
+        asked.append(path)
+        return b"" if len(asked) <= unsaid else b"HTTP/1.1 200 OK\r\n\r\n{}"
 
     monkeypatch.setattr(supervisor, "_get", slow)
     monkeypatch.setattr(supervisor, "LOAD_POLL", 0.05)
     async with running(engine.require_llama_server(), plan, tmp_path / "log") as node:
         await node.until("ready")
+        if unsaid < PROPS_TRIES:
+            assert node.server.abilities is not None
         await eventually(lambda: node.server.abilities is not None)
-        assert len(asked) == 3
+        assert len(asked) == unsaid + 1

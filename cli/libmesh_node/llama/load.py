@@ -18,7 +18,7 @@ class ServerLoad:
 
     Attributes:
         busy: requests that are answered or wait, rounded up to a power of two.
-        speed: tokens per second of one request, to the next of 1, 1.5, 2, 3, 4, 6, 8, 12 and so on; 0 if unknown.
+        speed: tokens per second of one request, smoothed, to the next of 1, 1.5, 2, 3, 4, 6, 8, 12 and so on; 0 if unknown.
         first: seconds from a request's turn to its first token, in milliseconds to the same steps; 0 if unknown.
     """
 
@@ -48,27 +48,42 @@ _FIRST = re.compile(r"prompt eval time = *([0-9.]{1,16}) ms")
 requests by which its sum could be divided."""
 
 
+class Smoothed:
+    """The mean of what was measured, of which the newest counts for the most, told in steps."""
+
+    def __init__(self) -> None:
+        self._value: float | None = None
+
+    def add(self, value: float) -> None:
+        """A measurement."""
+        before = value if self._value is None else self._value
+        self._value = before + SMOOTHING * (value - before)
+
+    @property
+    def told(self) -> float:
+        """To the next step; 0 if nothing was measured."""
+        return _step(self._value) if self._value else 0.0
+
+
 class FirstToken:
     """Time to first token, smoothed over the requests of one server. Feed it the server's log."""
 
     def __init__(self) -> None:
-        self._seconds: float | None = None
+        self._milliseconds = Smoothed()
 
     def saw(self, line: str) -> None:
         """A line of the log. Those of other things change nothing."""
         if (found := _FIRST.search(line)) is None:
             return
         try:
-            seconds = float(found[1]) / 1000
+            self._milliseconds.add(float(found[1]))
         except ValueError:
             return
-        before = seconds if self._seconds is None else self._seconds
-        self._seconds = before + SMOOTHING * (seconds - before)
 
     @property
     def told(self) -> float:
         """Seconds, as in `ServerLoad.first`."""
-        return _step(self._seconds * 1000) / 1000 if self._seconds else 0.0
+        return self._milliseconds.told / 1000
 
 
 def read_abilities(props: bytes) -> Abilities | None:
@@ -83,11 +98,13 @@ def read_abilities(props: bytes) -> Abilities | None:
         return None
 
 
-def read_load(metrics: bytes, before: ServerLoad = IDLE) -> ServerLoad:
+def read_load(metrics: bytes, before: ServerLoad = IDLE, speeds: Smoothed | None = None) -> ServerLoad:
     """The load by llama-server's answer to `/metrics`; `before` if it cannot be read.
 
-    The speed of `before` stays where the server has not generated anything since it was asked last.
+    The speed, which it tells of the time since it was asked last, goes into `speeds`, and that is what is told. That of
+    `before` stays where the server has not generated anything since.
     """
+    speeds = speeds or Smoothed()
     try:
         gauges = {name: float(value) for name, value in _GAUGE.findall(metrics)}
     except ValueError:
@@ -96,11 +113,9 @@ def read_load(metrics: bytes, before: ServerLoad = IDLE) -> ServerLoad:
         return before
     busy = int(gauges[b"requests_processing"] + gauges.get(b"requests_deferred", 0.0))
     speed = gauges.get(b"predicted_tokens_seconds", 0.0)
-    return ServerLoad(
-        busy=coarse(busy),
-        speed=_step(speed) if 0 < speed < 1e6 else before.speed,
-        first=before.first,
-    )
+    if 0 < speed < 1e6:
+        speeds.add(speed)
+    return ServerLoad(busy=coarse(busy), speed=speeds.told or before.speed, first=before.first)
 
 
 def read_work(metrics: bytes) -> float | None:

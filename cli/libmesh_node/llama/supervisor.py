@@ -31,7 +31,15 @@ import trio
 
 from libmesh_node.llama.drafting import DraftTrial, measure_costs, read_guesses
 from libmesh_node.llama.engine import Binary
-from libmesh_node.llama.load import IDLE, Abilities, FirstToken, read_abilities, read_load, read_work
+from libmesh_node.llama.load import (
+    IDLE,
+    Abilities,
+    FirstToken,
+    Smoothed,
+    read_abilities,
+    read_load,
+    read_work,
+)
 from libmesh_node.llama.logfile import BoundedLog
 from libmesh_node.llama.process import GuardedProcess, Lines, ProgramNotStarted, open_guarded
 from libmesh_node.llama.restart import Effect, Ended, GiveUp, Launch, Ready, RestartPolicy, Wake
@@ -48,6 +56,9 @@ LOAD_POLL = 2.0
 
 POLL_LIMIT = 2.0
 """Seconds one health check may take."""
+
+PROPS_TRIES = 3
+"""Times that a server is asked what it takes before it counts as ready; after that it is asked now and then."""
 
 STALLED_AFTER = 60.0
 """Seconds without any sign of life after which a server that computes on this machine only is ended."""
@@ -110,7 +121,7 @@ class LlamaServer:
         self._log_path = log
         self.load = IDLE
         self.abilities: Abilities | None = None
-        self._first = FirstToken()
+        self._first, self._speeds = FirstToken(), Smoothed()
         self.used_at = -math.inf
         self._done: float | None = None
         self._environment = child_environment(environment)
@@ -234,7 +245,7 @@ class LlamaServer:
             answers += bool(metrics)
             if await self._end_stalled(process, progress, answers):
                 return
-            load, done = read_load(metrics, self.load), read_work(metrics)
+            load, done = read_load(metrics, self.load, self._speeds), read_work(metrics)
             load = replace(load, first=self._first.told)
             if self.abilities is None and metrics:
                 self.abilities = read_abilities(await _get(port, "/props"))
@@ -285,7 +296,10 @@ class LlamaServer:
             if status == 200 and await _serves(port, self.plan.alias):
                 self._policy.handle(Ready(), trio.current_time())
                 self.used_at, self._done = trio.current_time(), 0.0
-                self.abilities = read_abilities(await _get(port, "/props"))
+                for _ in range(PROPS_TRIES):
+                    if (abilities := read_abilities(await _get(port, "/props"))) is not None:
+                        self.abilities = abilities
+                        break
                 self._change("ready", failure="")
                 return True
             if status == 503 and self.process.status == "starting":
