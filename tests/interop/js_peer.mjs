@@ -70,13 +70,12 @@ const actions = {
       return { error: error.name }
     }
   },
-  async protocols ({ peer }) {
-    for (let turn = 0; turn < 50; turn++) {
+  async protocols ({ peer, wanted = '/ipfs/ping/1.0.0' }) {
+    for (;;) {
       const known = (await node.peerStore.all()).find((each) => each.id.toString() === peer)
-      if (known?.protocols.length > 0) return { protocols: known.protocols }
+      if (known?.protocols.includes(wanted)) return { protocols: known.protocols }
       await new Promise((resolve) => setTimeout(resolve, 50))
     }
-    return { protocols: [] }
   },
   async serve ({ protocol }) { // identify-push tells connected peers of it
     await node.handle(protocol, (stream) => stream.close())

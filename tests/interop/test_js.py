@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import trio
+from libp2p.custom_types import TProtocol
+from libp2p.identity.identify_push.identify_push import push_identify_to_peer
 from libp2p.peer.id import ID
 from libp2p.peer.peerstore import PeerStoreError
 
@@ -193,6 +195,18 @@ async def test_we_ping_js_and_are_told_of_what_it_serves_later(packages: Path) -
             known = ours._host.get_peerstore()
             while "/served/later/1.0.0" not in _protocols(known, js.id):  # noqa: ASYNC110
                 await trio.sleep(0.05)
+
+
+async def test_js_is_told_of_what_we_serve_later(packages: Path) -> None:
+    """Identify-push, the other way."""
+    later = TProtocol("/served/later/1.0.0")
+    with trio.fail_after(60):
+        async with js_peer(packages) as js, network() as ours:
+            await ours.connect(js.id, [js.address])
+            assert later not in (await js.do("protocols", peer=ours.peer))["protocols"]
+            ours._host.multiselect.add_handler(later, None)
+            assert await push_identify_to_peer(ours._host, ID.from_base58(js.id))
+            assert later in (await js.do("protocols", peer=ours.peer, wanted=later))["protocols"]
 
 
 def _protocols(peerstore: Any, peer: PeerId) -> list[str]:
