@@ -43,13 +43,24 @@ def test_anthropics_envelope_on_its_path() -> None:
 
 
 @pytest.mark.parametrize(
-    "message", ["[json.exception.parse_error.101] parse error at line 1", "'messages' is required"]
+    "message",
+    [
+        "[json.exception.parse_error.101] parse error at line 1",
+        "'messages' is required",
+        "image input is not supported - hint: if this is unexpected, you may need to provide the mmproj",
+    ],
 )
 @pytest.mark.parametrize("path", [CHAT, MESSAGES])
 def test_what_a_client_got_wrong_is_no_fault_of_the_server(message: str, path: str) -> None:
     status, body = refined_error(500, llama_error(message, 500, "server_error"), path)
     assert status == 400
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+def test_path_that_a_server_does_not_know_is_named() -> None:
+    status, body = refined_error(404, llama_error("File Not Found", 404, "not_found_error"), "/v1/images")
+    assert status == 404
+    assert "/v1/images" in json.loads(body)["error"]["message"]
 
 
 def test_fault_of_the_server_stays_one() -> None:

@@ -19,8 +19,13 @@ LONGEST_ERROR = 64 << 10
 TAIL = 2048
 """Bytes at the end of an answer in which its timings and its usage stand."""
 
-_CLIENTS_FAULT = re.compile(r"\[json\.exception\.|.* is required$|.* must be provided$", re.DOTALL)
+_CLIENTS_FAULT = re.compile(
+    r"\[json\.exception\.|.* is required$|.* must be provided$|\w+ input is not supported", re.DOTALL
+)
 """What a 500 says when the body was not what it should be."""
+
+_NO_ENDPOINT = "File Not Found"
+"""What llama-server says of any path or method that it does not know."""
 
 _NUMBER = rb'"\s*:\s*(\d{1,12}(?:\.\d{1,9})?)'
 _COMPLETION = re.compile(rb'"(?:predicted_n|completion_tokens|output_tokens)' + _NUMBER)
@@ -42,6 +47,8 @@ def refined_error(status: int, body: bytes, path: str) -> tuple[int, bytes]:
         return status, body
     if status == 500 and _CLIENTS_FAULT.match(error["message"]):
         status, error = 400, error | {"type": "invalid_request_error"}
+    if status == 404 and error["message"] == _NO_ENDPOINT:
+        error = error | {"message": f"llama-server has no endpoint {path[:200]}, or not for this method."}
     kind = str(error.get("type") or "invalid_request_error")
     if speaks_anthropic(path):
         if said.get("type") == "error":
