@@ -118,7 +118,7 @@ class Sleeper:
     """A server that gives up its draft while it runs."""
 
     def __init__(self, _binary: object, plan: ServerPlan, **_: object) -> None:
-        self.plan, self.base_url = plan, None
+        self.plan, self.base_url, self.abilities = plan, None, None
         self.process = Process(name="llama-server", pid=None, port=0, model="m", status="stopping")
 
     async def is_busy(self) -> bool:
