@@ -10,7 +10,7 @@ from functools import partial
 
 import trio
 
-from libmesh import Stream
+from libmesh import MeshError, Stream
 from libmesh_node.llama.rpc.frames import ProtocolError, Reply, frame
 from libmesh_node.llama.rpc.opening import MAX_MESSAGE
 from libmesh_node.llama.rpc.outbox import Outbox, SocketSink, receive
@@ -52,8 +52,11 @@ class Working:
         except ProtocolError as exc:
             self._reason = str(exc)
             await say(self._stream, frame(Reply.LOST, self._reason.encode()[:MAX_MESSAGE]))
-        except (trio.BrokenResourceError, trio.ClosedResourceError):
-            self._reason = "the connection broke"
+        except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+            if not isinstance(exc, MeshError):
+                self._reason = "its rpc-server has ended"
+            elif self._stream.connection_lost:
+                self._reason = "the connection to the host was lost"
         scope.cancel()
 
     async def _from_host(self, data: bytes | bytearray) -> None:
