@@ -279,7 +279,7 @@ class NearTunnel(Tunnel):
     async def again(self) -> Stream:
         """See `Lifeline.again`."""
         pause = _FIRST_PAUSE
-        refused_since: float | None = None
+        refused_since = float("inf")
         with self._wait():
             while True:
                 try:
@@ -291,12 +291,12 @@ class NearTunnel(Tunnel):
                 except (*_LOST, trio.TooSlowError) as exc:
                     log.debug("a tunnel to %s waits: %s", self.peer, str(exc) or "too slow")
                     if not _nobody_there(exc):
-                        refused_since = None
-                    elif refused_since is None:
+                        refused_since = float("inf")
+                    elif refused_since == float("inf"):
                         refused_since = trio.current_time()
-                    elif trio.current_time() - refused_since >= GONE_AFTER:
+                    elif trio.current_time() >= refused_since + GONE_AFTER:
                         raise NetworkError(f"the peer {self.peer} has ended: {exc}") from exc
-                await trio.sleep(pause)
+                await trio.sleep_until(min(trio.current_time() + pause, refused_since + GONE_AFTER))
                 pause = min(2 * pause, _LONGEST_PAUSE)
         raise self._given_up(f"no way to the peer {self.peer} was found again")
 
