@@ -138,13 +138,13 @@ async def test_gossip_moves_to_the_better_connection() -> None:
 async def test_of_two_connections_by_both_sides_both_keep_the_same() -> None:
     for _ in range(10):
         async with networks(2) as (one, two):
-            for near, far in ((one, two), (two, one)):
-                near.set_handler(PROTOCOL, echo)
-                near.admit(far.peer)
             async with trio.open_nursery() as nursery:
                 for near, far in ((one, two), (two, one)):
+                    near.set_handler(PROTOCOL, echo)
                     nursery.start_soon(near.dial, far.peer, far.addresses()[0])
             await until(lambda: len(kinds(one, two)) == 1 == len(kinds(two, one)))
+            one.admit(two.peer)
+            two.admit(one.peer)
             await answers(one, two)  # had each kept another one, there would be none
             await answers(two, one)
 
