@@ -54,6 +54,11 @@ class Script:
         # The local one is the nearest: with nothing known of either it is asked first.
         self.server = Server(peer=peer, base_url=url, local=peer == "first", rtt=0.5, slots=4, digest="d")
 
+    def stop(self) -> None:
+        """Take no connection any more; its port stays its own."""
+        with suppress(OSError):  # it does not already
+            self._listener.shutdown(socket.SHUT_RDWR)
+
     def run(self) -> None:
         with suppress(OSError):
             while True:
@@ -93,8 +98,8 @@ def scripts(**answers: Sequence[bytes]) -> Iterator[list[Script]]:
     try:
         yield made
     finally:
-        for listener in listeners:
-            listener.shutdown(socket.SHUT_RDWR)
+        for one, listener in zip(made, listeners, strict=True):
+            one.stop()
             listener.close()
         for thread in threads:
             thread.join()
@@ -188,6 +193,26 @@ def test_fault_of_all_servers_is_the_requests() -> None:
             status, headers, answer = call(node.api_port, "POST", PATH, PLAIN | {"stream": False})
             assert (status, headers["x-libmesh-attempts"]) == (500, "2")
             assert b"Compute error" in answer
+        assert (one.asked, other.asked) == (5, 5)
+
+
+def test_fault_is_passed_on_when_nobody_else_can_be_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was made anew every tenth of a second before, for as long as the other one was looked for."""
+    monkeypatch.setattr(proxy, "PATIENCE", 60.0)
+    with scripts(first=FAULT, gone=[]) as (faulty, gone), running_node(model(faulty, gone)) as node:
+        gone.stop()
+        status, _, answer = call(node.api_port, "POST", PATH, PLAIN | {"stream": False})
+        assert (status, faulty.asked) == (500, 2)
+        assert b"Compute error" in answer
+
+
+def test_fault_at_what_another_server_refuses_says_nothing_against_the_first() -> None:
+    refusal = whole(
+        "400 Bad Request", b'{"error":{"code":400,"message":"no","type":"invalid_request_error"}}'
+    )
+    with scripts(first=FAULT, second=[refusal]) as (one, other), running_node(model(one, other)) as node:
+        for _ in range(5):
+            assert call(node.api_port, "POST", PATH, PLAIN | {"stream": False})[0] == 400
         assert (one.asked, other.asked) == (5, 5)
 
 

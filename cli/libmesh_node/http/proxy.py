@@ -219,8 +219,9 @@ class Proxy:
             upstream.status in _FAULTS
             and refined_error(upstream.status, start, exchange.request.path)[0] >= 500
         ):
-            search.erred.append(server)
-            return any(other.base_url not in search.tried for other in search.model.servers)
+            again = server.base_url in search.erred  # and nobody else could be asked in the meantime
+            search.erred[server.base_url] = server
+            return not again and any(other.base_url not in search.tried for other in search.model.servers)
         if upstream.status == 400 and b"exceed_context_size_error" in start:
             larger = [other for other in search.model.servers if other.context_length > server.context_length]
             return any(other.base_url not in search.tried for other in larger)
@@ -248,12 +249,13 @@ class Proxy:
         server, said = exchange.server, told(exchange.tail)
         if server is None or status >= 500:
             return
-        for erred in search.erred:
-            log.warning("%s at %s failed at what %s answered", search.model.name, erred.peer, server.peer)
-            self.balance.failed(erred, time.monotonic())
         if status >= 400:  # it is alive, and refused
             self.balance.answered(server)
             return
+        for url, erred in search.erred.items():
+            if url != server.base_url:
+                log.warning("%s at %s failed at what %s answered", search.model.name, erred.peer, server.peer)
+                self.balance.failed(erred, time.monotonic())
         first = None if exchange.first is None or exchange.resumed else exchange.first - search.asked
         self.balance.answered(server, first=first, speed=said.speed)
         wanted, model = exchange.wanted, search.model
@@ -334,7 +336,7 @@ class _Search:
 
     Attributes:
         tried: base URLs that refused or failed since the last pause.
-        erred: servers that answered with a fault; it is theirs if another one can answer.
+        erred: servers that answered with a fault, by base URL; it is theirs if another one can answer.
         hung_up: base URLs of servers that closed a kept connection.
         again: the server to ask once more before any other.
         deaths: servers that broke off on this request.
@@ -345,7 +347,7 @@ class _Search:
     def __init__(self, exchange: Exchange, find: Callable[[], Model]) -> None:
         self.exchange, self._find = exchange, find
         self.tried: set[str] = set()
-        self.erred: list[Server] = []
+        self.erred: dict[str, Server] = {}
         self.hung_up: set[str] = set()
         self.again: Server | None = None
         self.deaths = 0
