@@ -26,13 +26,15 @@ async def run_node(options: NodeOptions) -> int:
     # Signals first: one that comes while the keys are being made must not be a KeyboardInterrupt somewhere in there.
     receiver = trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM)
     with receiver as signals, _folder(options) as folder, _log(options, folder):
-        async with trio.open_nursery() as nursery:
-            outcome: list[NodeError] = []
-            ending = trio.CancelScope(shield=True)
-            node = Node(options, folder, nursery.cancel_scope)
-            nursery.start_soon(end_on_signal, signals, node.end, nursery.cancel_scope, ending)
-            nursery.start_soon(_run_and_end, node, ending, outcome)
-        signal.setitimer(signal.ITIMER_REAL, 0)  # `end_for_sure` has done its duty
+        outcome: list[NodeError] = []
+        try:
+            async with trio.open_nursery() as nursery:
+                ending = trio.CancelScope(shield=True)
+                node = Node(options, folder, nursery.cancel_scope)
+                nursery.start_soon(end_on_signal, signals, node.end, nursery.cancel_scope, ending)
+                nursery.start_soon(_run_and_end, node, ending, outcome)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)  # `end_for_sure` has done its duty
         if outcome:
             raise outcome[0]
     return 0
