@@ -99,7 +99,7 @@ async def act(network: Libp2pNetwork, order: dict[str, Any]) -> dict[str, Any]:
             METHODS.update({method.name: method for method in _methods() if method.name not in METHODS})
             return {"address": await mapped(METHODS[order["by"]], network.port)}
         case "unmap":
-            await METHODS[order["by"]].give_back(network.port, MAPPED[order["by"]])
+            await unmapped(METHODS[order["by"]], network.port)
             return {}
         case "echo":
             stream = await network.open_stream(peer, ECHO)
@@ -143,6 +143,16 @@ async def mapped(method: Method, port: int) -> str:
                 return mapping.address
             await trio.sleep(0.2)
     return ""
+
+
+async def unmapped(method: Method, port: int) -> None:
+    """The router forwards `port` no more. It may be slow to say so, and refuse to hear it again."""
+    with trio.move_on_after(90), suppress(Refused):
+        while True:
+            with suppress(OSError, ValueError):
+                await method.give_back(port, MAPPED[method.name])
+                return
+            await trio.sleep(0.2)
 
 
 async def until(condition: Callable[[], object]) -> None:
