@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 SHOWN_TTL = 30 * 86400.0
 """Seconds that the invite which a node shows at its start holds. It is the same one until half of that is over."""
 
+_ID = 32
+"""Characters of an invite's id."""
+
 
 class Inviting:
     """The invites of one stay in a mesh.
@@ -138,8 +141,8 @@ class Inviting:
         """Id and chain: of ours first, then of those that others came by, unless a peer is called so, too."""
         if (own := self._kept.find(name)) is not None:
             return own.id, self._kept.chains[own.id]
-        if len(name) < 4 or self._peers_named(name):
-            return None
+        if len(name) < 4 or (len(name) < _ID and self._peers_named(name)):
+            return None  # a whole id is nobody's name, but of one that wants to keep its invite from being taken back
         view = self._mesh.view
         known = [one for peer in (*view.peers, *view.followers) for one in self._mesh.invites_of(peer.peer)]
         found = {one.id: one.chain for one in known if one.id.startswith(name.lower())}

@@ -126,3 +126,13 @@ async def test_a_peer_s_name_is_not_taken_for_the_beginning_of_another_s_invite(
         c.ada.announce(encode_status(NodeStatus(hostname=by_ada.id[:8])))
         await until(lambda: c.founder_s._peers_named(by_ada.id[:8]) != [])
         assert c.founder_s.revoke(by_ada.id[:8]).startswith(f"The membership of {by_ada.id[:8]} is revoked")
+
+
+async def test_a_peer_called_by_the_whole_id_of_its_invite_does_not_keep_it(
+    tmp_path: Path, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with chain(tmp_path) as c:
+        *_, by_ada = c.founder.invites_of(c.bob.peer)
+        c.bob.announce(encode_status(NodeStatus(hostname=by_ada.id)))
+        await until(lambda: c.founder_s._peers_named(by_ada.id) != [])
+        assert c.founder_s.revoke(by_ada.id).startswith(f"The invite {by_ada.id[:8]} is revoked")
