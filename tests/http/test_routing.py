@@ -161,6 +161,8 @@ def test_automatic_choice_of_nothing_is_refused() -> None:
     with pytest.raises(ApiError, match="names one waits for it: `Mistral-7B`") as caught:
         pick_model([COLD], Wanted())
     assert (caught.value.status, caught.value.code) == (503, "no_models")
+    with pytest.raises(ApiError, match=r"`Mistral-7B`\. It has too little memory\."):
+        pick_model([COLD], Wanted(), ["It has too little memory."])
 
 
 def test_without_models_the_error_tells_what_is_wrong_with_the_node() -> None:

@@ -107,12 +107,13 @@ _BROUGHT = (("tools", "tools"), ("vision", "pictures"))
 
 def nothing_served(models: Sequence[Model], notices: Sequence[str] = ()) -> ApiError:
     """The refusal where no model is served at this moment; `notices` as for `find_model`."""
-    message = " ".join(notices) or IDLE
+    message = " ".join(notices)
     if models:
-        message = (
+        said = (
             f"No model is served at this moment. A request that names one waits for it: {_listing(models)}."
         )
-    return ApiError(503, "no_models", message, retry_after=RETRY_AFTER)
+        message = " ".join([said, *notices])
+    return ApiError(503, "no_models", message or IDLE, retry_after=RETRY_AFTER)
 
 
 def no_server(model: Model) -> ApiError:
