@@ -113,7 +113,7 @@ def test_node_killed_while_serving_leaves_no_server(demo_path: Path, engine: Eng
         from pathlib import Path
         from libmesh_node.llama.engine import find_engine
         from libmesh_node.llama.server import plan_server
-        from libmesh_node.llama.supervisor import PROPS_TRIES, LlamaServer
+        from libmesh_node.llama.supervisor import LlamaServer
         from libmesh_node.models.reference import open_model
 
         async def main():
