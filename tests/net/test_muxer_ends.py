@@ -88,7 +88,9 @@ async def test_the_end_of_a_stream_leaves_alone_the_next_one_to_which_the_peer_g
             await stream.receive_some()
 
 
-async def test_a_stream_that_both_sides_finish_unacknowledged_makes_room_for_the_next() -> None:
+async def test_a_stream_that_both_sides_finish_unacknowledged_makes_room_for_the_next_at_once(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
     secured: Any = WaitingConn()
     connection = YamuxConnection(secured, peer_of(KEYS[1]), Options(max_unacknowledged=1))
     async with trio.open_nursery() as nursery:
@@ -101,7 +103,9 @@ async def test_a_stream_that_both_sides_finish_unacknowledged_makes_room_for_the
             async with trio.open_nursery() as openers:
                 openers.start_soon(connection.open_stream)
                 await trio.testing.wait_all_tasks_blocked()
+                ended = trio.current_time()
                 await stream.send_eof()
+        assert trio.current_time() - ended < 0.1, "it waited for a tick of the keepalive"
         nursery.cancel_scope.cancel()
 
 

@@ -164,12 +164,14 @@ async def test_what_the_dials_came_to_is_told_rather_than_that_a_later_attempt_w
     async def once(*_: object) -> None:
         raise outcomes.pop(0)
 
-    monkeypatch.setattr(punch, "_BETWEEN", 0.01)
+    monkeypatch.setattr(punch, "_BETWEEN", 0.1)
     monkeypatch.setattr(punch.Puncher, "_punch_once", once)
     async with relayed() as nodes:
         await nodes.connect()
+        began = trio.current_time()
         with pytest.raises(NetworkError, match="a: no answer"):
             await nodes.target.punch(nodes.source.peer)
+        assert trio.current_time() - began >= 0.2, "the other side was left no time between the attempts"
     assert not outcomes
 
 
