@@ -228,13 +228,16 @@ def test_a_peer_silent_for_the_timeout_after_a_ping_is_dead() -> None:
     assert side.machine.tick(17.0) == [Broken("no sign of life for 14.9 s")]
 
 
-def test_who_stood_still_asks_again_before_the_peer_is_taken_for_dead() -> None:
+@pytest.mark.parametrize("woke", [18.5, 40.0])
+def test_who_stood_still_asks_again_before_the_peer_is_taken_for_dead(woke: float) -> None:
     side = Side(True, Options(ping_interval=10.0, ping_timeout=5.0))
     settle(side)
     side.machine.tick(12.0)
-    assert side.machine.tick(40.0) == []  # it was due at 17, and what came since then is unread
-    assert side.machine.deadline() == 45.0
-    assert side.machine.tick(45.0) == [Broken("no sign of life for 42.9 s")]
+    side.machine.take_control()
+    assert side.machine.tick(woke) == []  # it was due at 17, and what came since then is unread
+    assert [kind for kind, *_ in frames_of(side.machine.take_control())] == [PING]
+    assert side.machine.deadline() == woke + 5
+    assert side.machine.tick(woke + 5) == [Broken(f"no sign of life for {woke + 2.9:.1f} s")]
 
 
 @pytest.mark.parametrize("sign", ["bytes", "progress"])
