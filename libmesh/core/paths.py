@@ -95,9 +95,7 @@ class _Search:
     began: float = -INFINITY  # the last round
     again: float = INFINITY  # the next round
     reasons: dict[str, str] = field(default_factory=dict)
-    former: dict[str, str] = field(
-        default_factory=dict
-    )  # reasons of the round before, until this one is over
+    former: dict[str, str] = field(default_factory=dict)  # of the round before, until this one is over
 
     @property
     def lanes(self) -> tuple[_Lane, _Lane, _Lane]:

@@ -9,8 +9,8 @@ import trio
 import trio.testing
 from libmesh_node import split_host
 
-from tests.placement.hosting import LOAD, Machine, Run, World, world
-from tests.placement.test_churn import TURN, settled
+from tests.placement.hosting import LOAD, Machine, world
+from tests.placement.test_churn import TURN, bettered, settled
 
 
 class Busy:
@@ -28,19 +28,6 @@ def busy(monkeypatch: pytest.MonkeyPatch) -> Busy:
     asked = Busy()
     monkeypatch.setattr(split_host, "_is_busy", asked)
     return asked
-
-
-async def bettered(place: World) -> Run:
-    """The running split of a host that has a better worker in view now, and no memory for a part in both."""
-    place.join("a", Machine(25, bandwidth=1000))
-    place.join("b", Machine(25))
-    await settled(place)
-    (run,) = place.serving
-    assert run.placement.members == ("b", "a")
-    place.join("c", Machine(25, bandwidth=500, rtt=0.001))
-    place.nodes["a"].machine.rtt = 0.001
-    place.news()
-    return run
 
 
 async def test_a_host_finishes_what_it_answers_before_its_split_ends_for_a_better_one(
