@@ -55,7 +55,7 @@ class Options:
     max_inbound: int = 16384
     backlog: int = 256
     max_unacknowledged: int = 256
-    max_frame: int = 2 * 65519
+    max_frame: int = 4 * 65519
     ping_interval: float = 10.0
     ping_timeout: float = 5.0
     linger: float = 30.0

@@ -23,13 +23,13 @@ from libp2p.io.exceptions import ConnectionClosedError
 
 from libmesh.net.base import StreamReset
 from libmesh.net.ciphers import CHACHA, Cipher
-from libmesh.net.pipes import TAKE_BYTES, BufferPool, Pipe, SocketPipe, guarded
+from libmesh.net.pipes import RECORDS_AT_ONCE, TAKE_BYTES, BufferPool, Pipe, SocketPipe, guarded
 
 TAG_BYTES = 16
 MAX_PLAINTEXT = 65535 - TAG_BYTES
 _LARGEST = 65537
-_BATCH_BYTES = TAKE_BYTES + 4 * (2 + TAG_BYTES) + 2 * (2 + 12 + TAG_BYTES)
-"""Sealed, what a pump sends at once: four full records, and the headers of their two frames."""
+_BATCH_BYTES = TAKE_BYTES + RECORDS_AT_ONCE * (2 + TAG_BYTES) + RECORDS_AT_ONCE // 4 * (2 + 12 + TAG_BYTES)
+"""Sealed, what a pump sends at once: full records, and the headers of their frames."""
 
 BUFFER_BYTES = _BATCH_BYTES + _LARGEST
 """A full read behind the largest unfinished record; also room for a usual batch of sealed records."""

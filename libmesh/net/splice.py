@@ -22,8 +22,11 @@ from libmesh.net.base import Stream
 from libmesh.net.journal import Journal, Lifeline
 from libmesh.net.muxed_stream import Pieces
 from libmesh.net.negotiate import Libp2pStream
-from libmesh.net.pipes import TAKE_BYTES, BufferPool, tune_socket
+from libmesh.net.pipes import RECORDS_AT_ONCE, TAKE_BYTES, BufferPool, tune_socket
 from libmesh.net.readable import Readable
+
+LEAST_TAKE_BYTES = TAKE_BYTES // RECORDS_AT_ONCE
+"""What is read at once from a socket whose bytes have to wait: a tunnel that waits holds what was read last."""
 
 TURN_BYTES = 1024 * 1024
 """Bytes that a pump moves before it lets other tasks run, when it never has to wait."""
@@ -141,6 +144,7 @@ class _Pumps:
         )  # received, and not yet written to the socket when the pump was stopped
         if lifeline is not None and first:
             lifeline.took(len(first))
+        self._reach = LEAST_TAKE_BYTES  # how much to read at once
         self.lost = False
         self.bytes_sent = 0
         self.bytes_received = len(first)
@@ -160,6 +164,7 @@ class _Pumps:
                 if journal is not None and journal.full:
                     await journal.wait_changed()
                     continue
+                reach = self._reach
                 count = self._take()
                 if count == 0:
                     if journal is not None:
@@ -167,7 +172,7 @@ class _Pumps:
                     await self.stream.send_eof()
                     return
                 await self._send_rest()
-                if count == TAKE_BYTES:
+                if count == reach:
                     turn += count
                     if turn >= TURN_BYTES:
                         turn = 0
@@ -187,7 +192,7 @@ class _Pumps:
         """Read what the socket has, and send what can be sent at once. How much it had: 0 at its end, `None` for nothing."""
         buffer = _POOL.take()
         try:
-            count = os.readv(self._socket.fileno(), (buffer,))
+            count = os.readv(self._socket.fileno(), (memoryview(buffer)[: self._reach],))
             if count:
                 view = memoryview(buffer)[:count]
                 if self._journal is not None:
@@ -196,6 +201,9 @@ class _Pumps:
                 self.bytes_sent += count
                 if sent < count:
                     self._unsent = buffer, sent, count
+                    self._reach = max(self._reach // 2, LEAST_TAKE_BYTES)
+                elif count == self._reach:
+                    self._reach = min(2 * self._reach, TAKE_BYTES)
         except BlockingIOError:
             count = None
         finally:
@@ -207,8 +215,9 @@ class _Pumps:
         """What `_take` does, while the pump waits. False if the pump must go on."""
         if self._journal is not None and self._journal.full:
             return False
+        reach = self._reach
         count = self._take()
-        return count is None or (0 < count < TAKE_BYTES and self._unsent is None)
+        return count is None or (0 < count < reach and self._unsent is None)
 
     async def _send_rest(self) -> None:
         """Send what was taken off the socket and could not be sent at once."""

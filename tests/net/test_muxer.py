@@ -201,8 +201,33 @@ async def test_a_small_message_leaves_next_however_much_bulk_waits(count: int) -
             await trio.testing.wait_all_tasks_blocked()
             (batch,) = secured.written[written:]
             assert batch.index(b"message:" + message) < outbound.SMALL_BYTES
-            assert 65536 < len(batch) < 2 * outbound.BATCH_BYTES
+            assert 65536 < len(batch) < 2 * outbound.BATCH_RECORDS * 65519
         connection.give_up("enough")
+
+
+@pytest.mark.parametrize(("seconds", "records"), [(0.05, 1), (0.0001, outbound.BATCH_RECORDS)])
+async def test_bulk_is_sealed_in_batches_that_leave_soon(
+    seconds: float, records: int, autojump_clock: trio.testing.MockClock
+) -> None:
+    class Slow(WaitingConn):
+        async def write(self, data: bytes) -> None:
+            sizes.append(len(data))
+            await trio.sleep(seconds)
+            if len(sizes) == 20:
+                connection.give_up("enough")
+
+    sizes: list[int] = []
+    secured: Any = Slow()
+    options = Options(ping_interval=3600, ping_timeout=3600)
+    connection = YamuxConnection(secured, peer_of(KEYS[1]), options)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(connection.start)
+        await connection.event_started.wait()
+        stream = await connection.open_stream()
+        secured.say(frame(WINDOW_UPDATE, ACK, stream.stream_id, 2**30))
+        with pytest.raises(StreamReset):
+            await stream.send_all(bytes(2**25))
+    assert records * 65519 <= sizes[-1] < records * 65519 + 100
 
 
 async def _until_broken(stream: YamuxStream) -> None:

@@ -10,6 +10,7 @@ import trio
 import trio.testing
 
 from libmesh.core.yamux_frames import DATA, HEADER
+from libmesh.net import records
 from libmesh.net.ciphers import AES
 from libmesh.net.muxed_stream import Pieces, YamuxStream
 from libmesh.net.negotiate import Libp2pStream
@@ -123,7 +124,9 @@ async def test_crumbs_that_nobody_reads_take_little_more_memory_than_they_have_b
         assert got == b"".join(crumbs)
 
 
-async def test_a_connection_that_waits_behind_a_full_read_holds_no_buffer() -> None:
+async def test_a_connection_that_waits_behind_a_full_read_holds_no_buffer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class Counted(BufferPool):
         out = 0
 
@@ -135,14 +138,14 @@ async def test_a_connection_that_waits_behind_a_full_read_holds_no_buffer() -> N
             self.out -= 1
             super().give(buffer)
 
+    monkeypatch.setattr(records, "_BATCH_BYTES", 2 * 65537)  # what two records fill to the last byte
     near, far = await socket_pair()
     pool = Counted(BUFFER_BYTES)
     sender = RecordChannel(SocketPipe(near), bytes(32), bytes(32), BufferPool(BUFFER_BYTES), AES)
     receiver = RecordChannel(SocketPipe(far), bytes(32), bytes(32), pool, AES)
     got = 0
     for _ in range(3):
-        # Two records that together fill the buffer to the last byte, as the kernel has them when asked.
-        sizes = [65519, 65519, 65519, 65519, BUFFER_BYTES - 4 * 65537 - 18]
+        sizes = [65519] * 4
         sender.put([bytes(size) for size in sizes])
         while not sender.flush_nowait():
             await sender.flush()

@@ -14,8 +14,8 @@ import trio
 
 from libmesh.errors import ServiceRefused
 from libmesh.net.base import Stream
-from libmesh.net.negotiate import accept_stream, encode_line, open_lazy_stream
-from libmesh.net.splice import NOT_READ_BYTES, SpliceResult, splice
+from libmesh.net.negotiate import Libp2pStream, accept_stream, encode_line, open_lazy_stream
+from libmesh.net.splice import LEAST_TAKE_BYTES, NOT_READ_BYTES, SpliceResult, splice
 from libmesh.peers import PeerId
 from tests.net.hosts import until
 from tests.net.pairs import drain, fill, muxed_pair, socket_pair
@@ -154,6 +154,25 @@ async def test_a_server_that_does_not_read_stops_only_the_client() -> None:
             await t.server.send_all(b"still alive")
             assert await t.client.receive_some() == b"still alive"
             assert await read_all(t.server) == data
+
+
+@pytest.mark.parametrize("possible", [True, False])
+async def test_a_pump_reads_much_only_where_it_can_be_sent_at_once(
+    possible: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offered: list[int] = []
+    send_nowait = Libp2pStream.send_nowait
+
+    def send(self: Libp2pStream, view: memoryview) -> int:
+        offered.append(len(view))
+        return send_nowait(self, view) if possible else 0
+
+    async with tunnel() as built, trio.open_nursery() as nursery:
+        monkeypatch.setattr(Libp2pStream, "send_nowait", send)
+        nursery.start_soon(fill, built.client)
+        await until(lambda: len(offered) > 50 or max(offered, default=0) > LEAST_TAKE_BYTES)
+        nursery.cancel_scope.cancel()
+    assert (max(offered) > LEAST_TAKE_BYTES) == possible
 
 
 async def test_a_refused_service_resets_the_socket_and_is_told() -> None:
