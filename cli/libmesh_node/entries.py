@@ -27,7 +27,8 @@ class Entry:
         needed: bytes that it takes at the least.
         digest: empty until the file has been read; `identified` is set then, or when it could not be read.
         servers: the processes that serve it, the one that answers requests first. Two during a change of placement.
-        workers: peers that the first one is split over, and `split_bytes` the memory of this machine that it takes.
+        workers: peers that the first one is split over.
+        split_bytes: memory of this machine that its splits take, those that are being loaded among them.
         life: ends the server of one that is served alone; `None` while it has none.
         leaving: its server finishes what it is answering, and gets nothing new.
         unloading: it is going to be no model of this node any more.

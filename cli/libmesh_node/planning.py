@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from libmesh_node.options import NodeOptions
 from libmesh_node.placement.electing import elect
 from libmesh_node.placement.machine import Machine
 from libmesh_node.placement.shape import ModelShape
@@ -50,3 +51,13 @@ def plan_json(
         "tokens_per_second": round(outcome.tokens_per_second, 2),
         "host": outcome.host,
     }
+
+
+def rules_of(options: NodeOptions) -> SplitRules:
+    """What the command line says of splits."""
+    return SplitRules(
+        max_rtt=options.max_rtt_ms / 1000,
+        ratios=options.tensor_split or None,
+        force=options.split,
+        min_peers=options.min_peers,
+    )

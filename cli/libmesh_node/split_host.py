@@ -1,8 +1,9 @@
 """Hosting one model: when the election says so, its split is started, replaced, and ended.
 
 Make before break: a better placement is started beside the running one, which finishes what it is answering when that
-takes over. Only where memory does not allow both does the running one end first, whoever is to host the better one: when
-it has nothing to do. Requests wait meanwhile in the nodes that took them.
+takes over, and is taken up again if that ends before. Only where memory does not allow both, the running one as it is and
+the better one as it will be, does the running one end first, whoever is to host the better one: when it has nothing to
+do. Requests wait meanwhile in the nodes that took them.
 """
 
 from __future__ import annotations
@@ -20,22 +21,22 @@ from libmesh_node.entries import Entry
 from libmesh_node.llama.supervisor import LlamaServer
 from libmesh_node.options import NodeOptions
 from libmesh_node.placement.electing import elect_at, predict
+from libmesh_node.placement.heirs import PassedOver
 from libmesh_node.placement.machine import Machine, short
 from libmesh_node.placement.seen import host_elsewhere, is_coming, machines_with, placement_elsewhere
-from libmesh_node.placement.splitting import Placement, Shortage, SplitRules, fit_beside, split_from
+from libmesh_node.placement.splitting import Placement, Shortage, fit_beside, split_from
 from libmesh_node.placement.steering import Abandon, Adopt, Broken, Looked, Steering, same
+from libmesh_node.planning import rules_of
 from libmesh_node.serving import LocalModels
-from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting
+from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting, reckon, setting_of
 
 log = logging.getLogger(__name__)
 
 REFUSED_FOR = 20.0
 """Seconds for which a peer that refused is not asked again; one that was lost after it had worked, for less at first."""
 
-FIRST_PAUSE, LONGEST_PAUSE = 0.5, 30.0
+FIRST_PAUSE, LONGEST_PAUSE, HEALTHY_AFTER = 0.5, 30.0, 60.0
 """Seconds until the next try after a split that failed; doubled with each failure, forgotten after `HEALTHY_AFTER`."""
-
-HEALTHY_AFTER = 60.0
 
 OWN_FAILURES = 3
 UNABLE_FOR = 300.0
@@ -47,14 +48,15 @@ DRAIN_LIMIT = 120.0
 HEIR_LIMIT = 30.0
 """Seconds without a sign that the peer loads the model for which this node ended its split; then it is taken back."""
 
-NO_HEIR_FOR = 3600.0
-"""Seconds for which nothing is left any more to a peer that did not take over. It may be a worker still."""
-
 Launch = Callable[[SplitSetting, Placement, dict[str, int], Callable[[], None]], SplitRun]
 
 
 class SplitHost:
-    """Hosts one model whenever the election says so."""
+    """Hosts one model whenever the election says so.
+
+    Args:
+        lent: bytes of this machine's memory that work for other hosts of a model, by its digest.
+    """
 
     def __init__(
         self,
@@ -64,24 +66,24 @@ class SplitHost:
         options: NodeOptions,
         status: Callable[[], NodeStatus],
         launch: Launch,
+        lent: Callable[[str], int],
     ) -> None:
-        self._launch = launch
+        self._launch, self._lent = launch, lent
         self.name, self.entry = entry.name, entry
         self.scope = trio.CancelScope()
         self.missing = ""
         self.served = False
-        self._mesh, self._models, self._options, self._status = mesh, models, options, status
+        self._mesh, self._models, self._status = mesh, models, status
         self._rules = rules_of(options)
         self._steering = Steering()
         self._run: SplitRun | None = None
         self._coming: SplitRun | None = None
         self._refused: dict[str, tuple[str, float]] = {}
-        self._no_heirs: dict[str, float] = {}  # and until when
+        self._replaced: list[SplitRun] = []  # each finishes what it is answering
+        self._no_heirs = PassedOver()
         self._taken: set[str] = set()  # those whose memory another host's split may have
         self._elsewhere = False
-        self._heir: tuple[str, float] | None = (
-            None  # for whom the split here ends or has ended, and until when
-        )
+        self._heir: tuple[str, float] | None = None  # for whom the split here ends, and until when
         self._pause, self._not_before = FIRST_PAUSE, 0.0
         self._own_failures, self.unable_until = 0, 0.0
         self._news = trio.Event()
@@ -111,8 +113,8 @@ class SplitHost:
     # ── deciding ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _wake_at(self) -> float:
-        times = [self._steering.deadline(), *(until for _, until in self._refused.values())]
-        times += self._no_heirs.values()
+        times = [self._steering.deadline(), self._no_heirs.deadline()]
+        times += [until for _, until in self._refused.values()]
         times += [] if self._heir is None else [self._heir[1]]
         if self._not_before > trio.current_time():
             times.append(self._not_before)
@@ -123,7 +125,8 @@ class SplitHost:
         now = trio.current_time()
         elsewhere = host_elsewhere(self.entry.digest, self._mesh.view)
         self._notice(elsewhere is not None, now)
-        self._note_left()
+        self._take_up_again(elsewhere is not None)
+        self.entry.left = self._run is None and self._heir is not None
         machines = machines_with(
             self.entry.digest,
             self._mesh.view,
@@ -157,7 +160,7 @@ class SplitHost:
                     self._start(placement, machines, nursery)
                 case Adopt(placement):  # another one's, or for later; ours ends when that answers, or before
                     self._steering.current = self._run.placement if self._run is not None else None
-                    if self._run is not None and not fit_beside(self._run.placement, placement, machines):
+                    if self._run is not None and not self._fits_beside(self._run.taken, placement, machines):
                         if running is None and placement.host == self._mesh.view.me:
                             self._make_room(self._run, now)
                         else:
@@ -175,7 +178,7 @@ class SplitHost:
             self._pause, self._not_before = FIRST_PAUSE, 0.0
         self._elsewhere = elsewhere
         self._refused = {peer: entry for peer, entry in self._refused.items() if entry[1] > now}
-        self._no_heirs = {peer: until for peer, until in self._no_heirs.items() if until > now}
+        self._no_heirs.look(self._incarnations(), now)
         if self._heir is None or self._run is not None:
             return
         heir, until = self._heir
@@ -187,13 +190,13 @@ class SplitHost:
             log.warning("%s: the peer %s did not take over, and is left nothing now", self.name, short(heir))
             self._bar(heir, now)
 
-    def _note_left(self) -> None:
-        self.entry.left = self._run is None and self._heir is not None
-
     def _bar(self, heir: str, now: float) -> None:
         """It did not take over."""
         self._heir = None
-        self._no_heirs[heir] = now + NO_HEIR_FOR
+        self._no_heirs.add(heir, self._incarnations().get(heir, 0), now)
+
+    def _incarnations(self) -> dict[str, int]:
+        return {peer.peer: peer.incarnation for peer in self._mesh.view.peers}
 
     def _instead_of(self, best: Placement, machines: list[Machine]) -> Placement:
         """What this node hosts itself while nobody serves: the others wait for one of whom it alone knows better."""
@@ -205,12 +208,16 @@ class SplitHost:
         return own if isinstance(own, Placement) else best
 
     def _may_start(self, placement: Placement, machines: list[Machine]) -> bool:
-        """Whether it is this node's to start, and there is room beside what runs here, if anything does."""
-        if placement.host != self._mesh.view.me:
-            return False
-        return self._run is None or (
-            self._heir is None and fit_beside(self._run.placement, placement, machines)
-        )
+        """Whether it is this node's to start, and there is room beside what serves, as far as this node knows."""
+        me = self._mesh.view.me
+        if placement.host != me or (self._run is None and not self._elsewhere):
+            return placement.host == me
+        taken = self._run.taken if self._run is not None else {str(me): self._lent(self.entry.digest)}
+        return self._heir is None and self._fits_beside(taken, placement, machines)
+
+    def _fits_beside(self, taken: dict[str, int], placement: Placement, machines: list[Machine]) -> bool:
+        memory = {machine.peer: machine.memory for machine in machines}
+        return fit_beside(taken, reckon(self._setting(), placement, memory)[1], machines)
 
     def _ends_for(self, best: Placement | Shortage, run: SplitRun) -> bool:
         """Whether it is still for the best placement that `run` makes room."""
@@ -234,8 +241,20 @@ class SplitHost:
             self._run, self.entry.workers = None, ()
             if run.server in self.entry.servers:
                 self.entry.servers.remove(run.server)
+            self._replaced.append(run)
             nursery.start_soon(self._drain, run)
             self._models.on_change()
+
+    def _take_up_again(self, elsewhere: bool) -> None:
+        """What replaced the split here has ended, and the memory that would be needed anew works for the old one still."""
+        run = self._replaced[-1] if self._replaced else None
+        if elsewhere or self._heir or self._run is not None or run is None or not run.ready:
+            return
+        log.info("%s: the split that was replaced here goes on", self.name)
+        self._replaced.remove(run)
+        self._steering.current = run.placement
+        self._serve_by(run)
+        self._models.on_change()
 
     # ── acting ───────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -243,25 +262,20 @@ class SplitHost:
         told = ", ".join(f"{short(share.peer)} ({share.layers} layers)" for share in placement.workers)
         what = f"split over this node ({placement.home.layers} layers) and {told}" if told else "alone"
         log.info("%s: %s; about %.1f tokens per second", self.name, what, placement.tokens_per_second)
-        assert self._models.equipment.engine is not None
-        setting = SplitSetting(
-            mesh=self._mesh,
-            binary=self._models.equipment.engine.require_llama_server(),
-            model=self.entry.model,
-            shape=self.entry.shape,
-            log=self._models.log_of(self.name),
-            own_devices=self._models.equipment.own_devices,
-            slots=self.entry.plan.slots,
-            draft=self.entry.plan.draft,
-        )
         memory = {machine.peer: machine.memory for machine in machines}
-        self._coming = run = self._launch(setting, placement, memory, partial(self._changed, nursery))
+        self._coming = run = self._launch(self._setting(), placement, memory, partial(self._changed, nursery))
+        self._note_memory()
         nursery.start_soon(self._live, run, nursery)
+
+    def _setting(self) -> SplitSetting:
+        return setting_of(self._mesh, self._models.equipment, self.entry, self._models.log_of(self.name))
 
     async def _live(self, run: SplitRun, nursery: trio.Nursery) -> None:
         failure = await run.run()
         if run.server in self.entry.servers:
             self.entry.servers.remove(run.server)
+        if run in self._replaced:
+            self._replaced.remove(run)
         if failure is not None and run in (self._run, self._coming):
             self._failed(run, failure, nursery)
         if run.server is not None and run.server.plan.draft is None:
@@ -273,8 +287,8 @@ class SplitHost:
             if self._heir is not None and self._heir[0] == self._mesh.view.me:
                 self._heir = None
                 self._steering.handle(Broken(), trio.current_time())
-        self.entry.split_bytes = self._run.home_bytes if self._run is not None else 0
-        self._note_left()
+        self._note_memory()
+        self.entry.left = self._run is None and self._heir is not None
         self._models.on_change()
         self.look()
         await trio.sleep_until(self.unable_until)
@@ -283,9 +297,8 @@ class SplitHost:
     def _failed(self, run: SplitRun, failure: SplitFailed, nursery: trio.Nursery) -> None:
         now = trio.current_time()
         who = f"the peer {short(failure.peer)}: " if failure.peer else ""
-        log.warning(
-            "%s: the split %s: %s%s", self.name, "ended" if run is self._run else "failed", who, failure
-        )
+        how = "ended" if run is self._run else "failed"
+        log.warning("%s: the split %s: %s%s", self.name, how, who, failure)
         if failure.later and self._run is not None and failure.peer in self._run.placement.members:
             self._steering.current = self._run.placement
             self._leave_to(self._mesh.view.me, self._run, now, nursery)
@@ -345,24 +358,37 @@ class SplitHost:
         if coming is not None and coming.server is not None and coming.server not in self.entry.servers:
             self.entry.servers.append(coming.server)
         if coming is not None and coming.ready and coming.server is not None:
-            old, self._run, self._coming = self._run, coming, None
+            old, self._coming = self._run, None
             if old is None and self._heir is not None:
                 self._bar(self._heir[0], trio.current_time())
             coming.ready_since, self._own_failures = trio.current_time(), 0
-            self.entry.servers.remove(coming.server)
-            self.entry.servers.insert(0, coming.server)
-            self.entry.workers = tuple(share.peer for share in coming.placement.workers)
-            self.entry.split_bytes = coming.home_bytes
             if old is not None:
+                self._replaced.append(old)
                 nursery.start_soon(self._drain, old)
+            self._serve_by(coming)
         self._models.on_change()
 
+    def _serve_by(self, run: SplitRun) -> None:
+        assert run.server is not None
+        self._run = run
+        if run.server in self.entry.servers:
+            self.entry.servers.remove(run.server)
+        self.entry.servers.insert(0, run.server)
+        self.entry.workers = tuple(share.peer for share in run.placement.workers)
+        self._note_memory()
+
+    def _note_memory(self) -> None:
+        runs = (self._run, self._coming, *self._replaced)
+        self.entry.split_bytes = sum(run.home_bytes for run in runs if run is not None)
+
     async def _drain(self, run: SplitRun) -> None:
-        """End a replaced run when it has answered what it was asked."""
+        """End a replaced run when it has answered what it was asked, unless it is taken up again."""
         with trio.move_on_after(DRAIN_LIMIT):
-            while run.server is not None and await _is_busy(run.server):  # noqa: ASYNC110 - another process is asked
+            while run in self._replaced and run.server is not None and await _is_busy(run.server):  # noqa: ASYNC110 - a process is asked
                 await trio.sleep(0.2)
-        self._stop(run)
+        if run in self._replaced:
+            self._replaced.remove(run)
+            self._stop(run)
 
     def _stop(self, run: SplitRun | None) -> None:
         if run is not None:
@@ -371,13 +397,3 @@ class SplitHost:
 
 async def _is_busy(server: LlamaServer) -> bool:
     return await server.is_busy()
-
-
-def rules_of(options: NodeOptions) -> SplitRules:
-    """What the command line says of splits."""
-    return SplitRules(
-        max_rtt=options.max_rtt_ms / 1000,
-        ratios=options.tensor_split or None,
-        force=options.split,
-        min_peers=options.min_peers,
-    )

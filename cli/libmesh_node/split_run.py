@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,8 @@ from pathlib import Path
 import trio
 
 from libmesh import Mesh, MeshError, PeerId
+from libmesh_node.entries import Entry
+from libmesh_node.equipment import Equipment
 from libmesh_node.errors import NodeError
 from libmesh_node.llama.engine import Binary, cache_root
 from libmesh_node.llama.restart import RestartConfig, RestartPolicy
@@ -81,6 +83,21 @@ class SplitSetting:
     draft: DraftPlan | None = None
 
 
+def setting_of(mesh: Mesh, equipment: Equipment, entry: Entry, log: Path) -> SplitSetting:
+    """That of a node's model as it is now. The node has a llama-server."""
+    assert equipment.engine is not None
+    return SplitSetting(
+        mesh=mesh,
+        binary=equipment.engine.require_llama_server(),
+        model=entry.model,
+        shape=entry.shape,
+        log=log,
+        own_devices=equipment.own_devices,
+        slots=entry.plan.slots,
+        draft=entry.plan.draft,
+    )
+
+
 class SplitRun:
     """One split. `run` is its life.
 
@@ -89,6 +106,7 @@ class SplitRun:
         on_change: called when the server's state changed.
 
     Attributes:
+        taken: for each member, bytes of its memory that this split takes, the cache included.
         server: its llama-server, once the workers are ready.
         ready_since: when it took over, by trio's clock.
         scope: cancel it to end the split.
@@ -98,15 +116,15 @@ class SplitRun:
         self,
         setting: SplitSetting,
         placement: Placement,
-        memory: dict[str, int],
+        memory: Mapping[str, int],
         on_change: Callable[[], None],
     ) -> None:
         self.placement = placement
         self.server: LlamaServer | None = None
         self.ready_since: float | None = None
         self.scope = trio.CancelScope()
-        self._setting, self._memory, self._on_change = setting, memory, on_change
-        self._context = _context(setting, placement, memory)
+        self._setting, self._on_change = setting, on_change
+        self._context, self.taken = reckon(setting, placement, memory)
         self._fork = is_fork(read_protocol(setting.binary.rpc_protocol or "0.0.0"))
         self._failure: SplitFailed | None = None
         self._told: int | None = None
@@ -119,7 +137,7 @@ class SplitRun:
     @property
     def home_bytes(self) -> int:
         """Memory of this machine that it takes, the cache included."""
-        return _memory(self.placement.home, self._context, self._setting.shape)
+        return self.taken[self.placement.host]
 
     async def run(self) -> SplitFailed | None:
         """Live until cancelled by `scope`; then `None`. If it ends by itself, the reason."""
@@ -243,7 +261,7 @@ class SplitRun:
         setting = self._setting
         return SessionRequest(
             digest=setting.shape.digest,
-            memory_bytes=min(_memory(share, self._context, setting.shape), self._memory.get(share.peer, 0)),
+            memory_bytes=self.taken[share.peer],
             protocol=read_protocol(setting.binary.rpc_protocol or "0.0.0"),
             model=setting.model.name,
         )
@@ -302,11 +320,24 @@ def _memory(share: Share, context: int, shape: ModelShape) -> int:
     return int(share.weights * OVERHEAD) + cache + shape.compute + logits
 
 
-def _context(setting: SplitSetting, placement: Placement, memory: dict[str, int]) -> int:
-    """Tokens of cache that fit beside the weights on every machine."""
-    most = (setting.model.header.context_length or setting.shape.context) * setting.slots
-    for share in (*placement.workers, placement.home):
+def reckon(
+    setting: SplitSetting, placement: Placement, memory: Mapping[str, int]
+) -> tuple[int, dict[str, int]]:
+    """Tokens of cache that fit beside the weights on every machine, and for each member the bytes that it then takes.
+
+    Where half of a machine's memory is enough it takes no more, so that the split which replaces it one day has room
+    beside it, whatever the context. That is so of those that are forced: a model that no machine can hold takes more than half
+    of each.
+    """
+    shape, shares = setting.shape, (*placement.workers, placement.home)
+    offered = {share.peer: memory.get(share.peer, 0) for share in shares}
+    for share in shares:
+        if _memory(share, shape.context, shape) <= offered[share.peer] // 2:
+            offered[share.peer] //= 2
+    most = (setting.model.header.context_length or shape.context) * setting.slots
+    for share in shares:
         if share.kv_per_token:
-            left = memory.get(share.peer, 0) - _memory(share, 0, setting.shape)
+            left = offered[share.peer] - _memory(share, 0, shape)
             most = min(most, left // (share.kv_per_token + MASK))
-    return max(setting.shape.context, min(most, 65536) // _STEP * _STEP)
+    context = max(shape.context, min(most, 65536) // _STEP * _STEP)
+    return context, {share.peer: min(_memory(share, context, shape), offered[share.peer]) for share in shares}

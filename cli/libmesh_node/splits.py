@@ -23,10 +23,10 @@ from libmesh_node.models.digest import model_digest
 from libmesh_node.options import NodeOptions
 from libmesh_node.placement.seen import SERVICE, machines_with
 from libmesh_node.placement.shape import ModelShape
-from libmesh_node.planning import plan_json
+from libmesh_node.planning import plan_json, rules_of
 from libmesh_node.serving import LocalModels
 from libmesh_node.snapshot import Process
-from libmesh_node.split_host import Launch, SplitHost, rules_of
+from libmesh_node.split_host import Launch, SplitHost
 from libmesh_node.split_run import SplitRun
 
 log = logging.getLogger(__name__)
@@ -120,13 +120,18 @@ class Splits:
                 self._hosts.pop(name).scope.cancel()
         for name, entry in entries.items():
             if not entry.alone and name not in self._hosts:
-                host = SplitHost(self._mesh, self._models, entry, self._options, self._status, self._launch)
+                host = SplitHost(
+                    self._mesh, self._models, entry, self._options, self._status, self._launch, self._lent
+                )
                 self._hosts[name] = host
                 self._tasks.start_soon(host.run)
         if self._lender is None and self._mesh.scope >= Scope.WORKER:
             self._lender = _lender(self._mesh, self._models, self._options)
             if self._lender is not None:
                 self._tasks.start_soon(self._lend, self._lender)
+
+    def _lent(self, digest: str) -> int:
+        return self._lender.lent_on(digest) if self._lender is not None else 0
 
     async def _lend(self, lender: Lender) -> None:
         with self._mesh.offer(SERVICE, lender.serve, scope=Scope.WORKER, lasting=True):

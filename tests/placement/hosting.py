@@ -22,9 +22,9 @@ from libmesh_node.llama.server import ServerPlan
 from libmesh_node.models.reference import ModelFile
 from libmesh_node.options import NodeOptions
 from libmesh_node.placement.seen import SERVICE
-from libmesh_node.placement.splitting import Placement, Share
+from libmesh_node.placement.splitting import Placement
 from libmesh_node.snapshot import Process
-from libmesh_node.split_run import SplitFailed, SplitSetting
+from libmesh_node.split_run import SplitFailed, SplitSetting, reckon
 
 from libmesh import MeshId, PathKind, PeerId, PeerState, PeerView, Scope, Service, View
 from libmesh import Path as Way
@@ -52,9 +52,10 @@ class Run:
         world: World,
         setting: SplitSetting,
         placement: Placement,
-        _memory: dict[str, int],
+        memory: dict[str, int],
         on_change: Callable[[], None],
     ) -> None:
+        _, self.taken = reckon(setting, placement, memory)
         self.placement, self.scope = placement, trio.CancelScope()
         self.ready_since: float | None = None
         self.server: Any = None
@@ -69,11 +70,7 @@ class Run:
 
     @property
     def home_bytes(self) -> int:
-        return self.placement.home.granted
-
-    @property
-    def shares(self) -> tuple[Share, ...]:
-        return (*self.placement.workers, self.placement.home)
+        return self.taken[self.placement.host]
 
     async def run(self) -> SplitFailed | None:
         with self.scope:
@@ -81,9 +78,10 @@ class Run:
             for share in self.placement.workers:
                 if share.peer not in self._world.nodes:
                     return SplitFailed("it is gone", share.peer)
-                if self._world.free(share.peer) < share.granted:
+                if self._world.free(share.peer) < self.taken[share.peer]:
                     return SplitFailed("its memory is taken", share.peer, later=True)
             self._world.runs.append(self)
+            self._world.crowded |= {peer for peer in self.taken if self._world.free(peer) < 0}
             broken = self.placement.host in self._world.broken
             self._world.most = max(self._world.most, len(self._world.runs))
             try:
@@ -124,7 +122,8 @@ class Node:
     def __init__(self, world: World, name: str, machine: Machine) -> None:
         self.world, self.name, self.machine = world, name, machine
         self.life = trio.CancelScope()
-        header = _header()
+        self.incarnation = 1
+        header = _header(world.heads)
         model = ModelFile(name="m", parts=(Path("/m.gguf"),), size_bytes=LAYERS * LAYER, header=header)
         self.entry = Entry(
             model, (header,), ServerPlan(model=model, context=4096), alone=False, digest=DIGEST
@@ -141,6 +140,8 @@ class Node:
         options = NodeOptions(data_dir=Path("/nowhere"), split=world.force)
         mesh: Any = self
         self.splits = splits.Splits(mesh, models, options, self.status, self._launch)  # type: ignore[arg-type]
+        lender: Any = SimpleNamespace(models={}, lent_on=lambda digest: world.lent_by(name))
+        self.splits._lender = lender
 
     @property
     def view(self) -> View:
@@ -174,18 +175,21 @@ class World:
         launched: splits that were begun; `most`: that lived at once.
         broken: nodes whose llama-server ends while it loads. idle: nodes that do nothing.
         lent: GB of a node's memory that work for another model, which nobody announces.
+        crowded: nodes of whose memory splits ever had more than there is.
+        heads: for the attention cache, of each layer: 256 bytes each for a token.
         outages: spans of time without a server, since there first was one.
     """
 
-    def __init__(self, nursery: trio.Nursery, *, force: bool) -> None:
+    def __init__(self, nursery: trio.Nursery, *, force: bool, heads: int) -> None:
         self.nodes: dict[str, Node] = {}
         self.runs: list[Run] = []
-        self.force = force
+        self.force, self.heads = force, heads
         self.launched = self.most = 0
         self.outages: list[float] = []
         self.broken: set[str] = set()
         self.idle: set[str] = set()
         self.lent: dict[str, float] = {}
+        self.crowded: set[str] = set()
         self._served_until: float | None = None
         self._served = False
         self._nursery = nursery
@@ -219,8 +223,12 @@ class World:
             await node.splits.run()
 
     def free(self, name: str) -> int:
-        taken = sum(share.granted for run in self.runs for share in run.shares if share.peer == name)
+        taken = sum(run.taken.get(name, 0) for run in self.runs)
         return int((self.nodes[name].machine.memory - self.lent.get(name, 0)) * GB) - taken
+
+    def lent_by(self, name: str) -> int:
+        """Bytes that work for other hosts."""
+        return sum(run.taken.get(name, 0) for run in self.runs if run.placement.host != name)
 
     @property
     def serving(self) -> list[Run]:
@@ -247,7 +255,7 @@ class World:
             PeerView(
                 peer=PeerId(other.name), scope=Scope.WORKER, state=PeerState.ALIVE, addresses=(), since_unix=0.0,
                 services=(Service(name=SERVICE, scope=Scope.WORKER),), attributes=encode_status(other.status()),
-                path=Way(kind=PathKind.DIRECT, address="", rtt=other.machine.rtt), incarnation=1,
+                path=Way(kind=PathKind.DIRECT, address="", rtt=other.machine.rtt), incarnation=other.incarnation,
             )
             for other in sorted(self.nodes.values(), key=lambda node: node.name)
             if other is not me
@@ -256,17 +264,17 @@ class World:
 
 
 @asynccontextmanager
-async def world(*, force: bool) -> AsyncIterator[World]:
+async def world(*, force: bool, heads: int = 0) -> AsyncIterator[World]:
     """An empty one."""
     async with trio.open_nursery() as nursery:
-        yield World(nursery, force=force)
+        yield World(nursery, force=force, heads=heads)
         nursery.cancel_scope.cancel()
 
 
-def _header() -> GgufHeader:
+def _header(heads: int) -> GgufHeader:
     tensors = tuple(TensorInfo(f"blk.{layer}.w", (1,), 0, 0, LAYER) for layer in range(LAYERS))
     return GgufHeader(
-        architecture="llama", name="m", context_length=4096, n_layers=LAYERS, embedding_length=64, vocabulary=100,
-        heads=1, kv_heads=(0,) * LAYERS, key_length=64, value_length=64, quantisation="F16", expert_count=0,
+        architecture="llama", name="m", context_length=16384, n_layers=LAYERS, embedding_length=64, vocabulary=100,
+        heads=1, kv_heads=(heads,) * LAYERS, key_length=64, value_length=64, quantisation="F16", expert_count=0,
         pooling=None, has_chat_template=True, split_no=0, split_count=0, tensors=tensors, values={},
     )  # fmt: skip

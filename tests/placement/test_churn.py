@@ -8,6 +8,7 @@ import pytest
 import trio
 import trio.testing
 from libmesh_node import split_host
+from libmesh_node.placement import heirs
 
 from tests.placement.hosting import LOAD, Machine, Run, World, world
 
@@ -213,6 +214,27 @@ async def test_nothing_is_left_again_to_a_host_that_cannot_load(
         (run,) = place.serving
         assert "c" not in run.placement.members
     assert len(place.outages) == 1
+
+
+async def test_who_did_not_take_over_is_tried_again_when_it_has_been_restarted(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Once. If that fails, too, its restarts change nothing for as long as it is passed over."""
+    async with world(force=False) as place:
+        await scarce(place)
+        place.idle.add("c")
+        for incarnation, tries in enumerate((1, 2, 2)):
+            place.join("c", Machine(25, bandwidth=1000, rtt=0.001)).incarnation += incarnation
+            for _ in range(10):
+                await trio.sleep(TURN)
+            assert len(place.outages) == tries
+            place.leave("c")
+            await trio.sleep(TURN)
+        await trio.sleep(heirs.NO_HEIR_FOR)
+        place.idle.clear()
+        place.join("c", Machine(25, bandwidth=1000, rtt=0.001))
+        await trio.sleep(2 * TURN)
+        assert place.serving[0].placement.host == "c"
 
 
 async def test_who_did_not_take_over_may_be_a_worker(autojump_clock: trio.testing.MockClock) -> None:

@@ -10,6 +10,7 @@ import trio.testing
 from libmesh_node import split_host
 
 from tests.placement.hosting import LOAD, Machine, world
+from tests.placement.machines import GB
 from tests.placement.test_churn import TURN, bettered, settled
 
 
@@ -153,3 +154,95 @@ async def test_what_was_ended_for_another_host_is_said_to_come(
             assert [node.entry.coming for node in place.nodes.values()].count(True) == 1
         await settled(place)
         assert not any(node.entry.coming or node.entry.left for node in place.nodes.values())
+
+
+LONG = 55
+"""Heads with which a cache of 65,536 tokens takes 20 GB."""
+
+
+async def test_a_long_context_leaves_room_for_the_split_that_replaces_it(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Of a machine of which half is enough, the other half."""
+    async with world(force=True, heads=LONG) as place:
+        place.join("a", Machine(60))
+        place.join("b", Machine(60))
+        await settled(place)
+        assert min(place.serving[0].taken.values()) > 29 * GB
+        place.join("c", Machine(60, bandwidth=1000, rtt=0.0005))
+        await settled(place)
+        assert place.serving[0].placement.host == "c"
+    assert (place.launched, place.outages, place.crowded) == (2, [], set())
+
+
+async def test_where_the_running_split_has_all_memory_it_ends_for_the_better_one(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Of the worker the better one wants so little that there would be room beside what the running one must have."""
+    async with world(force=True, heads=LONG) as place:
+        place.join("a", Machine(30))
+        place.join("b", Machine(30))
+        await settled(place)
+        assert max(place.serving[0].taken.values()) > 29 * GB
+        place.join("c", Machine(400, bandwidth=1000, rtt=0.0005))
+        await trio.sleep(2 * TURN)
+        await settled(place)
+        (run,) = place.serving
+        assert run.placement.host == "c"
+        assert run.placement.workers[0].granted < 10 * GB
+    assert place.outages == [pytest.approx(LOAD, abs=3)]
+    assert place.crowded == set()
+
+
+async def test_who_works_for_a_split_and_is_to_host_it_waits_until_that_has_ended(
+    autojump_clock: trio.testing.MockClock, busy: Busy
+) -> None:
+    """Its memory works for the host that is busy."""
+    async with world(force=False, heads=LONG) as place:
+        place.join("a", Machine(30, bandwidth=40))
+        place.join("b", Machine(30))
+        await settled(place)
+        (run,) = place.serving
+        assert run.placement.members == ("b", "a")
+        busy.says = lambda _: True
+        place.nodes["b"].machine.bandwidth = 2000
+        place.join("c", Machine(30, bandwidth=3000, rtt=0.0005))
+        place.nodes["b"].machine.rtt = 0.0005
+        place.news()
+        await trio.sleep(5 * TURN)
+        assert place.serving == [run]
+        assert place.launched == 1
+        busy.says = lambda _: False
+        await trio.sleep(3 * TURN)
+        assert set(place.serving[0].placement.members) == {"b", "c"}
+    assert place.crowded == set()
+    assert place.outages == [pytest.approx(LOAD, abs=3)]
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["another host's", "its own"])
+async def test_a_replaced_split_goes_on_when_what_replaced_it_ends_before(
+    autojump_clock: trio.testing.MockClock, busy: Busy, there: bool
+) -> None:
+    """It is finishing answers, with the memory that would be needed anew."""
+    async with world(force=True) as place:
+        place.join("a", Machine(100, bandwidth=40))
+        place.join("b", Machine(100))
+        await settled(place)
+        (old,) = place.serving
+        busy.says = lambda server: server is old.server
+        faster = Machine(100, bandwidth=1000, rtt=0.0005) if there else Machine(100, bandwidth=39, rtt=0.0001)
+        place.nodes["a"].machine.rtt = 0.002 if there else 0.0001
+        place.join("c", faster)
+        await trio.sleep(TURN)
+        assert len(place.serving) == 2
+        assert place.nodes["a"].entry.base_url == (None if there else "http://127.0.0.1:1")
+        place.leave("c") if there else place.lose_worker("c")
+        await trio.sleep(1)
+        assert place.serving == [old]
+        assert place.nodes["a"].entry.base_url is not None
+        assert place.nodes["a"].entry.workers == ("b",)
+        if not there:
+            place.leave("c")
+        await trio.sleep(2 * split_host.DRAIN_LIMIT)
+        assert place.serving == [old]
+    assert (place.launched, place.outages) == (2, [])

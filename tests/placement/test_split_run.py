@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +17,7 @@ from libmesh_node.llama.gguf import read_header
 from libmesh_node.models.demo import SMALL, write_model
 from libmesh_node.models.digest import model_digest
 from libmesh_node.models.reference import ModelFile
-from libmesh_node.placement.shape import shape_of
+from libmesh_node.placement.shape import ModelShape, shape_of
 from libmesh_node.placement.splitting import Placement, Share
 from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting
 
@@ -71,7 +73,29 @@ def test_a_long_context_has_room_for_what_llama_server_computes_with_it(tmp_path
     share = Share(peer="worker", layers=4, weights=sum(shape.layers[:4]), granted=0, kv_per_token=cache)
     asked = split_run._memory(share, context, shape)
     assert asked >= share.weights + cache * context + 44_314_624
-    setting: Any = SimpleNamespace(model=SimpleNamespace(header=read_header(path)), shape=shape, slots=4)
-    placement = Placement(host="home", home=share, workers=(share,), tokens_per_second=1.0)
-    assert split_run._context(setting, placement, {"worker": asked}) == context
-    assert split_run._context(setting, placement, {"worker": asked - 1}) == context - 256
+    setting, placement = split_of(path, shape, share)
+    context_of = partial(split_run.reckon, setting, placement)
+    assert context_of({"home": 1 << 40, "worker": 2 * asked})[1]["worker"] == asked
+    assert context_of({"home": 1 << 40, "worker": 2 * asked})[0] == context
+    assert context_of({"home": 1 << 40, "worker": 2 * asked - 2})[0] == context - 256
+
+
+def test_a_split_for_which_half_of_a_machine_is_enough_leaves_the_other_half(tmp_path: Path) -> None:
+    """To the one that replaces it; one that needs more has all of it."""
+    write_model(path := tmp_path / "small.gguf", SMALL, 7)
+    shape = shape_of([read_header(path)], "", 4096)
+    share = Share(peer="worker", layers=4, weights=1, granted=0, kv_per_token=sum(shape.kv_per_token[:4]))
+    least = split_run._memory(share, 4096, shape)
+    setting, placement = split_of(path, shape, share)
+    context, taken = split_run.reckon(setting, placement, {"home": 1 << 40, "worker": 2 * least})
+    assert (context, taken["worker"]) == (4096, least)
+    context, taken = split_run.reckon(setting, placement, {"home": 1 << 40, "worker": 2 * least - 2})
+    assert context > 6144
+    assert 1.5 * least < taken["worker"] < 2 * least
+
+
+def split_of(path: Path, shape: ModelShape, share: Share) -> tuple[Any, Placement]:
+    """Over a worker, and a home that is like it."""
+    setting = SimpleNamespace(model=SimpleNamespace(header=read_header(path)), shape=shape, slots=4)
+    home = replace(share, peer="home")
+    return setting, Placement(host="home", home=home, workers=(share,), tokens_per_second=1.0)

@@ -6,7 +6,7 @@ its bandwidth, and of one round trip for each worker. More workers never make a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -128,12 +128,11 @@ def fits_alone(shape: ModelShape, machine: Machine) -> bool:
     return not machine.excluded and machine.memory >= needed(shape)
 
 
-def fit_beside(one: Placement, other: Placement, machines: Sequence[Machine]) -> bool:
-    """Whether every machine has the memory for its part in both."""
-    taken = dict.fromkeys((*one.members, *other.members), 0)
-    for share in (*one.workers, one.home, *other.workers, other.home):
-        taken[share.peer] += share.granted
-    return all(taken.get(machine.peer, 0) <= machine.memory for machine in machines)
+def fit_beside(taken: Mapping[str, int], asked: Mapping[str, int], machines: Iterable[Machine]) -> bool:
+    """Whether every machine has, beside the bytes that are `taken` of it, those that are `asked` for."""
+    return all(
+        taken.get(machine.peer, 0) + asked.get(machine.peer, 0) <= machine.memory for machine in machines
+    )
 
 
 def split_from(

@@ -104,6 +104,11 @@ class Lender:
         """What running sessions were granted, all together."""
         return sum(lent.granted for lent in self._sessions.values())
 
+    def lent_on(self, digest: str) -> int:
+        """What those of one model were granted, all together, whose hosts can be reached."""
+        sessions = [lent for lent in self._sessions.values() if lent.digest == digest]
+        return sum(lent.granted for lent in sessions if not lent.stream.connection_lost)
+
     @property
     def processes(self) -> tuple[Process, ...]:
         """The rpc-servers that run."""
