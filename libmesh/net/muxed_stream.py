@@ -187,13 +187,17 @@ class YamuxStream(StockFace):
             return self._outbound.post(self, data, hurry=hurry)
         return True
 
-    async def send_all(self, data: bytes | bytearray | memoryview) -> None:
-        """See `trio.abc.SendStream.send_all`."""
+    async def send_all(self, data: bytes | bytearray | memoryview, *, soon: bool = False) -> None:
+        """See `trio.abc.SendStream.send_all`. `soon`: at most 1 KiB, leaves with what the caller does next."""
         if self._sending:
             raise trio.BusyResourceError("another task is sending on this stream")
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check_sendable()
         view = _bytes_of(data)
+        if soon and self._outbound.post(self, bytes(view), hurry=False):
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            self._outbound.flush_soon()
+            return
         sent = self._outbound.send_nowait(self, view) if len(view) else 0
         if sent == len(view):
             await trio.lowlevel.cancel_shielded_checkpoint()

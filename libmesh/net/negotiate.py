@@ -104,6 +104,11 @@ class _LineReader:
         return line
 
 
+TOGETHER_BYTES = 512
+"""A first message up to this waits a turn of the scheduler for what its sender does next, which mostly is to end the stream:
+to send both at once takes a fifth less of both sides' time."""
+
+
 class Libp2pStream(Stream):
     """A stream of a libp2p connection that speaks, or will speak, one protocol. See `Stream`.
 
@@ -204,15 +209,23 @@ class Libp2pStream(Stream):
     def _propose(self) -> None:
         if not self._proposed:
             self._proposed = True
-            self._inner.post(_HEADER_LINE + encode_line(self.protocol))
+            self._inner.post(self._proposal)
+
+    @property
+    def _proposal(self) -> bytes:
+        return _HEADER_LINE + encode_line(self.protocol)
 
     # ---- sending ----------------------------------------------------------------------------------------------
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         """See `Stream`."""
-        if not self._proposed:
-            self._propose()
         try:
+            if not self._proposed and len(data) <= TOGETHER_BYTES and isinstance(self._inner, YamuxStream):
+                await trio.lowlevel.checkpoint_if_cancelled()
+                self._proposed = True
+                await self._inner.send_all(self._proposal + bytes(data), soon=True)
+                return
+            self._propose()
             await self._inner.send_all(data)
         except (StreamReset, trio.ClosedResourceError):
             self._raise_refusal()

@@ -164,6 +164,25 @@ async def test_header_proposal_and_request_leave_together() -> None:
         assert await stream.receive_some() == b"ponse"
 
 
+async def test_request_and_end_leave_together() -> None:
+    async with answered(b"") as (stream, far):
+        await stream.send_all(b"request")
+        await stream.send_eof()
+        await read_exactly(far, len(HEADER + encode_line("/known/1") + b"request"))
+        assert far.receive_nowait() == b""
+
+
+async def test_a_cancelled_first_send_proposes_nothing_and_the_next_one_does() -> None:
+    async with answered(b"") as (stream, far):
+        with trio.CancelScope() as scope:
+            scope.cancel()
+            await stream.send_all(b"lost")
+        assert scope.cancelled_caught
+        await stream.send_all(b"request")
+        expected = HEADER + encode_line("/known/1") + b"request"
+        assert await read_exactly(far, len(expected)) == expected
+
+
 async def test_a_receive_alone_proposes_too() -> None:
     async with answered(HEADER + encode_line("/known/1") + b"greeting") as (stream, far):
         assert await stream.receive_some() == b"greeting"
