@@ -79,6 +79,24 @@ class Path:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RelayView:
+    """What a node knows of one relay that it may be reached through.
+
+    Attributes:
+        address: the relay's multiaddr: the one in use, else the first that is known.
+        held: there is a place at it now.
+        rtt: smoothed round-trip time in seconds; `None` until measured, and while not connected.
+        failure: why there is no place, in words; empty if there is one, or if none was asked for.
+    """
+
+    relay: PeerId
+    address: str
+    held: bool
+    rtt: float | None = None
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reaching:
     """What a node knows of how others reach it, at one instant.
 
@@ -90,6 +108,7 @@ class Reaching:
             (`None`: not known).
         mapping: the protocol that a router forwards our port by; empty if none does.
         mapping_failure: why none does, in words.
+        relays: those that it may be reached through, best first, 16 at most; it holds places at two of them.
     """
 
     standing: str = "unknown"
@@ -98,6 +117,7 @@ class Reaching:
     addresses: tuple[tuple[str, str, bool | None], ...] = ()
     mapping: str = ""
     mapping_failure: str = ""
+    relays: tuple[RelayView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

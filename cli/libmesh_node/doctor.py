@@ -54,7 +54,7 @@ def examine(status: Json, clock_set: bool | None = None) -> list[Finding]:
         _router(reach, only_web=_only_web(peers)),
         _mapping(reach),
         *_web(status, peers),
-        *_relays(status),
+        *_relays(reach),
         *_clock(clock_set),
         *(_peer(peer) for peer in peers),
     ]
@@ -199,27 +199,13 @@ def _web(status: Json, peers: list[Json]) -> list[Finding]:
     return []
 
 
-def _relays(status: Json) -> list[Finding]:
-    circuits = [str(a) for a in status.get("addresses") or [] if "/p2p-circuit" in str(a)]
-    relays = list(
-        dict.fromkeys(circuit.partition("/p2p-circuit")[0].rpartition("/p2p/")[2] for circuit in circuits)
-    )
-    rtts = {peer.get("id"): peer.get("rtt_ms") for peer in _objects(status, "peers")}
-    findings = []
-    for relay in relays:
-        rtt = rtts.get(relay)
-        far = f", {rtt:.0f} ms away" if isinstance(rtt, int | float) else ""
-        slow = isinstance(rtt, int | float) and rtt > BAD_RTT_MS
-        advice = "Name a nearer one with --relay." if slow else ""
-        findings.append(
-            Finding(
-                "relay",
-                Grade.NOTE if slow else Grade.GOOD,
-                f"Reached through the relay …{relay[-8:]}{far}.",
-                advice,
-            )
-        )
-    if not findings and _object(status, "reachability").get("standing") != "public":
+def _relays(reach: Json) -> list[Finding]:
+    relays, public = _objects(reach, "relays"), reach.get("standing") == "public"
+    alone = not public and not any(relay.get("held") is True for relay in relays)
+    findings = [
+        _relay(relay, alone=alone) for relay in relays if relay.get("held") is True or relay.get("failure")
+    ]
+    if alone and not findings:
         findings.append(
             Finding(
                 "relay",
@@ -229,6 +215,24 @@ def _relays(status: Json) -> list[Finding]:
             )
         )
     return findings
+
+
+def _relay(relay: Json, *, alone: bool) -> Finding:
+    """One at which there is a place, or should be; `alone`: there is none at any, and nobody can dial this node."""
+    rtt, where = relay.get("rtt_ms"), f"…{str(relay.get('id', ''))[-8:]} at {relay.get('address')}"
+    if relay.get("held") is True:
+        far = f", {rtt:.0f} ms away" if isinstance(rtt, int | float) else ""
+        text = f"This node can be reached through {where}{far}."
+        if isinstance(rtt, int | float) and rtt > BAD_RTT_MS:
+            return Finding("relay", Grade.NOTE, text, "Name a nearer one with --relay.")
+        return Finding("relay", Grade.GOOD, text)
+    text = f"No place at {where}: {_shortened(str(relay.get('failure')))}."
+    if alone:
+        advice = (
+            "Others cannot reach this node now. Is the relay running, and is its address right (--relay)?"
+        )
+        return Finding("relay", Grade.BAD, text, advice)
+    return Finding("relay", Grade.NOTE, text)
 
 
 def _clock(clock_set: bool | None) -> list[Finding]:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from libmesh import PeerId, PeerView, Reaching, View
 from libmesh_node.announced import AnnouncedModel, NodeStatus, OnDisk, decode_status
 from libmesh_node.placement.rows import NOTHING, Asks
-from libmesh_node.snapshot import Address, Model, Peer, Reachability, Server
+from libmesh_node.snapshot import Address, Model, Peer, Reachability, Relay, Server
 
 ModelsByName = Mapping[str, Sequence[tuple[AnnouncedModel, Server | None]]]
 
@@ -120,7 +120,7 @@ def _peer(entry: PeerView, invites: tuple[str, ...], expires_unix: int | None) -
         serving=serving,
         path=entry.path.kind.value if entry.path is not None else None,
         address=entry.path.address if entry.path is not None else "",
-        rtt_ms=_milliseconds(entry),
+        rtt_ms=_milliseconds(entry.path.rtt if entry.path is not None else None),
         invites=invites,
         expires_unix=expires_unix,
         path_since_unix=round(entry.path.since_unix, 1) or None if entry.path is not None else None,
@@ -144,6 +144,16 @@ def reachability(reaching: Reaching | None) -> Reachability:
         ),
         mapping=reaching.mapping,
         mapping_failure=reaching.mapping_failure,
+        relays=tuple(
+            Relay(
+                id=relay.relay,
+                address=relay.address,
+                held=relay.held,
+                rtt_ms=_milliseconds(relay.rtt),
+                failure=relay.failure,
+            )
+            for relay in reaching.relays
+        ),
     )
 
 
@@ -153,8 +163,6 @@ def _role(status: NodeStatus, serving: bool) -> str:
     return "Host" if serving else "Worker"
 
 
-def _milliseconds(entry: PeerView) -> float | None:
+def _milliseconds(seconds: float | None) -> float | None:
     """To two digits: more would make every measurement a new snapshot."""
-    if entry.path is None or entry.path.rtt is None:
-        return None
-    return float(f"{entry.path.rtt * 1000:.2g}")
+    return None if seconds is None else float(f"{seconds * 1000:.2g}")

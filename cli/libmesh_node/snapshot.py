@@ -160,6 +160,17 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Relay:
+    """A relay that this node may be reached through. The words are those of `libmesh.RelayView`."""
+
+    id: str
+    address: str
+    held: bool
+    rtt_ms: float | None
+    failure: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Reachability:
     """How others reach this node, as far as it knows. The words are those of `libmesh.Reaching`."""
 
@@ -169,6 +180,7 @@ class Reachability:
     addresses: tuple[Address, ...] = ()
     mapping: str = ""
     mapping_failure: str = ""
+    relays: tuple[Relay, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import replace
 from functools import partial
 
 import trio
@@ -257,7 +258,7 @@ class Libp2pNetwork(Network):
 
     def reaching(self) -> Reaching:
         """See `Network.reaching`."""
-        return self.reach.picture()
+        return replace(self.reach.picture(), relays=self.relaying.client.views())
 
     def local_port(self, peer: PeerId) -> int | None:
         """See `Ground.local_port`."""

@@ -16,7 +16,7 @@ import trio
 
 from libmesh.alarm import Alarm
 from libmesh.core import reservations as core
-from libmesh.core.reservations import ReservationConfig, Reservations
+from libmesh.core.reservations import MAX_RELAYS, ReservationConfig, Reservations
 from libmesh.core.ways import is_websocket
 from libmesh.errors import MeshError, NetworkError, ServiceRefused
 from libmesh.framing import receive_frame
@@ -27,7 +27,7 @@ from libmesh.net.negotiate import Libp2pStream
 from libmesh.net.relay_wire import Status
 from libmesh.net.underlay import Underlay
 from libmesh.net.websocket import target_of
-from libmesh.peers import PathKind, PeerId
+from libmesh.peers import PathKind, PeerId, RelayView
 from libmesh.wire_pieces import WireError
 
 log = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ class RelayClient:
         self._machine = Reservations(config, rng=rng or random.Random())
         self._ways: dict[PeerId, tuple[str, ...]] = {}  # of the relays that we are told of
         self._granted: dict[PeerId, tuple[str, ...]] = {}  # what each relay says of itself
+        self._failures: dict[PeerId, str] = {}  # of the relays that we are told of
         self._approach: Approach | None = None
         self._watches: dict[PeerId, trio.CancelScope] = {}
         self._inbound = 0
@@ -136,6 +137,20 @@ class RelayClient:
             found += [f"{way}/p2p/{relay}{CIRCUIT}" for way in far[:MAX_WAYS]]
         return tuple(found)
 
+    def views(self) -> tuple[RelayView, ...]:
+        """The relays that may be used, best first."""
+        return tuple(self._view(relay, ways) for relay, ways in list(self._ways.items())[:MAX_RELAYS])
+
+    def _view(self, relay: PeerId, ways: tuple[str, ...]) -> RelayView:
+        path, held = self._underlay.path(relay), relay in self._machine.held
+        return RelayView(
+            relay=relay,
+            address=path.address if path is not None and path.address in ways else ways[0],
+            held=held,
+            rtt=path.rtt if path is not None else None,
+            failure="" if held else self._failures.get(relay, ""),
+        )
+
     def set_relays(self, relays: Sequence[str], approach: Approach | None = None) -> None:
         """See `Network.set_relays`. Raises `ValueError` for one that names no relay."""
         self._approach = approach
@@ -146,10 +161,13 @@ class RelayClient:
                 ways.setdefault(relay, []).append(way)
         self._ways = {relay: tuple(dict.fromkeys(found)) for relay, found in ways.items()}
         self._granted = {relay: said for relay, said in self._granted.items() if relay in self._ways}
+        self._failures = {relay: why for relay, why in self._failures.items() if relay in self._ways}
         self._handle(core.SetRelays(tuple(self._ways)))
 
     def disconnected(self, peer: PeerId) -> None:
         """The last connection to `peer` is gone."""
+        if peer in self._machine.held:
+            self._failures[peer] = "the connection was lost"
         self._handle(core.Lost(peer))
 
     def _handle(self, event: core.Event) -> None:
@@ -186,9 +204,13 @@ class RelayClient:
                 await self._underlay.connect(relay, ways)
                 lasts = await self._reserve(relay)
         except (MeshError, trio.BrokenResourceError, trio.TooSlowError) as exc:
-            log.debug("no place at the relay %s: %s", relay, str(exc) or "it did not answer in time")
+            reason = str(exc) or "it did not answer in time"
+            log.debug("no place at the relay %s: %s", relay, reason)
+            if relay in self._ways:
+                self._failures[relay] = reason
             self._handle(core.Failed(relay))
         else:
+            self._failures.pop(relay, None)
             self._handle(core.Reserved(relay, lasts))
 
     def _watch(self, relays: Sequence[PeerId]) -> None:
@@ -207,6 +229,7 @@ class RelayClient:
                     await self._ping(relay)
                 except trio.TooSlowError:
                     log.info("the relay %s does not answer any more", relay)
+                    self._failures[relay] = "it does not answer any more"
                     self._handle(core.Lost(relay))
                     return
                 except ServiceRefused:

@@ -30,12 +30,27 @@ def reach(**values: Any) -> dict[str, Any]:
         "addresses": [],
         "mapping": "",
         "mapping_failure": "x",
+        "relays": [],
     }
     return {**plain, **values}
 
 
+def relay(**values: Any) -> dict[str, Any]:
+    return {
+        "id": PEER,
+        "address": "/ip4/11.0.0.1/tcp/1",
+        "held": True,
+        "rtt_ms": 12.3,
+        "failure": "",
+        **values,
+    }
+
+
 def candidate(source: str, reachable: bool | None) -> dict[str, Any]:
     return {"address": "/ip4/11.0.2.2/tcp/4001", "source": source, "reachable": reachable}
+
+
+SHUT = relay(held=False, rtt_ms=None, failure="connection refused")
 
 
 def finding(topic: str, **status: Any) -> Finding:
@@ -70,7 +85,12 @@ def finding(topic: str, **status: Any) -> Finding:
         ("forwarding", {"reachability": reach(mapping="PCP", addresses=[candidate("mapped", None)])}, Grade.GOOD, "PCP"),
         ("forwarding", {}, Grade.NOTE, "No router"),
         ("forwarding", {"reachability": reach(mapping_failure="not asked for")}, Grade.NOTE, "--no-port-mapping"),
-        ("relay", {"addresses": [f"/ip4/11.0.0.1/tcp/1/p2p/{PEER}/p2p-circuit"]}, Grade.GOOD, "12 ms away"),
+        ("relay", {"reachability": reach(relays=[relay()])}, Grade.GOOD, "erPeerPe at /ip4/11.0.0.1/tcp/1, 12 ms away"),
+        ("relay", {"reachability": reach(relays=[relay(rtt_ms=900.0)])}, Grade.NOTE, "900 ms away"),
+        ("relay", {"reachability": reach(relays=[SHUT])}, Grade.BAD, "No place at …erPeerPe at /ip4/11.0.0.1/tcp/1: connection refused"),
+        ("relay", {"reachability": reach(relays=[SHUT], standing="public")}, Grade.NOTE, "connection refused"),
+        ("relay", {"reachability": reach(relays=[SHUT, relay()])}, Grade.NOTE, "connection refused"),
+        ("relay", {"reachability": reach(relays=[relay(held=False, rtt_ms=None)])}, Grade.NOTE, "None"),
         ("relay", {}, Grade.NOTE, "None"),
         ("peer gpu", {}, Grade.GOOD, "direct, 12 ms, /ip4/11.0.0.1/tcp/1"),
         ("peer gpu", {"peers": [{**DIRECT, "path": "relayed", "why_not_direct": ["punch: no answer"]}]}, Grade.NOTE, "punch: no answer"),
@@ -90,10 +110,13 @@ def test_circuits_through_web_relays_are_no_websockets_of_this_node() -> None:
 
 
 def test_a_slow_relay_is_told() -> None:
-    slow = {**DIRECT, "rtt_ms": 900.0}
-    found = finding("relay", peers=[slow], addresses=[f"/ip4/11.0.0.1/tcp/1/p2p/{PEER}/p2p-circuit"])
-    assert found.grade is Grade.NOTE
-    assert "--relay" in found.advice
+    assert "--relay" in finding("relay", reachability=reach(relays=[relay(rtt_ms=900.0)])).advice
+
+
+def test_relays_that_were_not_asked_for_a_place_are_not_told_of() -> None:
+    spare = relay(held=False, rtt_ms=None)
+    found = examine({"reachability": reach(relays=[relay(), spare, spare])})
+    assert [each.grade for each in found if each.topic == "relay"] == [Grade.GOOD]
 
 
 @pytest.mark.parametrize(("clock_set", "grade"), [(True, Grade.GOOD), (False, Grade.NOTE)])

@@ -165,6 +165,22 @@ async def test_a_relay_that_comes_back_is_used_again() -> None:
             await until(lambda: target.relaying.client.relays)
 
 
+async def test_which_relays_there_are_how_far_they_are_and_why_one_is_not_used_is_told() -> None:
+    async with networks(1) as (target,):
+        async with networks_of(77) as (relay,):
+            target.set_relays([f"/ip4/127.0.0.1/tcp/1/p2p/{peer(5)}", address_of(relay)])
+            await until(lambda: relay.path(target.peer))
+            relay.admit(target.peer)
+            await until(lambda: target.reaching().relays[0].failure)
+            await until(lambda: target.reaching().relays[1].held and target.reaching().relays[1].rtt)
+            refused, used = target.reaching().relays
+            assert (refused.held, refused.rtt) == (False, None)
+            assert "connection refused" in refused.failure
+            assert (used.relay, used.address, used.failure) == (relay.peer, relay.addresses()[0], "")
+        await until(lambda: target.reaching().relays[1].failure)
+        assert not target.reaching().relays[1].held
+
+
 async def test_a_relay_that_falls_silent_is_given_up_for_another_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(relay_client, "WATCH_LIMIT", 1.0)
     monkeypatch.setattr(relay_client, "WATCH_EVERY", 0.2)
