@@ -8,7 +8,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from tests.http.conftest import Node
+from tests.http.conftest import Llama, Node
 
 pytestmark = pytest.mark.llama
 
@@ -41,6 +41,44 @@ def test_stream_gives_the_same_text_in_pieces(client: anthropic.Anthropic) -> No
     assert "".join(pieces) == whole.text
     assert len(pieces) > 1
     assert final.usage.output_tokens == 8
+
+
+@pytest.mark.parametrize(
+    ("system", "content"),
+    [
+        (anthropic.omit, "Hello"),
+        ("Be brief.", [{"type": "text", "text": "One"}, {"type": "text", "text": "Two"}]),
+        (
+            [
+                {"type": "text", "text": "Be", "cache_control": {"type": "ephemeral"}},
+                {"type": "text", "text": "x"},
+            ],
+            "Hi",
+        ),
+    ],
+)
+def test_plain_talk_streams_as_llama_server_itself_would_have_it(
+    client: anthropic.Anthropic, llamas: dict[str, Llama], system: Any, content: Any
+) -> None:
+    """On its way it is a chat completion, so that another server could go on with it."""
+    messages: list[Any] = [
+        {"role": "user", "content": content},
+        {"role": "assistant", "content": "So"},
+        {"role": "user", "content": "?"},
+    ]
+    told: list[tuple[object, ...]] = []
+    with anthropic.Anthropic(base_url=llamas["tiny"].url, api_key="x", max_retries=0) as direct:
+        for asked in (direct, client):
+            with asked.messages.stream(
+                model="tiny", max_tokens=8, messages=messages, system=system, extra_body=GREEDY
+            ) as stream:
+                kinds = [event.type for event in stream]
+                final = stream.get_final_message()
+            read = final.usage.input_tokens + (final.usage.cache_read_input_tokens or 0)
+            told.append(
+                (kinds, final.content, final.stop_reason, final.model, read, final.usage.output_tokens)
+            )
+    assert told[0] == told[1]
 
 
 def test_tokens_are_counted_without_an_answer(client: anthropic.Anthropic) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import openai
 import pytest
@@ -87,6 +88,28 @@ def test_completions_embeddings_and_responses_work(client: openai.OpenAI) -> Non
     events = list(client.responses.create(model="tiny", input="Hello", max_output_tokens=8, stream=True))
     assert events[0].type == "response.created"
     assert events[-1].type in ("response.completed", "response.incomplete")
+
+
+@pytest.mark.parametrize(
+    "asked",
+    ["Hello", [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]],
+    ids=["words", "items"],
+)
+def test_streamed_response_is_the_same_as_a_whole_one_and_its_events_are_numbered(
+    client: openai.OpenAI, asked: Any
+) -> None:
+    greedy = {"temperature": 0}
+    ask: Any = {"model": "tiny", "input": asked, "max_output_tokens": 8, "extra_body": greedy}
+    whole = client.responses.create(**ask)
+    with client.responses.stream(**ask) as stream:
+        numbers = [event.sequence_number for event in stream]
+        final = stream.get_final_response()
+    assert numbers == list(range(len(numbers)))
+    assert final.output_text == whole.output_text
+    assert final.status == whole.status
+    assert final.usage is not None
+    assert whole.usage is not None
+    assert final.usage.total_tokens == whole.usage.total_tokens
 
 
 def test_unknown_model_is_not_found_and_near_names_are_told(client: openai.OpenAI) -> None:

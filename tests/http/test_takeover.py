@@ -8,24 +8,32 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import aiohttp
+import anthropic
+import openai
 import pytest
 from libmesh_node.http import continuing
 from libmesh_node.http.continuing import NobodyGoesOn, Succession
 from libmesh_node.http.transcript import track
 from libmesh_node.snapshot import Model, Server
 
-from tests.http.conftest import Llama, call, running_node
+from tests.http.conftest import Llama, Node, call, llama_server, running_node
 
 pytestmark = pytest.mark.llama
 
+PATH = "/v1/chat/completions"
+
 
 class Way:
-    """A port that leads to a server, counts connections, and ends each after so many bytes of the answer."""
+    """A port that leads to a server, counts connections, and ends each after so many bytes of the answer.
 
-    def __init__(self, listener: socket.socket, to: int, limit: int | None) -> None:
-        self._listener, self._to, self._limit = listener, to, limit
+    What comes after them is lost; the end comes only when the server's does, if `waits`.
+    """
+
+    def __init__(self, listener: socket.socket, to: int, limit: int | None, waits: bool = False) -> None:
+        self._listener, self._to, self._limit, self._waits = listener, to, limit, waits
         self.taken = 0
         self.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
@@ -46,19 +54,20 @@ class Way:
                     one.shutdown(socket.SHUT_RDWR)
             sending.join()
 
-    @staticmethod
-    def _copy(source: socket.socket, sink: socket.socket, limit: int | None) -> None:
+    def _copy(self, source: socket.socket, sink: socket.socket, limit: int | None) -> None:
         left = limit
         with suppress(OSError):
             while (left is None or left > 0) and (data := source.recv(65536 if left is None else left)):
                 sink.sendall(data)
                 left = None if left is None else left - len(data)
+            while left is not None and self._waits and source.recv(65536):
+                pass
 
 
 @contextmanager
-def way(to: int, limit: int | None = None) -> Iterator[Way]:
+def way(to: int, limit: int | None = None, *, waits: bool = False) -> Iterator[Way]:
     with socket.create_server(("127.0.0.1", 0)) as listener:
-        made = Way(listener, to, limit)
+        made = Way(listener, to, limit, waits)
         thread = threading.Thread(target=made.run)
         thread.start()
         try:
@@ -90,6 +99,83 @@ def test_all_that_a_takeover_asks_goes_over_one_connection(llamas: dict[str, Lla
     assert body.rstrip().endswith(b"data: [DONE]")
     assert b"error" not in body
     assert good.taken == 1
+
+
+class Killed:
+    """Two servers of the same weights, the first of which is a process of its own that `kill` ends in mid-answer.
+
+    However far it gets, the client has `LIMIT` bytes of its answer until then.
+    """
+
+    LIMIT = 4000
+    WORDS = "Count to ten"  # of 24 tokens of the answer, none has a close rival: rounding changes none
+    TOKENS = 24
+
+    def __init__(self, doomed: Llama, node: Node, whole: str) -> None:
+        self.kill, self.node, self.whole = doomed.process.kill, node, whole
+        self.url = f"http://127.0.0.1:{node.api_port}"
+
+    def check(self) -> None:
+        metrics = call(self.node.console_port, "GET", "/metrics")[2]
+        assert b"libmesh_streams_resumed_total 1\n" in metrics
+
+
+@pytest.fixture
+def killed(llama_binary: Path, model_files: dict[str, Path], llamas: dict[str, Llama]) -> Iterator[Killed]:
+    good = llamas["small"]
+    asked = {"messages": [{"role": "user", "content": Killed.WORDS}], "temperature": 0}
+    answer = json.loads(call(good.port, "POST", PATH, asked | {"max_tokens": Killed.TOKENS})[2])
+    with (
+        llama_server(llama_binary, model_files["small"]) as doomed,
+        way(doomed.port, Killed.LIMIT, waits=True) as dying,
+    ):
+        near = doomed.server("dying", base_url=dying.url, digest="d", rtt=0.001, local=False)
+        with running_node(good.served(near, good.server("good", digest="d", rtt=9.0, local=False))) as node:
+            yield Killed(doomed, node, answer["choices"][0]["message"]["content"])
+
+
+def test_client_of_anthropic_reads_on_when_its_server_is_killed(killed: Killed) -> None:
+    pieces: list[str] = []
+    with (
+        anthropic.Anthropic(base_url=killed.url, api_key="x", max_retries=0) as client,
+        client.messages.stream(
+            model="small",
+            max_tokens=killed.TOKENS,
+            messages=[{"role": "user", "content": killed.WORDS}],
+            extra_body={"temperature": 0},
+        ) as stream,
+    ):
+        for piece in stream.text_stream:
+            pieces.append(piece)
+            if len(pieces) == 2:
+                killed.kill()
+        message = stream.get_final_message()
+    assert [block.text for block in message.content if block.type == "text"] == [killed.whole]
+    assert (message.stop_reason, message.usage.output_tokens) == ("max_tokens", killed.TOKENS)
+    killed.check()
+
+
+def test_client_of_responses_reads_on_when_its_server_is_killed(killed: Killed) -> None:
+    with (
+        openai.OpenAI(base_url=f"{killed.url}/v1", api_key="x", max_retries=0) as client,
+        client.responses.stream(
+            model="small",
+            max_output_tokens=killed.TOKENS,
+            input=killed.WORDS,
+            extra_body={"temperature": 0},
+        ) as stream,
+    ):
+        numbers: list[int] = []
+        for event in stream:
+            numbers.append(event.sequence_number)
+            if event.type == "response.output_text.delta":
+                killed.kill()
+        response = stream.get_final_response()
+    assert numbers == list(range(len(numbers)))
+    assert response.output_text == killed.whole
+    assert response.usage is not None
+    assert response.usage.output_tokens == killed.TOKENS
+    killed.check()
 
 
 def test_server_is_counted_as_taken_from_when_it_is_asked_until_it_refuses(

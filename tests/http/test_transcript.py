@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libmesh_node.http.sse import MAX_EVENT, EventReader, EventTooLong, comment, data_event, event_data
-from libmesh_node.http.transcript import DONE, BrokenOff, Diverged, Transcript, track
+from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript, track
+from libmesh_node.http.voices import DONE
 
 Json = dict[str, Any]
 

@@ -122,7 +122,7 @@ class Succession:
 
     async def _ask(self, server: Server, transcript: Transcript) -> aiohttp.ClientResponse:
         if not transcript.begun:
-            return await self._post(server, self._path, transcript.restart())
+            return await self._post(server, transcript.endpoint or self._path, transcript.restart())
         async with asyncio.timeout(PREPARATION):
             prompt = ""
             if (request := transcript.template_request) is not None:

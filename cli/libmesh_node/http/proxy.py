@@ -319,7 +319,8 @@ class Proxy:
         self, exchange: Exchange, server: Server, *, fresh: bool
     ) -> tuple[aiohttp.ClientResponse, bytes]:
         headers = forwarded_headers(exchange.request.headers) | {"X-Request-Id": exchange.id}
-        url = server.base_url + exchange.request.rel_url.raw_path_qs
+        endpoint = exchange.transcript.endpoint if exchange.transcript is not None else None
+        url = server.base_url + (endpoint or exchange.request.rel_url.raw_path_qs)
         return await self.upstream.open(exchange.request.method, url, headers, exchange.body, fresh=fresh)
 
     @contextmanager

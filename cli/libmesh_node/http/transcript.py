@@ -3,10 +3,11 @@
 A language model's state after n tokens is a function of the prompt and those n tokens. So a stream that broke off is
 continued by a completion whose prompt is the first one's and then the very tokens that were generated: with temperature
 0 the joined text is that of an unbroken run. To know the tokens and not only their text, the server is asked for token
-probabilities, of which its events then carry the ids; they are taken out again before the client sees them.
+probabilities, of which its events then carry the ids; they are taken out again before the client sees them. Plain talk in
+other protocols than OpenAI's completions is put into these and back (`dialects.py`, `voices.py`).
 
 Where this is not provably right, nothing is continued: tool calls, constrained grammars, several choices, requests that
-want probabilities themselves, and reasoning that had not come to its end.
+want probabilities themselves, and answers with reasoning, whose marks' tokens are not told.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from libmesh_node.http.sse import EventReader, data_event, encode_json, event_data
+from libmesh_node.http.dialects import TRANSLATED, translate
+from libmesh_node.http.sse import EventReader, encode_json, event_data
+from libmesh_node.http.voices import Chunks, Voice
 
 Json = dict[str, Any]
 
@@ -47,8 +50,6 @@ _CHANGES_THE_ANSWER = {
 
 _ONLY_CHAT = ("messages", "stream_options", "max_tokens", "max_completion_tokens", "n_predict", "n_probs")
 
-DONE = b"data: [DONE]\n\n"
-
 
 class BrokenOff(Exception):
     """The server's answer ended before it was complete."""
@@ -69,11 +70,15 @@ class Transcript:
     """One streamed answer: `feed` it what servers send, and pass on what it returns.
 
     Attributes:
+        endpoint: where a server is asked for it, if that is another path than the client's.
         finished: the answer is complete; nothing that comes after is missed.
     """
 
-    def __init__(self, request: Json, *, chat: bool) -> None:
+    def __init__(
+        self, request: Json, *, chat: bool, voice: Voice | None = None, endpoint: str | None = None
+    ) -> None:
         self._request, self._chat = request, chat
+        self._voice, self.endpoint = voice or Chunks(), endpoint
         self._reader = EventReader()
         self._parts: list[int | Gap] = []
         self._ends: list[int] = []  # characters of `_text` after each part
@@ -90,7 +95,8 @@ class Transcript:
     @property
     def body(self) -> bytes:
         """The request for the first server, which asks for the tokens, too."""
-        return encode_json({**self._request, "n_probs": 1, "post_sampling_probs": True})
+        timed = {"timings_per_token": True} if self._voice.timed else {}
+        return encode_json({**self._request, **timed, "n_probs": 1, "post_sampling_probs": True})
 
     @property
     def begun(self) -> bool:
@@ -180,7 +186,7 @@ class Transcript:
                 sent.append(self._event(event))
             except (BrokenOff, Diverged) as exc:
                 self._failure = exc
-                if not sent:
+                if not any(sent):
                     raise
                 break
         return b"".join(sent)
@@ -191,7 +197,7 @@ class Transcript:
             return event
         if data == b"[DONE]":
             self.finished = True
-            return event
+            return self._voice.end()
         try:
             value = json.loads(data)
         except (ValueError, RecursionError):
@@ -216,7 +222,7 @@ class Transcript:
             delta = choice.get("delta") if self._chat else {"content": choice.get("text")}
             self._note(delta or {}, ((told or {}).get("content") or [None])[-1])
             self._stopped = self._stopped or choice.get("finish_reason") is not None
-        return data_event(value)
+        return self._voice.say(value)
 
     def _note(self, delta: Json, told: Json | None) -> None:
         text = delta.get("content")
@@ -291,10 +297,10 @@ class Transcript:
                 "total_tokens": prompt + base + predicted,
             }
             events += self._chunk([], usage=usage)
-        return events + DONE
+        return events + self._voice.end()
 
     def _chunk(self, choices: list[Json], **more: object) -> bytes:
-        return data_event({"choices": choices, **self._shell, **more})
+        return self._voice.say({"choices": choices, **self._shell, **more})
 
 
 @dataclass(slots=True)
@@ -322,7 +328,7 @@ class _Resumed:
 
 def track(path: str, body: bytes) -> Transcript | None:
     """A transcript for a request whose answer could be continued; `None` for every other."""
-    if path not in _CHAT + _TEXT or b'"stream"' not in body:
+    if path not in _CHAT + _TEXT + TRANSLATED or b'"stream"' not in body:
         return None
     try:
         request = json.loads(body)
@@ -330,16 +336,21 @@ def track(path: str, body: bytes) -> Transcript | None:
         return None
     if not isinstance(request, dict) or request.get("stream") is not True:
         return None
+    voice: Voice | None = None
+    if path in TRANSLATED:
+        if (translation := translate(path, request)) is None:
+            return None
+        request, voice = translation.request, translation.voice
     for key, harmless in _CHANGES_THE_ANSWER.items():
         value = request.get(key)
         if value is not None and value not in harmless:
             return None
-    chat = path in _CHAT
+    chat = path not in _TEXT
     if chat and not _is_plain_talk(request.get("messages")):
         return None
     if not chat and not _is_prompt(request.get("prompt")):
         return None
-    return Transcript(request, chat=chat)
+    return Transcript(request, chat=chat, voice=voice, endpoint=_CHAT[0] if voice else None)
 
 
 def _is_plain_talk(messages: object) -> bool:
