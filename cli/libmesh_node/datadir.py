@@ -41,15 +41,23 @@ _SECRET_LIMIT = 1 << 20
 """Bytes. No secret of ours is near it; a larger file is not one of ours, and is refused."""
 
 
+def home() -> Path:
+    """The user's home folder; `/` where the system knows of none, as for a service's account that is made when it starts."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/")
+
+
 def default_data_dir() -> Path:
     """The user's own data folder for this program: `$XDG_DATA_HOME/libmesh`, or what the platform uses.
 
     A relative `$XDG_DATA_HOME` is ignored, as the XDG Base Directory Specification demands.
     """
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Application Support" / "libmesh"
+        return home() / "Library" / "Application Support" / "libmesh"
     base = Path(os.environ.get("XDG_DATA_HOME", ""))
-    return (base if base.is_absolute() else Path.home() / ".local" / "share") / "libmesh"
+    return (base if base.is_absolute() else home() / ".local" / "share") / "libmesh"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

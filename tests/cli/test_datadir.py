@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import signal
 import stat
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from libmesh_node import datadir
 from libmesh_node.datadir import DataDir, NodeInfo, ephemeral_data_dir, held_data_dir, write_private
 from libmesh_node.errors import DataDirBusy, NodeError
+from libmesh_node.main import main
 
 INFO = NodeInfo(pid=os.getpid(), api_port=9337, console_port=3131, version="0.1.0", started_unix=1.5)
 
@@ -35,6 +37,21 @@ def test_the_default_follows_xdg_and_ignores_a_relative_one(monkeypatch: pytest.
         assert datadir.default_data_dir() == Path("/home/me/.local/share/libmesh")
     monkeypatch.setattr(sys, "platform", "darwin")
     assert datadir.default_data_dir() == Path("/home/me/Library/Application Support/libmesh")
+
+
+def test_an_account_without_a_home_is_no_reason_not_to_start(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def nobody(_: int) -> object:
+        raise KeyError("as for a service's account that is made when it starts")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_DATA_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    with pytest.raises(SystemExit) as ending:
+        main(["relay", "--help"])
+    assert ending.value.code == 0
+    assert "/.local/share/libmesh/relay" in capsys.readouterr().out
 
 
 def test_folder_and_files_are_private_whatever_the_umask(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from libmesh_node.datadir import home
 from libmesh_node.errors import NodeError
 from libmesh_node.llama.probe import (
     Facts,
@@ -104,8 +105,8 @@ def cache_root() -> Path:
     ):  # XDG Base Directory Specification: relative paths are invalid, to be ignored
         return Path(configured) / "libmesh"
     if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "libmesh"
-    return Path.home() / ".cache" / "libmesh"
+        return home() / "Library" / "Caches" / "libmesh"
+    return home() / ".cache" / "libmesh"
 
 
 def installed_folder(cache: Path | None = None) -> Path:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from libmesh_node.datadir import home
 from libmesh_node.llama.gguf import GgufHeader, ModelError, read_header
 from libmesh_node.models.demo import demo_model
 
@@ -43,7 +44,7 @@ class ModelFile:
 
 def model_folders(data_dir: Path) -> tuple[Path, ...]:
     """Where models are looked for by name: the data folder's `models`, then `~/.models`."""
-    return data_dir / "models", Path.home() / ".models"
+    return data_dir / "models", home() / ".models"
 
 
 def resolve(reference: str, folders: Sequence[Path], cache: Path | None = None) -> ModelFile:
