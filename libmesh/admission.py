@@ -26,6 +26,9 @@ from libmesh.wire_pieces import WireError
 
 log = logging.getLogger(__name__)
 
+MAX_REFUSED = 256
+"""Refused peers of whom it is remembered what was logged; with more, all are forgotten, and logged once more."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdmissionConfig:
@@ -48,6 +51,10 @@ class AdmissionConfig:
 
 class Admission:
     """Who is admitted, and how that comes about.
+
+    Attributes:
+        attributes: what this node says of itself in a hello.
+        refusal: why no contact has let this node in; `None` while somebody does, or where none was reached.
 
     Args:
         network: the transport.
@@ -80,6 +87,8 @@ class Admission:
         self._followers: dict[PeerId, tuple[hello.Greeted, float]] = {}
         self._ending = Alarm()
         self.attributes = b""
+        self.refusal: AdmissionRefused | None = None
+        self._refused: dict[PeerId, str] = {}
         self._lonely = trio.Event()
         self._answering: dict[PeerId, trio.Lock] = {}
         self._waiting: dict[PeerId, trio.CancelScope] = {}
@@ -232,16 +241,27 @@ class Admission:
                     stream, await hello.answer(stream, self._greeting(stream.peer)), dialled=False
                 )
         except AdmissionRefused as exc:
-            log.info("%s", exc)
+            self._log_refused(stream.peer, str(exc))
             await self._network.disconnect(stream.peer)
         except (WireError, trio.BrokenResourceError, trio.TooSlowError) as exc:
             log.info("the peer %s failed to say hello: %s", stream.peer, str(exc) or "too slow")
             if not (known and stream.connection_lost):
                 await self._network.disconnect(stream.peer)
 
+    def _log_refused(self, peer: PeerId, why: str) -> None:
+        """Say it once: whoever does not know better comes again every few seconds, for ever."""
+        log.log(logging.DEBUG if self._refused.get(peer) == why else logging.INFO, "%s", why)
+        if len(self._refused) >= MAX_REFUSED:
+            self._refused.clear()
+        self._refused[peer] = why
+
     async def _admit(self, stream: Stream, said: hello.Greeted, *, dialled: bool) -> None:
         peer = stream.peer
+        if peer not in self._admitted and (path := self._network.path(peer)) is not None:
+            log.info("path to %s: %s %s", peer, path.kind.value, path.address)
         self._admitted[peer] = said.credential
+        self._refused.pop(peer, None)
+        self.refusal = None
         if said.following:
             self._followers[peer] = (said, self._now())
         self._ending.moved()
@@ -318,6 +338,7 @@ class Admission:
                 refused = refused or exc
             else:
                 return
+        self.refusal = refused if isinstance(refused, AdmissionRefused) and not self._admitted else None
         if refused is not None:
             raise refused
 

@@ -44,7 +44,7 @@ class InviteDenied(InviteError):
 
 
 class AdmissionRefused(MeshError):
-    """Membership was not proved. `.reason` is one of the words in `hello.proto`, `.peer` the other side."""
+    """Membership was not proved. `.reason` is one of the words in `mesh.proto`, `.peer` the other side."""
 
     def __init__(self, message: str, *, reason: str, peer: str) -> None:
         super().__init__(message)

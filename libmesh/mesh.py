@@ -77,6 +77,11 @@ class Mesh:
         return self._driver.credential.not_after_unix
 
     @property
+    def refusal(self) -> AdmissionRefused | None:
+        """Why no contact lets this node in; `None` while anybody does, or where none answers."""
+        return self._driver.admission.refusal
+
+    @property
     def addresses(self) -> tuple[str, ...]:
         """Multiaddrs at which others may reach this node, best first."""
         return self._driver.network.addresses()

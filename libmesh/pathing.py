@@ -155,7 +155,9 @@ class Pathing:
             self._since.pop(peer, None)
         elif before is None or before[:2] != (path.kind, path.address):
             self._since[peer] = path.kind, path.address, self._wall_clock()
-            log.info("path to %s: %s %s", peer, path.kind.value, path.address)
+            # The first path may be a stranger's: `Admission` tells of it once it is a member's.
+            level = logging.DEBUG if before is None else logging.INFO
+            log.log(level, "path to %s: %s %s", peer, path.kind.value, path.address)
         self._handle(io.PathIs(peer, None if path is None else path.kind, inbound))
         if path is not None:
             self.peer_moved(peer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import trio
 
@@ -70,6 +72,31 @@ async def test_a_revoked_invite_ends_streams_and_keeps_its_holder_out(autojump_c
             entry = other.view.get(FOUNDER.peer)
             assert entry is not None
             assert entry.state is PeerState.ALIVE
+
+
+async def test_who_is_kept_out_knows_why_and_is_logged_once(
+    autojump_clock: object, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub = MemoryHub()
+    async with (
+        hub.open_network(FOUNDER.seed) as at_founder,
+        hub.open_network(GUEST.seed) as at_guest,
+        open_mesh(FOUNDER, mesh_key=MESH_KEY, network=at_founder) as founder,
+    ):
+        token = founder.invite(scope=Scope.WORKER, not_after_unix=None)
+        async with open_mesh(GUEST, invite=token, network=at_guest) as guest:
+            assert guest.refusal is None
+            caplog.set_level(logging.INFO, "libmesh")
+            founder.revoke(read_invite(token).chain)
+            await trio.sleep(600)  # virtual; it tries again and again
+            assert guest.refusal is not None
+            assert guest.refusal.reason == "revoked"
+            assert caplog.text.count(f"refused the peer {GUEST.peer}") == 1
+            assert "path to" not in caplog.text
+            other = founder.invite(scope=Scope.WORKER, not_after_unix=None)
+            await guest.renew(other)
+            assert guest.refusal is None
+            assert f"path to {GUEST.peer}" in caplog.text
 
 
 async def test_a_kept_revocation_holds_after_a_restart(autojump_clock: object) -> None:

@@ -76,9 +76,9 @@ def _mesh(status: Json, peers: list[Json]) -> Finding:
         return Finding("mesh", Grade.BAD, text, "See the reasons below; a relay helps most (--relay).")
     notices = [str(notice) for notice in status.get("notices") or []]
     if notices:
-        return Finding(
-            "mesh", Grade.BAD, notices[0], "Is one of the others running, and can this machine reach it?"
-        )
+        refused = "invite" in notices[0]  # says itself what to do
+        advice = "" if refused else "Is one of the others running, and can this machine reach it?"
+        return Finding("mesh", Grade.BAD, notices[0], advice)
     return Finding(
         "mesh",
         Grade.NOTE,

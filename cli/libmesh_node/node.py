@@ -290,7 +290,9 @@ class Node:
         if ending and self._renewal.ended:
             return ending
         if self._invited and not any(peer.path is not None for peer in view.peers):
-            return ("Nobody in the mesh answers; this node keeps trying.", *ending)
+            refusal = self._session.mesh.refusal
+            nobody = "Nobody in the mesh answers; this node keeps trying."
+            return (nobody if refusal is None else sentence(str(refusal)), *ending)
         return (*self._session.splits.notices, *ending)
 
     def _local_server(self, model: AnnouncedModel) -> Server | None:

@@ -103,6 +103,20 @@ def test_each_situation_has_its_words(topic: str, status: dict[str, Any], grade:
     assert found.grade is grade
 
 
+@pytest.mark.parametrize(
+    ("notice", "advised"),
+    [
+        ("Nobody in the mesh answers; this node keeps trying.", True),
+        ("The mesh refused this node: the invite was revoked; ask for a new one.", False),
+        ("This node's membership has ended: join again with a new invite.", False),
+    ],
+)
+def test_only_where_nobody_answers_it_is_asked_whether_somebody_is_there(notice: str, advised: bool) -> None:
+    found = finding("mesh", peers=[], notices=[notice])
+    assert (found.grade, found.text) == (Grade.BAD, notice)
+    assert bool(found.advice) is advised
+
+
 def test_circuits_through_web_relays_are_no_websockets_of_this_node() -> None:
     circuit = f"{WEB}/p2p/{PEER}/p2p-circuit"
     found = examine({"peers": [{**DIRECT, "path": "relayed", "address": circuit}], "addresses": [circuit]})
