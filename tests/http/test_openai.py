@@ -137,7 +137,7 @@ def test_servers_own_errors_pass_as_they_are(client: openai.OpenAI) -> None:
 
 def test_known_model_without_server_is_unavailable_for_now(llamas: dict[str, Llama]) -> None:
     with (
-        running_node(replace(llamas["tiny"].served(), servers=())) as node,
+        running_node(replace(llamas["tiny"].served(), servers=(), wanted=True)) as node,
         openai.OpenAI(base_url=f"http://127.0.0.1:{node.api_port}/v1", api_key="x", max_retries=0) as client,
     ):
         assert [model.id for model in client.models.list()] == ["tiny"]

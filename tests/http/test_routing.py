@@ -157,6 +157,18 @@ def test_automatic_choice_is_of_what_sleeps_if_nothing_that_is_served_will_do() 
     assert pick_model([*SIZES, asleep], Wanted()).name == "large"
 
 
+def test_automatic_choice_is_of_what_lies_on_a_disk_if_there_is_nothing_else() -> None:
+    small, large = (replace(model(name), standbys=1) for name in ("small", "large"))
+    large = replace(large, size_bytes=2)
+    asleep = replace(model("asleep"), coming=True)
+    assert pick_model([COLD, small, large], Wanted()) is large
+    assert pick_model([COLD, small, large, asleep], Wanted()) is asleep
+    assert pick_model([*SIZES, replace(small, size_bytes=1000)], Wanted()).name == "large"
+    with pytest.raises(ApiError, match="names one waits for it") as caught:
+        pick_model([COLD, small], Wanted(tools=True))
+    assert caught.value.status == 503
+
+
 def test_automatic_choice_of_nothing_is_refused() -> None:
     with pytest.raises(ApiError, match="names one waits for it: `Mistral-7B`") as caught:
         pick_model([COLD], Wanted())

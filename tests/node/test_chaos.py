@@ -22,7 +22,7 @@ pytestmark = pytest.mark.llama
 STREAMS = 32
 TOKENS = 120
 SERVERS = 3
-SECONDS = 45.0
+SECONDS = 60.0
 KILL_EVERY = 6.0
 
 

@@ -29,7 +29,7 @@ from libmesh_node.http.exposure import METHODS, check_endpoint
 from libmesh_node.http.intake import Intake
 from libmesh_node.http.metrics import Metrics
 from libmesh_node.http.proxy import Proxy
-from libmesh_node.http.routing import AUTO, RETRY_AFTER, find_model, nothing_served, pick_model
+from libmesh_node.http.routing import AUTO, RETRY_AFTER, find_model, is_available, nothing_served, pick_model
 from libmesh_node.http.wanted import read_wanted
 from libmesh_node.snapshot import Model, NodeSnapshot, Server
 
@@ -211,11 +211,12 @@ class Api:
         snapshot = self._source.snapshot
         match path.removeprefix("/v1"):
             case "/models":
-                entries = [self._entry(model) for model in snapshot.models]
+                listed = [model for model in snapshot.models if model.wanted or is_available(model)]
+                entries = [self._entry(model) for model in listed]
                 return 200, {"object": "list", "data": entries}
             case "/health":
-                served = sum(bool(model.servers) for model in snapshot.models)
-                if served:
+                if is_healthy(snapshot):
+                    served = sum(bool(model.servers) for model in snapshot.models)
                     return 200, {"status": "ok", "models": served}
                 return 503, json.loads(encode_error(nothing_served(snapshot.models, snapshot.notices), path))
             case "" if path == "":
@@ -250,6 +251,21 @@ class Api:
                 "vision": model.vision or any(server.vision for server in model.servers),
             },
         }
+
+
+_STARTING = ("starting", "loading", "restarting")
+
+
+def is_healthy(snapshot: NodeSnapshot) -> bool:
+    """Whether requests should be sent to this node.
+
+    A model that sleeps or lies ready on a disk comes when a request waits for it; if that made a node unhealthy, who asks before
+    sending would never send the request. One that this node is loading is waited for by asking again, as of llama-server.
+    """
+    starting = {model.name for model in snapshot.local_models if model.status in _STARTING}
+    return any(
+        model.servers or (is_available(model) and model.name not in starting) for model in snapshot.models
+    )
 
 
 def request_id(asked: str) -> str:

@@ -57,17 +57,20 @@ def pick_model(models: Sequence[Model], wanted: Wanted, notices: Sequence[str] =
     Of those of which a server takes what the request brings (tools, pictures), and whose context has room for it if any has:
     the largest of those that answer fast enough for a reader, or if none is known to, the largest; ties by name. How long a
     prompt is, is a guess: where it fits nowhere, the largest context is chosen, whose server counts and says so best. Only if
-    none of those that are served takes it, one that is being loaded or sleeps is chosen, and waited for.
+    none of those that are served takes it, one that is being loaded or sleeps is chosen, and waited for; and only if there is
+    none of these either, one that a standby has on its disk.
 
-    Raises `ApiError`: 503 if none is served or coming; if none takes what the request brings, 400 with what is missing where,
+    Raises `ApiError`: 503 if there is none of all these; if none takes what the request brings, 400 with what is missing where,
     or 503 while another is coming of which nobody knows what it takes.
     """
     served = [model for model in models if model.servers]
     coming = [model for model in models if model.coming and not model.servers]
-    if not served and not coming:
-        raise nothing_served(models, notices)
     able = [model for model in served if any(can(server, wanted) for server in model.servers)]
     able = able or [model for model in coming if can(model, wanted)]
+    if not able and not served and not coming:
+        able = [model for model in models if model.standbys and can(model, wanted)]
+        if not able:
+            raise nothing_served(models, notices)
     if not able and coming:
         message = f"{_missing(served, wanted)} {_listing(coming)} may, and will answer soon or when named; try again."
         raise ApiError(503, "no_capable_model", message, param="model", retry_after=RETRY_AFTER)
@@ -86,6 +89,11 @@ def pick_model(models: Sequence[Model], wanted: Wanted, notices: Sequence[str] =
         return not speeds or max(speeds) >= FAST_ENOUGH, model.size_bytes, model.name
 
     return max(fitting, key=rank)
+
+
+def is_available(model: Model) -> bool:
+    """Whether a request for a model is answered, if only after a wait."""
+    return bool(model.servers) or model.coming or model.standbys > 0
 
 
 def _missing(served: Sequence[Model], wanted: Wanted) -> str:
