@@ -3,27 +3,35 @@
     python bench/overload.py              for a minute, by a client node, over the mesh, with the model on another node
 
 First with as many requests as the server has slots: that is what it can do. Then ten times as many per second, whoever
-waits or not. Prints what came of them by status, the rate of answers against that of before, how the first token's time of
-those let in grew, and the memory of both nodes. Only 200, 429 and 503 are right. There is no peer program here: the peer is
-the same mesh without the crowd.
+waits or not. The same beside it through nginx over the same llama-server, which lets as many in as the node does (`limit_conn`)
+and refuses the rest: what it loses is what the crowd itself takes of a machine that all share. Prints what came of
+the requests by status, the rate of answers against that without the crowd, measured before and after, the time to the first
+token of those let in, what each refusal cost, in CPU time, and the memory of both nodes. Only 200, 429 and 503 are right.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import tempfile
-import time
-from collections import Counter
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import aiohttp
 import psutil
+from libmesh_node.http.proxy import BACKLOG
+from libmesh_node.http.queue import PER_SLOT
 from libmesh_node.models.demo import SMALL, write_model
-from proxy_ends import Client, Incomplete, Machine, quantile
+from proxy_ends import Machine, nginx, quantile
+from proxy_load import Load, Tally, cpu_seconds, serving
 
 CROWD = 10
+SLOTS = 4
+"""Of a llama-server, where nobody says otherwise."""
+
+LOAD = "the load"
+
+ALONE = 5.0
+"""Seconds of each of the four measurements without a crowd."""
 
 
 def main() -> None:
@@ -39,78 +47,103 @@ def main() -> None:
         machine.start("host", "--model", str(folder / "small.gguf"))
         url = machine.start("client", "--client")
         machine.wait_for_servers("client", "small", 1)
-        asyncio.run(measure(machine, url, options))
+        server = machine.llama_urls("host")["small"]
+        messages = [{"role": "user", "content": "Hello"}]
+        request = {"model": "small", "messages": messages, "max_tokens": options.tokens}
+        nodes = {f"{name} node": serving(machine.apis[name]) for name in ("client", "host")}
+        ways = [Way("mesh", Load(url, request), nodes)]
+        most = SLOTS + BACKLOG + PER_SLOT * SLOTS
+        if found := stack.enter_context(nginx([server], most=most)):
+            ways.append(Way("nginx", Load(found, request), {"nginx": serving(found)}))
+        measure(ways, nodes, options.seconds)
 
 
-async def measure(machine: Machine, url: str, options: argparse.Namespace) -> None:
+def measure(ways: list[Way], nodes: dict[str, psutil.Process], seconds: float) -> None:
     """Print what came of both."""
-    messages = [{"role": "user", "content": "Hello"}]
-    request = {"model": "small", "messages": messages, "max_tokens": options.tokens}
-    async with Client.open(url) as client:
-        await client.ask(request)
-        usual, _ = await closed(client, request, min(10.0, options.seconds))
-        before = memory(machine)
-        rate = CROWD * usual
-        statuses, first, crowded = await opened(client, request, rate, options.seconds)
-        after = memory(machine)
-    counts = ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items(), key=str))
-    print(f"alone {usual:.1f} answers/s; asked {rate:.0f} times a second for {options.seconds:g} s: {counts}")
+    for _ in range(2):
+        for way in ways:
+            way.alone(min(ALONE, seconds))
+    rate = CROWD * ways[0].usual
+    before = memory(nodes)
+    for way in ways:
+        way.crowd(rate, seconds)
+        if way is ways[0]:
+            after = memory(nodes)
+    for _ in range(2):
+        for way in ways:
+            way.alone(min(ALONE, seconds))
+    for way in ways:
+        print(way.told(rate, seconds))
     print(
-        f"answers/s among the crowd {crowded:.1f}, ratio {crowded / usual:.2f}; first token p50 {quantile(first, 0.5):.1f} s"
+        "memory: " + ", ".join(f"{name} {before[name]:.0f} to {after[name]:.0f} MB" for name in before),
+        flush=True,
     )
-    grown = ", ".join(f"{name} {before[name]:.0f} to {after[name]:.0f} MB" for name in before)
-    wrong = sum(count for status, count in statuses.items() if status not in (200, 429, 503))
-    print(f"memory: {grown}; wrong answers: {wrong}", flush=True)
 
 
-async def closed(client: Client, request: dict[str, object], seconds: float) -> tuple[float, list[float]]:
-    """Answers per second with four requests under way at any time, and their seconds to the first token."""
-    first: list[float] = []
-    began = time.perf_counter()
+@dataclass
+class Way:
+    """One way to the server: what was answered without and with the crowd, and what that cost the processes on it."""
 
-    async def lane() -> None:
-        while time.perf_counter() - began < seconds:
-            first.append((await client.ask(request)).first)
+    name: str
+    load: Load
+    stations: dict[str, psutil.Process]
+    alone_seconds: float = 0.0
+    alone_answers: int = 0
+    alone_cpu: dict[str, float] = field(default_factory=dict)
+    crowd_cpu: dict[str, float] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
+    in_time: int = 0
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(4):
-            group.create_task(lane())
-    return len(first) / (time.perf_counter() - began), first
+    @property
+    def usual(self) -> float:
+        """Answers a second without the crowd."""
+        return self.alone_answers / self.alone_seconds
+
+    def alone(self, seconds: float) -> None:
+        """As many at a time as the server has slots."""
+        before = self._read()
+        tally = self.load.lanes(SLOTS, seconds=seconds)
+        self.alone_cpu = {
+            name: self.alone_cpu.get(name, 0.0) + used - before[name] for name, used in self._read().items()
+        }
+        self.alone_seconds += tally.seconds
+        self.alone_answers += tally.statuses[200]
+
+    def crowd(self, rate: float, seconds: float) -> None:
+        """Far more."""
+        before = self._read()
+        self.tally = self.load.rate(rate, seconds)
+        self.crowd_cpu = {name: used - before[name] for name, used in self._read().items()}
+        self.in_time = sum(ended <= seconds for ended in self.tally.ended)
+
+    def told(self, rate: float, seconds: float) -> str:
+        """All of it, in words."""
+        statuses = self.tally.statuses
+        counts = ", ".join(f"{status}: {count}" for status, count in sorted(statuses.items(), key=str))
+        wrong = sum(count for status, count in statuses.items() if status not in (200, 429, 503))
+        crowded = self.in_time / seconds
+        refused = statuses.total() - statuses[200]
+        each = [
+            f"{name} {(self.crowd_cpu[name] - used / self.alone_answers * statuses[200]) / max(refused, 1) * 1000:.2f}"
+            for name, used in self.alone_cpu.items()
+        ]
+        return (
+            f"{self.name}: alone {self.usual:.1f} answers/s; asked {rate:.0f} times a second for {seconds:g} s: "
+            f"{counts}; wrong: {wrong}\n"
+            f"    answers/s among the crowd {crowded:.1f}, ratio {crowded / self.usual:.2f}; "
+            f"first token p50 {quantile(self.tally.first, 0.5):.1f} s; CPU ms of a refusal: {', '.join(each)}"
+        )
+
+    def _read(self) -> dict[str, float]:
+        return {
+            name: cpu_seconds(one, family=name == "nginx")
+            for name, one in (self.stations | {LOAD: psutil.Process()}).items()
+        }
 
 
-async def opened(
-    client: Client, request: dict[str, object], rate: float, seconds: float
-) -> tuple[Counter[object], list[float], float]:
-    """`rate` requests a second, whatever becomes of them: statuses, seconds to first tokens, and answers per second."""
-    statuses: Counter[object] = Counter()
-    first: list[float] = []
-    in_time = 0
-    began = time.perf_counter()
-
-    async def one() -> None:
-        nonlocal in_time
-        try:
-            first.append((await client.ask(request)).first)
-            statuses[200] += 1
-            in_time += time.perf_counter() - began < seconds
-        except aiohttp.ClientResponseError as exc:
-            statuses[exc.status] += 1
-        except (aiohttp.ClientError, Incomplete, TimeoutError) as exc:
-            statuses[type(exc).__name__] += 1
-
-    async with asyncio.TaskGroup() as group:
-        sent = 0
-        while (now := time.perf_counter() - began) < seconds:
-            while sent < now * rate:
-                sent += 1
-                group.create_task(one())
-            await asyncio.sleep(0.01)
-    return statuses, first, in_time / seconds
-
-
-def memory(machine: Machine) -> dict[str, float]:
+def memory(nodes: dict[str, psutil.Process]) -> dict[str, float]:
     """Resident MB of each node's own process."""
-    return {name: psutil.Process(one.pid).memory_info().rss / 1e6 for name, one in machine.processes.items()}
+    return {name: one.memory_info().rss / 1e6 for name, one in nodes.items()}
 
 
 if __name__ == "__main__":

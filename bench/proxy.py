@@ -6,21 +6,42 @@
 Beside it, over the same llama-servers: nginx, and LiteLLM's proxy, which is installed into the cache for that. Prints
 added time to first token (p50 and p99, one request at a time, the smallest model), and the ratio of requests per second
 at 1, 8 and 32 parallel streams, also of a larger model, which keeps its server as busy as one does that is of use. Every
-number compares rounds that alternate, so that a noisy machine hits all alike.
+number compares rounds that alternate, so that a noisy machine hits all alike. Where the cores are taken, each way costs the
+server as much as it uses of them: so with each rate stands the CPU time of a request in every process.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import statistics
 import tempfile
 import time
-from contextlib import AsyncExitStack, ExitStack
+from collections import defaultdict
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import psutil
 from libmesh_node.models.demo import SMALL, TINY, write_model
-from proxy_ends import Client, Machine, litellm, llama_server, nginx, only_proxy, quantile
+from proxy_ends import KEY, Machine, litellm, llama_server, nginx, only_proxy, quantile
+from proxy_load import Load, Tally, cpu_seconds, serving
+
+SERVER = "llama-server"
+MORE = 64
+"""Tokens of a longer answer, to tell what one more costs."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to the servers.
+
+    Attributes:
+        url: where to ask.
+        stations: the processes on the way, by what they are; those of nginx and LiteLLM with their children.
+    """
+
+    url: str
+    stations: dict[str, psutil.Process] = field(default_factory=dict)
 
 
 def main() -> None:
@@ -40,89 +61,120 @@ def main() -> None:
         write_model(small, SMALL, 2)
         if options.direct_proxy:
             direct = {"tiny": stack.enter_context(llama_server(tiny))[0]}
-            ways = {"API": stack.enter_context(only_proxy(tiny, [direct["tiny"]]))}
+            url = stack.enter_context(only_proxy(tiny, [direct["tiny"]]))
+            ways = {"API": Way(url, {"node": serving(url)})}
         else:
             machine = Machine(folder, stack)
             machine.start("host", "--model", str(tiny), "--model", str(small))
-            ways = {"API": machine.start("client", "--client")}
+            url = machine.start("client", "--client")
             for name in ("tiny", "small"):
                 machine.wait_for_servers("client", name, 1)
             direct = machine.llama_urls("host")
-        if "nginx" not in options.without and (url := stack.enter_context(nginx([direct["tiny"]]))):
-            ways["nginx"] = url
-        if "LiteLLM" not in options.without and (url := stack.enter_context(litellm(direct))):
-            ways["LiteLLM"] = url
-        asyncio.run(measure(direct, ways, options.rounds, options.tokens))
+            nodes = {f"{name} node": serving(machine.apis[name]) for name in ("client", "host")}
+            ways = {"API": Way(url, nodes)}
+        if "nginx" not in options.without and (found := stack.enter_context(nginx([direct["tiny"]]))):
+            ways["nginx"] = Way(found, {"nginx": serving(found)})
+        if "LiteLLM" not in options.without and (found := stack.enter_context(litellm(direct))):
+            ways["LiteLLM"] = Way(found, {"LiteLLM": serving(found)})
+        measure(direct, ways, options.rounds, options.tokens)
 
 
-async def measure(direct: dict[str, str], ways: dict[str, str], rounds: int, tokens: int) -> None:
-    """Print every figure of `ways` (base URLs) against `direct` (base URLs by model)."""
-    async with AsyncExitStack() as stack:
-
-        async def client(url: str, model: str) -> Lines:
-            return Lines(await stack.enter_async_context(Client.open(url)), model, tokens)
-
-        tiny = {"direct": await client(direct["tiny"], "tiny")}
-        tiny |= {way: await client(url, "tiny") for way, url in ways.items()}
-        for lines in tiny.values():
-            await lines.run(streams=4, requests=16)
-        first: dict[str, list[float]] = {way: [] for way in tiny}
-        for _ in range(rounds):
-            for way, lines in tiny.items():
-                first[way] += await lines.run(streams=1, requests=30)
-        for name, share in (("p50", 0.5), ("p99", 0.99)):
-            plain = quantile(first["direct"], share) * 1000
-            print(f"time to first token {name}: direct {plain:.2f} ms", end="")
-            for way in ways:
-                taken = quantile(first[way], share) * 1000
-                print(f"; {way} {taken:.2f}, added {taken - plain:.2f}", end="")
-            print(flush=True)
-        for streams in (1, 8, 32):
-            await compare(f"requests/s of the tiny model at {streams:2} streams", tiny, streams, rounds)
-        if "small" in direct:
-            small = {"direct": await client(direct["small"], "small")}
-            # nginx knows one server; what it costs is above
-            small |= {way: await client(url, "small") for way, url in ways.items() if way != "nginx"}
-            await compare("requests/s of the small model at 32 streams", small, 32, max(2, rounds // 2))
-
-
-async def compare(what: str, clients: dict[str, Lines], streams: int, rounds: int) -> None:
-    """Print the median rate of each."""
-    rates: dict[str, list[float]] = {way: [] for way in clients}
+def measure(direct: dict[str, str], others: dict[str, Way], rounds: int, tokens: int) -> None:
+    """Print every figure of `others` against `direct` (base URLs by model)."""
+    ways = {"direct": Way(direct["tiny"])} | others
+    tiny = {way: Asked(one, direct["tiny"], "tiny", tokens) for way, one in ways.items()}
+    for asked in tiny.values():
+        asked.run(streams=4, requests=16)
+    first: dict[str, list[float]] = {way: [] for way in tiny}
     for _ in range(rounds):
-        for way, lines in clients.items():
+        for way, asked in tiny.items():
+            first[way] += asked.run(streams=1, requests=30).first
+    for name, share in (("p50", 0.5), ("p99", 0.99)):
+        plain = quantile(first["direct"], share) * 1000
+        print(f"time to first token {name}: direct {plain:.2f} ms", end="")
+        for way in others:
+            taken = quantile(first[way], share) * 1000
+            print(f"; {way} {taken:.2f}, added {taken - plain:.2f}", end="")
+        print(flush=True)
+    for streams in (1, 8, 32):
+        compare(f"requests/s of the tiny model at {streams:2} streams", tiny, streams, rounds)
+    longer = {way: Asked(one, direct["tiny"], "tiny", MORE) for way, one in ways.items() if way != "direct"}
+    for asked in [*tiny.values(), *longer.values()]:
+        asked.forget()
+    for _ in range(rounds):
+        for way in longer:
+            for asked in (tiny[way], longer[way]):
+                asked.run(streams=8, requests=64)
+    said = [f"{way} {(longer[way].cpu - tiny[way].cpu) / (MORE - tokens) * 1e6:.0f}" for way in longer]
+    print(f"CPU µs of each token more: {', '.join(said)}", flush=True)
+    if "small" in direct:
+        # nginx knows one server; what it costs is above
+        larger = {"direct": Way(direct["small"])} | {way: others[way] for way in others if way != "nginx"}
+        small = {way: Asked(one, direct["small"], "small", tokens) for way, one in larger.items()}
+        compare("requests/s of the small model at 32 streams", small, 32, max(2, rounds // 2))
+
+
+def compare(what: str, asked: dict[str, Asked], streams: int, rounds: int) -> None:
+    """Print the median rate of each, and what a request cost."""
+    rates: dict[str, list[float]] = {way: [] for way in asked}
+    for one in asked.values():
+        one.forget()
+    for _ in range(rounds):
+        for way, one in asked.items():
             began, count = time.perf_counter(), max(40, 2 * streams)
-            await lines.run(streams=streams, requests=count)
+            one.run(streams=streams, requests=count)
             rates[way].append(count / (time.perf_counter() - began))
     plain = statistics.median(rates["direct"])
     print(f"{what}: direct {plain:.1f}", end="")
-    for way in [way for way in clients if way != "direct"]:
+    for way in [way for way in asked if way != "direct"]:
         rate = statistics.median(rates[way])
         print(f"; {way} {rate:.1f}, ratio {rate / plain:.2f}", end="")
-    print(flush=True)
+    print(
+        "\n    CPU ms of a request:",
+        "; ".join(f"{way} {one.costs}" for way, one in asked.items()),
+        flush=True,
+    )
 
 
-class Lines:
-    """Requests for `tokens` tokens of `model`, some at a time."""
+class Asked:
+    """Requests for `tokens` tokens of `model`, whose server is at `server`, on one way; and what they cost."""
 
-    def __init__(self, client: Client, model: str, tokens: int) -> None:
-        self._client = client
+    def __init__(self, way: Way, server: str, model: str, tokens: int) -> None:
         messages = [{"role": "user", "content": "The mesh"}]
-        self._request = {"model": model, "messages": messages, "temperature": 0, "max_tokens": tokens}
+        request = {"model": model, "messages": messages, "temperature": 0, "max_tokens": tokens}
+        self._load = Load(way.url, request, KEY)
+        self._stations = way.stations | {SERVER: serving(server)}
+        self.forget()
 
-    async def run(self, *, streams: int, requests: int) -> list[float]:
-        """Make `requests` in `streams` parallel lines; return each one's seconds to the first byte of the body."""
-        left = iter(range(requests))
-        first: list[float] = []
+    def forget(self) -> None:
+        """Count the costs anew."""
+        self._requests = 0
+        self._used: defaultdict[str, float] = defaultdict(float)
 
-        async def line() -> None:
-            for _ in left:
-                first.append((await self._client.ask(self._request)).first)
+    def run(self, *, streams: int, requests: int) -> Tally:
+        """Make `requests` in `streams` parallel lines. Exits if one of them fails: it would cost less."""
+        before = self._read()
+        tally = self._load.lanes(streams, requests=requests)
+        if tally.statuses[200] != requests:
+            raise SystemExit(f"not all were answered: {dict(tally.statuses)}")
+        for name, used in self._read().items():
+            self._used[name] += used - before[name]
+        self._requests += requests
+        return tally
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(streams):
-                group.create_task(line())
-        return first
+    def _read(self) -> dict[str, float]:
+        families = ("nginx", "LiteLLM")  # a node's children are its llama-servers
+        return {name: cpu_seconds(one, family=name in families) for name, one in self._stations.items()}
+
+    @property
+    def cpu(self) -> float:
+        """Seconds that a request took of the processes on the way, beside its server."""
+        return sum(used for name, used in self._used.items() if name != SERVER) / self._requests
+
+    @property
+    def costs(self) -> str:
+        """Of each process, in words."""
+        return " + ".join(f"{name} {used / self._requests * 1000:.2f}" for name, used in self._used.items())
 
 
 if __name__ == "__main__":

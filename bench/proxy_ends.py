@@ -297,8 +297,11 @@ class _Nobody:
 
 
 @contextmanager
-def nginx(servers: Sequence[str]) -> Iterator[str | None]:
-    """Nginx as a reverse proxy over `servers`, one after the other, not buffering; `None` if it is not installed here."""
+def nginx(servers: Sequence[str], *, most: int = 0) -> Iterator[str | None]:
+    """Nginx as a reverse proxy over `servers`, one after the other, not buffering; `None` if it is not installed here.
+
+    With `most`, requests beyond so many at a time get 429.
+    """
     program = shutil.which("nginx", path=f"/usr/sbin{os.pathsep}{os.environ['PATH']}")
     if program is None:
         print("nginx is not installed here (apt-get install nginx-light): left out")
@@ -316,6 +319,7 @@ def nginx(servers: Sequence[str]) -> Iterator[str | None]:
             http {{
                 access_log off; {paths}
                 upstream servers {{ {upstreams} }}
+                {f"limit_conn_zone $server_port zone=all:1m; limit_conn all {most}; limit_conn_status 429;" if most else ""}
                 server {{
                     listen 127.0.0.1:{port};
                     location / {{
