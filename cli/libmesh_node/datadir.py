@@ -232,19 +232,25 @@ def held_data_dir(path: Path) -> Iterator[DataDir]:
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         descriptor = os.open(data_dir.node_lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise NodeError(
-            f"Cannot use the data folder {path}: {error.strerror}. Choose another --data-dir."
-        ) from error
+        raise _unusable(path, error) from error
     try:
         _lock(descriptor, data_dir)
-        os.truncate(descriptor, 0)
-        os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.truncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            raise _unusable(path, error) from error
         try:
             yield data_dir
         finally:
             data_dir.node_json.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def _unusable(path: Path, error: OSError) -> NodeError:
+    why = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+    return NodeError(f"Cannot use the data folder {path}: {why}. Choose another --data-dir.")
 
 
 def _lock(descriptor: int, data_dir: DataDir) -> None:

@@ -46,3 +46,10 @@ class NodeRefused(NodeError):
 def sentence(text: str) -> str:
     """`text`, as an exception has it, as a sentence for a person."""
     return text[:1].upper() + text[1:] + ("" if text.endswith(".") else ".")
+
+
+def words(error: Exception) -> str:
+    """What went wrong, for a person: the operating system's errors without number and quotation marks."""
+    if not isinstance(error, OSError):
+        return str(error)
+    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")

@@ -22,7 +22,7 @@ from importlib import import_module
 from typing import Any, NoReturn, cast
 
 from libmesh_node.commands import run
-from libmesh_node.errors import NodeError, UsageError
+from libmesh_node.errors import NodeError, UsageError, words
 
 COMMANDS = {
     "demo": "two nodes on this machine, one serving a tiny model, one using it",
@@ -171,10 +171,8 @@ def _fail(error: Exception, args: argparse.Namespace) -> int:
     """Say why it failed. Foreseen errors carry their own words; all others are our fault and say so."""
     if getattr(args, "verbose", False):
         traceback.print_exception(error, file=sys.stderr)
-    if isinstance(error, NodeError) or _is_mesh_error(error):
-        text = str(error)
-    elif isinstance(error, OSError):
-        text = f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+    if isinstance(error, NodeError | OSError) or _is_mesh_error(error):
+        text = words(error)
     else:
         text = f"Internal error ({type(error).__name__}: {error}). Please report it; --verbose shows where it happened."
     text = " ".join(text.split())

@@ -11,7 +11,7 @@ import trio
 from libmesh import MeshError
 from libmesh_node.datadir import DataDir, ephemeral_data_dir, held_data_dir
 from libmesh_node.ending import end_on_signal
-from libmesh_node.errors import NodeError, sentence
+from libmesh_node.errors import NodeError, sentence, words
 from libmesh_node.logs import logging_to
 from libmesh_node.node import Node
 from libmesh_node.options import NodeOptions
@@ -45,7 +45,7 @@ async def _run_and_end(node: Node, ending: trio.CancelScope, outcome: list[NodeE
         await node.run()
     except* (NodeError, MeshError, OSError) as group:
         first = _first(group)
-        outcome.append(first if isinstance(first, NodeError) else NodeError(sentence(str(first))))
+        outcome.append(first if isinstance(first, NodeError) else NodeError(sentence(words(first))))
     finally:
         node.ended.cancel()
         ending.cancel()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import pwd
 import signal
@@ -181,6 +182,23 @@ def test_an_ephemeral_folder_is_fresh_and_leaves_nothing_behind() -> None:
 def test_an_unusable_folder_is_an_error_that_names_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(NodeError, match="--data-dir"), held_data_dir(tmp_path / "file" / "d"):
+        pass
+    with (
+        pytest.raises(NodeError, match=r"file: it is a file\. Choose another"),
+        held_data_dir(tmp_path / "file"),
+    ):
+        pass
+
+
+def test_a_folder_on_a_full_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "pwrite", fail)
+    with pytest.raises(NodeError, match=f"{tmp_path}: No space left"), held_data_dir(tmp_path):
+        pass
+    monkeypatch.undo()
+    with held_data_dir(tmp_path):  # the lock was given back
         pass
 
 

@@ -123,6 +123,7 @@ def test_a_node_flag_reaches_run_node(monkeypatch: pytest.MonkeyPatch) -> None:
             "libmesh-node: No such file or directory: /x\n",
         ),
         (OSError("odd"), 1, "libmesh-node: odd\n"),
+        (OSError(30, "Read-only file system", "/cache"), 1, "libmesh-node: Read-only file system: /cache\n"),
         (ZeroDivisionError("by zero"), 1, "Internal error (ZeroDivisionError: by zero)"),
         (KeyboardInterrupt(), 130, ""),
         (BaseExceptionGroup("", [BaseExceptionGroup("", [KeyboardInterrupt()])]), 130, ""),

@@ -74,7 +74,8 @@ def test_renamed_part_is_explained(tmp_path: Path) -> None:
         ("xyzzy", "--model demo"),
         ("/nowhere/x.gguf", "There is no file /nowhere/x.gguf"),
         ("nowhere.gguf", "no model named nowhere"),
-        ("", "no model named"),
+        ("", "No model is named"),
+        ("/", "/ is a folder"),
     ],
 )
 def test_unknown_name_is_told_with_the_near_ones(tmp_path: Path, reference: str, says: str) -> None:

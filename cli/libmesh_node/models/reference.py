@@ -57,12 +57,18 @@ def resolve(reference: str, folders: Sequence[Path], cache: Path | None = None) 
     """
     if reference == DEMO:
         return open_model(demo_model(cache), is_demo=True)
+    if not reference.strip():
+        raise ModelError(f"No model is named: give a .gguf file, the name of one, or `{DEMO}`.")
     path = Path(reference).expanduser()
     if "/" in reference or reference.endswith(".gguf"):
         if path.is_file():
             return open_model(path.absolute())
         if "/" in reference:
-            raise ModelError(f"There is no file {path}.")
+            raise ModelError(
+                f"{path} is a folder; name one of the .gguf files in it."
+                if path.is_dir()
+                else f"There is no file {path}."
+            )
     available = available_models(folders)
     name = model_name(Path(reference.removesuffix(".gguf") + ".gguf"))
     if name in available:
