@@ -48,7 +48,7 @@ class BufferPool:
     allocator.
     """
 
-    def __init__(self, size: int, keep: int = 8) -> None:
+    def __init__(self, size: int, keep: int = 4) -> None:
         self.size = size
         self._keep = keep
         self._free: list[bytearray] = []

@@ -61,6 +61,22 @@ class Readable:
             failure, self._failure = self._failure, None
             raise failure
 
+    async def wait_broken(self) -> None:
+        """After its end was read: wait until the connection has failed, or for `release`.
+
+        Returns at once where there is no epoll. If cancelled, nothing was missed.
+        """
+        if self._waiters is not None:
+            self._waiters.add(self._number, self, 0)  # an error is always told
+            try:
+                await self._wakeup.wait()
+            finally:
+                self._waiters.remove(self._number)
+
+    def release(self) -> None:
+        """End `wait_broken`. Nothing happens if nobody waits there."""
+        self._wakeup.wake()
+
     def has_something(self) -> bool:
         """Have it taken. False if the task goes on, and does not wait any more."""
         try:
@@ -80,8 +96,8 @@ class _Waiters:
         self._epoll = select.epoll()
         self._waiting: dict[int, Readable] = {}
 
-    def add(self, number: int, waiter: Readable) -> None:
-        self._epoll.register(number, select.EPOLLIN)
+    def add(self, number: int, waiter: Readable, events: int = select.EPOLLIN) -> None:
+        self._epoll.register(number, events)
         self._waiting[number] = waiter
 
     def remove(self, number: int) -> None:

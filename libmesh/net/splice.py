@@ -18,10 +18,11 @@ from dataclasses import dataclass
 import trio
 
 from libmesh.errors import MeshError, ServiceRefused
-from libmesh.net.base import Stream
+from libmesh.net.base import Stream, StreamReset
 from libmesh.net.journal import Journal, Lifeline
 from libmesh.net.muxed_stream import Pieces
 from libmesh.net.negotiate import Libp2pStream
+from libmesh.net.parking import Wakeup
 from libmesh.net.pipes import RECORDS_AT_ONCE, TAKE_BYTES, BufferPool, tune_socket
 from libmesh.net.readable import Readable
 
@@ -89,6 +90,7 @@ async def splice(
             (pumps.send, pumps.receive) if hasattr(stream, "opened") else (pumps.receive, pumps.send)
         )
         while True:
+            pumps.sent_all = pumps.received_all = False
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(other, nursery.cancel_scope)
                 await pump(nursery.cancel_scope)
@@ -145,6 +147,9 @@ class _Pumps:
         if lifeline is not None and first:
             lifeline.took(len(first))
         self._reach = LEAST_TAKE_BYTES  # how much to read at once
+        self._readable = Readable(self._socket.fileno())
+        self.sent_all = self.received_all = False  # which pump only waits for the other, or for a reset
+        self._sent = Wakeup()
         self.lost = False
         self.bytes_sent = 0
         self.bytes_received = len(first)
@@ -155,10 +160,10 @@ class _Pumps:
     async def send(self, scope: trio.CancelScope) -> None:
         """Socket to stream."""
         journal = self._journal
-        readable = Readable(self._socket.fileno())
         turn = 0
         try:
             if journal is not None and journal.sent + journal.sent_end and await self._send_again(journal):
+                await self._until_received()
                 return
             while True:
                 if journal is not None and journal.full:
@@ -170,6 +175,7 @@ class _Pumps:
                     if journal is not None:
                         journal.sent_end = True
                     await self.stream.send_eof()
+                    await self._until_received()
                     return
                 await self._send_rest()
                 if count == reach:
@@ -179,7 +185,7 @@ class _Pumps:
                         await trio.lowlevel.checkpoint()
                 else:  # that was likely all for now: spare the call that would only say so
                     turn = 0
-                    await readable.wait(self._pull)
+                    await self._readable.wait(self._pull)
                     await self._send_rest()
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ServiceRefused) as exc:
             self._failed(exc, scope)
@@ -187,6 +193,30 @@ class _Pumps:
             if self._unsent is not None:  # a journal has it
                 _POOL.give(self._unsent[0])
                 self._unsent = None
+
+    async def _until_received(self) -> None:
+        """Nothing is read of the socket any more. Hear of its reset all the same, until the other pump is done, too."""
+        self.sent_all = True
+        self._sent.wake()
+        if not self.received_all:
+            await self._readable.wait_broken()
+            if error := self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+                raise OSError(error, os.strerror(error))
+
+    async def _until_sent(self) -> None:
+        """Nothing more comes from the stream. Hear of its reset all the same, until the other pump is done, too."""
+        self.received_all = True
+        if self.sent_all:
+            self._readable.release()
+            return
+        with trio.CancelScope() as broken:
+            if self.stream.when_lost(broken):
+                try:
+                    await self._sent.wait()
+                finally:
+                    self.stream.when_lost(None)
+        if broken.cancelled_caught:
+            raise StreamReset("the peer reset the stream, or the connection was lost")
 
     def _take(self) -> int | None:
         """Read what the socket has, and send what can be sent at once. How much it had: 0 at its end, `None` for nothing."""
@@ -248,6 +278,7 @@ class _Pumps:
             if self._unwritten:
                 await self._write_all(number, self._unwritten)
             if lifeline is not None and lifeline.journal.received_end:
+                await self._until_sent()
                 return
             while True:
                 data: bytes | bytearray | None = stream.receive_nowait()
@@ -272,6 +303,7 @@ class _Pumps:
             self._socket.shutdown(socket.SHUT_WR)
             if lifeline is not None:
                 lifeline.took_end()
+            await self._until_sent()
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ServiceRefused) as exc:
             self._failed(exc, scope)
 

@@ -119,6 +119,22 @@ async def test_reset_crosses(who: str) -> None:
     assert sorted(str(each.reset) for each in t.results) == ["socket", "stream"]
 
 
+@pytest.mark.parametrize("who", ["client", "server"])
+async def test_a_reset_crosses_from_a_side_that_had_ended(who: str) -> None:
+    async with tunnel() as t:
+        one, other = (t.client, t.server) if who == "client" else (t.server, t.client)
+        await one.send_all(b"question")
+        await one.send_eof()
+        assert await read_all(other) == b"question"
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        await one.aclose()
+        with trio.fail_after(60):
+            await until(lambda: len(t.results) == 2)
+        with pytest.raises(trio.BrokenResourceError):
+            await fill(other)
+    assert sorted(str(each.reset) for each in t.results) == ["socket", "stream"]
+
+
 async def test_a_client_that_closes_while_data_comes_resets_the_other_end() -> None:
     async with tunnel() as t, trio.open_nursery() as nursery:
 
@@ -170,6 +186,7 @@ async def test_a_pump_reads_much_only_where_it_can_be_sent_at_once(
     async with tunnel() as built, trio.open_nursery() as nursery:
         monkeypatch.setattr(Libp2pStream, "send_nowait", send)
         nursery.start_soon(fill, built.client)
+        nursery.start_soon(drain, built.server)
         await until(lambda: len(offered) > 50 or max(offered, default=0) > LEAST_TAKE_BYTES)
         nursery.cancel_scope.cancel()
     assert (max(offered) > LEAST_TAKE_BYTES) == possible
