@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import struct
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from libmesh_node.llama.rpc.frames import Command, Reply, answer, frame
 from libmesh_node.llama.rpc.opening import SessionRequest, encode_answer
 from libmesh_node.llama.rpc.outbox import HELD, Outbox, receive
 from libmesh_node.llama.rpc.weights import LearnedHashes, open_weights
+from libmesh_node.llama.rpc.worker import WorkerEnd
+from libmesh_node.llama.rpc.working import ENDED, Working
 from libmesh_node.models.demo import ModelShape, write_model
 
 from libmesh import PeerId, Stream
@@ -81,6 +84,19 @@ async def test_the_order_is_kept_whoever_sends_and_whatever_is_held() -> None:
         await trio.testing.wait_all_tasks_blocked()
         nursery.cancel_scope.cancel()
     assert (sink.at_once, sink.waited) == ([b"a"], [b"b", b"file", b"cdef"])
+
+
+async def test_who_waits_until_all_is_sent_sees_what_was_held_back_leave() -> None:
+    outbox = Outbox(sink := Recorder(takes=1))
+    outbox.put(b"ab")
+    outbox.put(b"cd", more=True)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.run)
+        with trio.fail_after(60):
+            await outbox.sent()
+            await outbox.sent()
+        nursery.cancel_scope.cancel()
+    assert (sink.at_once, sink.waited) == ([b"a"], [b"b", b"cd"])
 
 
 async def test_receiving_ends_as_the_connection_does() -> None:
@@ -155,3 +171,22 @@ async def test_small_uploads_cross_with_the_command_that_uses_them(model: Path) 
                 await sock.send_all(recompute)
                 await worker.told.wait()
                 assert worker.messages == [b"".join(uploads) + recompute]
+
+
+@pytest.mark.parametrize("abruptly", [True, False])
+async def test_a_host_is_told_when_the_rpc_server_ends(model: Path, abruptly: bool) -> None:
+    """Also when it dies over its work: its connection is reset then."""
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    ours = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
+    host = Worker()
+    host.asked = True
+    with open_weights((model,)) as weights:
+        session = Working(host, ours, WorkerEnd(1 << 20, 1, weights.holds), weights)
+        async with listener, ours, trio.open_nursery() as nursery:
+            server = await listener.accept()
+            if abruptly:
+                server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            nursery.start_soon(server.aclose)
+            with trio.fail_after(60):
+                assert await session.run(b"") == ENDED
+    assert host.messages == [frame(Reply.LOST, ENDED.encode())]

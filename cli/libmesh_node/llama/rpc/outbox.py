@@ -114,8 +114,18 @@ class Outbox:
     async def room(self) -> None:
         """Wait until less than `ROOM` is waiting. Whoever reads from one side waits here for the other."""
         while self._bytes > ROOM or any(map(callable, self._items)):
+            await self._next()
+
+    async def sent(self) -> None:
+        """Wait until nothing is waiting. Needs `run`, and whoever goes on putting in may let it wait for ever."""
+        self.flush()
+        while self._items or self._sending:
+            await self._next()
+
+    async def _next(self) -> None:
+        if self._drained.is_set():
             self._drained = trio.Event()
-            await self._drained.wait()
+        await self._drained.wait()
 
     async def run(self) -> None:
         """Send what is put in, for ever."""

@@ -21,6 +21,8 @@ from libmesh_node.llama.rpc.worker import Effect, FileToServer, Push, ToHost, To
 ASK_LIMIT = 10.0
 """Seconds that a host has for its first frame; later, once a frame has begun, for each next piece of it."""
 
+ENDED = "the worker's rpc-server has ended"
+
 READ_BYTES = 256 * 1024
 _FILE_STEP = 4 << 20
 _POLL_MS = 200
@@ -33,6 +35,7 @@ class Working:
         self._stream, self._sock, self._end, self._weights = stream, sock, end, weights
         self._to_host, self._to_server = Outbox(stream), Outbox(SocketSink(sock))
         self._reason = "the host has ended it"
+        self._telling, self._told = trio.Lock(), False
         self.passer: Passer | None = None
 
     async def run(self, first: bytes) -> str:
@@ -50,14 +53,26 @@ class Working:
         try:
             await task()
         except ProtocolError as exc:
-            self._reason = str(exc)
-            await say(self._stream, frame(Reply.LOST, self._reason.encode()[:MAX_MESSAGE]))
+            await self._tell(str(exc))
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             if not isinstance(exc, MeshError):
-                self._reason = "its rpc-server has ended"
+                await self._tell(ENDED)
             elif self._stream.connection_lost:
                 self._reason = "the connection to the host was lost"
         scope.cancel()
+
+    async def _tell(self, reason: str) -> None:
+        """Tell the host why the session ends, after what it is sent already. The first reason holds; others wait for it."""
+        async with self._telling:
+            if self._told:
+                return
+            self._told, self._reason = True, reason
+            self._to_host.put(frame(Reply.LOST, reason.encode()[:MAX_MESSAGE]))
+            with trio.move_on_after(ASK_LIMIT), suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                await self._to_host.sent()
+                await self._stream.aclose()
+                return
+            self._stream.reset()
 
     async def _from_host(self, data: bytes | bytearray) -> None:
         while True:
@@ -81,7 +96,7 @@ class Working:
         while data := await receive(self._sock, READ_BYTES):
             self._apply(self._end.from_server(data))
             await self._to_host.room()
-        raise ProtocolError("the worker's rpc-server has ended")
+        raise ProtocolError(ENDED)
 
     def fill(self, ticket: int, data: bytes) -> None:
         """The worker before this one has a result. Raises `ProtocolError`."""
