@@ -196,8 +196,31 @@ class _TerminalHandler(logging.Handler):
 
 
 class _PrivateRotatingFileHandler(RotatingFileHandler):
-    """Each file is readable by its owner only, from its first byte on."""
+    """Each file is readable by its owner only, from its first byte on.
+
+    There is a line for each request, so it is made once and not, as by `logging`'s own, once more to see how long it is; nor is
+    the file looked at each time.
+    """
+
+    _size = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write one record, to a new file if it fits this one no more."""
+        try:
+            line = self.format(record) + self.terminator
+            size = len(line.encode(errors="backslashreplace"))
+            if self._size and self._size + size > self.maxBytes:
+                self.doRollover()
+            stream: IO[str] | None = self.stream
+            if stream is None:  # closed by a rollover that failed
+                self.stream = stream = self._open()  # type: ignore[assignment]
+            self._size += size
+            stream.write(line)
+            stream.flush()
+        except Exception:  # noqa: BLE001 - as `logging` does: a full disk must not end the node
+            self.handleError(record)
 
     def _open(self) -> IO[str]:  # type: ignore[override]
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._size = os.fstat(descriptor).st_size
         return open(descriptor, self.mode, encoding=self.encoding, errors=self.errors)

@@ -31,6 +31,14 @@ class EventReader:
 
         Raises `EventTooLong` once no whole event is left to return.
         """
+        # As nearly all of them come: one at a time, and whole.
+        if (
+            not self._held
+            and data[-2:] == b"\n\n"
+            and data.find(b"\n\n") == len(data) - 2
+            and b"\r" not in data
+        ):
+            return [data]
         self._held += data
         events: list[bytes] = []
         start = 0
@@ -45,8 +53,14 @@ class EventReader:
 
 def event_data(event: bytes) -> bytes:
     """The data of one event; empty for a comment."""
+    if event.startswith(b"data: ") and event.find(b"\n") == len(event) - 2 and b"\r" not in event:
+        return event[6:-2]
     lines = event.splitlines()
     return b"\n".join(line[5:].removeprefix(b" ") for line in lines if line.startswith(b"data:"))
+
+
+_AS_IT_IS = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+"""Kept: `json.dumps` makes an encoder for each call that wants it so."""
 
 
 def data_event(value: object) -> bytes:
@@ -57,7 +71,7 @@ def data_event(value: object) -> bytes:
 def encode_json(value: object) -> bytes:
     """`value` as JSON, in UTF-8; escaped where a text has half a surrogate pair, which JSON can say and UTF-8 cannot."""
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+        return _AS_IT_IS(value).encode()
     except UnicodeEncodeError:
         return json.dumps(value, separators=(",", ":")).encode()
 
