@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -306,6 +307,9 @@ class LocalModels:
         model = await self.find(reference)
         headers = await trio.to_thread.run_sync(read_headers, model)
         digest = await model_digest(model.parts)
+        if not self._options.client:
+            with suppress(NodeError):  # who has no llama.cpp still has the others' plan
+                await self.equipment.set_up()
         return model.name, shape_of(headers, digest, least_context(model))
 
     async def need_of(self, model: ModelFile) -> int:

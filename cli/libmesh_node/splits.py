@@ -17,7 +17,7 @@ from dataclasses import replace
 import trio
 
 from libmesh import Mesh, PeerId, Scope
-from libmesh_node.announced import AnnouncedModel, NodeStatus
+from libmesh_node.announced import AnnouncedModel, NodeStatus, decode_status
 from libmesh_node.llama.rpc.lender import Lender, LentModel
 from libmesh_node.models.digest import model_digest
 from libmesh_node.options import NodeOptions
@@ -90,11 +90,14 @@ class Splits:
                     self._lender.models[entry.digest] = LentModel(name=name, digest=entry.digest, parts=parts)
 
     def plan(self, name: str, shape: ModelShape) -> dict[str, object]:
-        """How a model would be served now, this node included whether it runs with the model or not."""
+        """How a model would be served now, this node included whether it runs with the model or not, unless it is a client."""
         me, mine = self._mesh.view.me, self._status()
-        if all(model.digest != shape.digest for model in mine.models):
-            mine = replace(mine, models=(*mine.models, AnnouncedModel(name=name, digest=shape.digest)))
         protocol = self._models.equipment.rpc_protocol
+        if self._options.client:  # it has no llama.cpp, and asks what the others do between them
+            theirs = (decode_status(peer.attributes) for peer in self._mesh.view.peers)
+            protocol = next((status.rpc_protocol for status in theirs if status.rpc_protocol), "")
+        elif all(model.digest != shape.digest for model in mine.models):
+            mine = replace(mine, models=(*mine.models, AnnouncedModel(name=name, digest=shape.digest)))
         machines = machines_with(
             shape.digest, self._mesh.view, mine, name=name, protocol=protocol, refused={}
         )

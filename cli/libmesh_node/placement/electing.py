@@ -29,11 +29,13 @@ def elect(
     present = unique(machines)
     able = [machine for machine in present.values() if not machine.excluded]
     if len(able) - 1 < rules.min_peers:
+        others = max(0, len(able) - 1)
+        few = f"waiting for {rules.min_peers} peers with the model, there are {others}"
         return Shortage(
             needed=needed(shape),
             have=sum(machine.memory for machine in able),
-            peers=max(0, len(able) - 1),
-            waiting=f"waiting for {rules.min_peers} peers with the model, there are {max(0, len(able) - 1)}",
+            peers=others,
+            waiting=few if rules.min_peers else "no node of the mesh has it, or may serve it",
         )
     alone = [machine for machine in able if fits_alone(shape, machine)]
     hosts = alone if alone and not rules.force else able

@@ -52,7 +52,7 @@ function showStatus(status) {
     ["Machine", status.my_hostname],
     ["Mesh", named(status.mesh_id)],
     ["May", { client: "use the mesh", worker: "use the mesh, lend memory", invite: "use, lend, invite" }[status.scope] || status.scope],
-    ["Memory", `${status.my_vram_gb.toFixed(1)} GB for models`],
+    ["Memory", status.is_client ? "–" : `${status.my_vram_gb.toFixed(1)} GB for models`],
     ["Requests", `${status.inflight_requests} under way`],
     ["Addresses", status.addresses.join("\n") || "–"],
     ["Version", status.version],
