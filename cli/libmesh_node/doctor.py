@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ def examine(status: Json, clock_set: bool | None = None) -> list[Finding]:
         *_web(status, peers),
         *_relays(reach),
         *_clock(clock_set),
-        *(_peer(peer) for peer in peers),
+        *(_peer(peer, public=reach.get("standing") == "public") for peer in peers),
     ]
 
 
@@ -244,23 +245,49 @@ def _clock(clock_set: bool | None) -> list[Finding]:
     return [Finding("clock", Grade.NOTE, text, "Let the system set it from the network (NTP).")]
 
 
-def _peer(peer: Json) -> Finding:
+def _peer(peer: Json, *, public: bool) -> Finding:
     name = str(peer.get("hostname") or "") or f"…{str(peer.get('id', ''))[-8:]}"
     topic, path, rtt = f"peer {name}", peer.get("path"), peer.get("rtt_ms")
     far = f", {rtt:.0f} ms" if isinstance(rtt, int | float) else ""
     if path in ("direct", "punched"):
         return Finding(topic, Grade.GOOD, f"{path}{far}, {peer.get('address') or 'address unknown'}")
     if path == "relayed":
-        return Finding(topic, Grade.NOTE, f"relayed{far}. Not direct because: {why_not_direct(peer)}")
+        advice = "If nothing but the web gets out of its network: --bind-ws on this node." if public else ""
+        return Finding(
+            topic,
+            Grade.NOTE,
+            f"relayed{far}. Not direct because: {why_not_direct(peer)}",
+            advice or "It takes a port that can be dialled, of this node (see `port`) or of that one.",
+        )
     return Finding(topic, Grade.NOTE, "not connected; this node connects when it needs to")
 
 
 def why_not_direct(peer: Json) -> str:
-    """Of a peer that is reached through a relay: why each better way failed, a hole punch first, three at most."""
+    """Of a peer that is reached through a relay: why each better way failed, a hole punch first, three at most.
+
+    Its private addresses at which somebody else answers here are left out where more is known: they are another network's.
+    """
     why = peer.get("why_not_direct")
     reasons = [str(reason) for reason in why] if isinstance(why, list | tuple) else []
     reasons.sort(key=lambda reason: not reason.startswith("punch"))
-    return "; ".join(map(_shortened, reasons[:3])) or "a direct path is being looked for"
+    tried = list(dict.fromkeys(each for reason in reasons for each in _attempts(reason)))
+    telling = [each for each in tried if not _is_elsewhere(each)] or tried
+    return "; ".join(map(_shortened, telling[:3])) or "a direct path is being looked for"
+
+
+def _attempts(reason: str) -> list[str]:
+    """Those that a reason tells of: a hole punch tries several addresses."""
+    way, _, outcome = reason.partition(": ")
+    return [f"punch: {each}" for each in outcome.split("; ")] if way == "punch" else [reason]
+
+
+def _is_elsewhere(attempt: str) -> bool:
+    found = re.search(r"/ip[46]/([0-9a-fA-F.:]+)/", attempt)
+    try:
+        ip = ipaddress.ip_address(found[1] if found else "")
+    except ValueError:
+        return False
+    return ip.is_loopback or (not ip.is_global and "answered" in attempt)
 
 
 def _shortened(reason: str) -> str:

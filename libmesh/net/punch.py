@@ -86,6 +86,14 @@ class _Attempt:
         self.scope.deadline = min(self.scope.deadline, trio.current_time() + SETTLE_TIME)
 
 
+@dataclass(slots=True)
+class _Answer:
+    """A punch under way that the other side asked for, and what its last attempt came to."""
+
+    over: trio.Event = field(default_factory=trio.Event)
+    failure: str = ""
+
+
 class _Declined(NetworkError):
     """The other side does not take part in an attempt."""
 
@@ -110,7 +118,7 @@ class Puncher:
         self._underlay, self._private_only = underlay, private_only
         self.guesses = guesses
         self._running: dict[PeerId, trio.Event] = {}
-        self._answering: dict[PeerId, trio.Event] = {}
+        self._answering: dict[PeerId, _Answer] = {}
         self._attempts: list[_Attempt] = []
         underlay.set_handler(wire.DCUTR, self._serve)
 
@@ -166,7 +174,8 @@ class Puncher:
             finally:
                 stream.reset()
             if (answering := self._answering.get(peer)) is not None:  # it refused because it asks itself
-                await answering.wait()
+                await answering.over.wait()
+                failure = answering.failure or failure
         return self._direct(peer) or self._give_up(failure or declined)  # what dials came to says more
 
     async def _punch_once(self, peer: PeerId, stream: Stream) -> Path:
@@ -201,7 +210,7 @@ class Puncher:
         if ours_goes_on or peer in self._answering or len(self._answering) >= MAX_PUNCHES:
             stream.reset()
             return
-        event = self._answering[peer] = trio.Event()
+        answering = self._answering[peer] = _Answer()
         try:
             with trio.fail_after(SYNC_LIMIT):
                 request = wire.decode_punch(await receive_frame(stream, wire.MAX_MESSAGE))
@@ -210,13 +219,17 @@ class Puncher:
                 await stream.send_all(wire.encode_punch(PunchAddresses(self._own_addresses())))
                 if not isinstance(wire.decode_punch(await receive_frame(stream, wire.MAX_MESSAGE)), PunchNow):
                     raise WireError("no sign to start")
-            await self._meet(peer, request.addresses, initiator=True)
+            try:
+                await self._meet(peer, request.addresses, initiator=True)
+            except NetworkError as exc:
+                answering.failure = str(exc)
+                raise
         except (WireError, NetworkError, trio.BrokenResourceError, trio.TooSlowError) as exc:
             log.debug("hole punch of %s: %s", peer, str(exc) or "too slow")
             stream.reset()
         finally:
             del self._answering[peer]
-            event.set()
+            answering.over.set()
 
     # ── both ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -280,7 +293,7 @@ class Puncher:
             try:
                 stream = await tcp.dial_from(self._underlay.port, address)
             except (OSError, ValueError) as exc:
-                attempt.failures[address] = tcp.reason(exc)
+                attempt.failures[address] = _words(exc)
                 if not isinstance(exc, OSError) or exc.errno not in _REPEATED:
                     break
                 await trio.sleep(_REPEAT)
@@ -311,6 +324,14 @@ class Puncher:
             attempt.scope.cancel()
         else:
             attempt.end_soon()
+
+
+def _words(exc: Exception) -> str:
+    if (
+        isinstance(exc, OSError) and exc.errno == errno.EADDRNOTAVAIL
+    ):  # the same four numbers cannot be used twice
+        return "this node has another connection to there"
+    return tcp.reason(exc)
 
 
 async def _is_spoken_to(stream: trio.SocketStream) -> bool:

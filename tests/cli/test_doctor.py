@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from libmesh_node.commands import doctor as command
-from libmesh_node.doctor import Finding, Grade, examine, healthy
+from libmesh_node.doctor import Finding, Grade, examine, healthy, why_not_direct
 from libmesh_node.main import main
 
 PEER = "12D3KooWPeerPeerPeerPeerPeerPeerPeerPeerPeerPeerPeerPe"
@@ -125,6 +125,38 @@ def test_circuits_through_web_relays_are_no_websockets_of_this_node() -> None:
 
 def test_a_slow_relay_is_told() -> None:
     assert "--relay" in finding("relay", reachability=reach(relays=[relay(rtt_ms=900.0)])).advice
+
+
+@pytest.mark.parametrize(
+    ("reasons", "told"),
+    [
+        ([], "a direct path is being looked for"),
+        (["/ip4/11.0.5.2/tcp/1: no answer", "punch: declined"], "punch: declined; /ip4/11.0.5.2/tcp/1: no answer"),
+        (
+            [
+                "/ip4/192.168.1.10/tcp/1: this node itself answered",
+                f"punch: /ip4/11.0.5.2/tcp/1: no answer; /ip4/192.168.1.10/tcp/1: another peer answered, {PEER}",
+                "/ip6/::1/tcp/1: connection refused",
+            ],
+            "punch: /ip4/11.0.5.2/tcp/1: no answer",
+        ),
+        (["/ip4/192.168.1.10/tcp/1: this node itself answered"], "/ip4/192.168.1.10/tcp/1: this node itself answered"),
+        (["/ip4/192.168.1.10/tcp/1: no answer"], "/ip4/192.168.1.10/tcp/1: no answer"),
+        (["/dns4/x/tcp/1: a", "/dns4/x/tcp/2: b", "/dns4/x/tcp/3: c", "/dns4/x/tcp/4: d"], "/dns4/x/tcp/1: a; /dns4/x/tcp/2: b; /dns4/x/tcp/3: c"),
+    ],
+)  # fmt: skip
+def test_of_many_reasons_those_that_tell_something_are_told(reasons: list[str], told: str) -> None:
+    assert why_not_direct({"why_not_direct": reasons}) == told
+
+
+@pytest.mark.parametrize(
+    ("standing", "advice"), [("public", "--bind-ws"), ("private", "port"), ("unknown", "port")]
+)
+def test_who_is_reached_through_a_relay_comes_with_what_would_make_it_direct(
+    standing: str, advice: str
+) -> None:
+    relayed = {**DIRECT, "path": "relayed", "why_not_direct": []}
+    assert advice in finding("peer gpu", peers=[relayed], reachability=reach(standing=standing)).advice
 
 
 def test_relays_that_were_not_asked_for_a_place_are_not_told_of() -> None:

@@ -175,6 +175,26 @@ async def test_what_the_dials_came_to_is_told_rather_than_that_a_later_attempt_w
     assert not outcomes
 
 
+async def test_who_was_asked_instead_tells_what_its_own_dials_came_to(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(punch.Puncher, "_own_addresses", lambda self: (NOWHERE,))
+    monkeypatch.setattr(punch, "DIAL_TIME", 0.5)
+    told: list[str] = []
+
+    async def ask(one: Libp2pNetwork, other: Libp2pNetwork) -> None:
+        with pytest.raises(NetworkError) as failure:
+            await one.punch(other.peer)
+        told.append(str(failure.value))
+
+    async with relayed() as nodes:
+        await nodes.connect()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(ask, nodes.source, nodes.target)
+            nursery.start_soon(ask, nodes.target, nodes.source)
+    assert all(NOWHERE in reason for reason in told), told  # not that the other one did not take part
+
+
 async def test_a_failure_names_each_address_and_leaves_the_relayed_path(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
