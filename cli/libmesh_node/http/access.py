@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Collection
+from functools import lru_cache
 from urllib.parse import urlsplit
 
 _PRIVATE_SUFFIXES = (".localhost", ".local", ".internal")
 
 
+@lru_cache(maxsize=64)  # each request asks, nearly all of the same name
 def is_private_host(host: str, own_name: str = "") -> bool:
     """Whether the `Host` header names this machine in a way that a stranger's page cannot. Empty means HTTP/1.0."""
     if not host:

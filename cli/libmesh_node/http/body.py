@@ -52,7 +52,7 @@ def scan_model(body: bytes) -> Iterator[str | None]:
             position = _string_end(body, position)
             if depth == 1 and (colon := _KEY_END.match(body, position)) is not None:
                 position = colon.end()
-                if _text(body[start : colon.start()]) == "model":
+                if _is_model(body[start : colon.start()]):
                     model, position = _value(body, position)
         elif token in b"{[":
             depth += 1
@@ -109,6 +109,10 @@ def _value(body: bytes, position: int) -> tuple[str | None, int]:
     if match is not None and match.group() == b"null":
         return None, match.end()
     raise NotText
+
+
+def _is_model(key: bytes) -> bool:
+    return key == b'"model"' or (b"\\" in key and _text(key) == "model")
 
 
 def _text(literal: bytes) -> str | None:

@@ -67,6 +67,11 @@ class Hold:
             return b""
         chunks: list[bytes] = []
         try:
+            if request.content.is_eof() and (whole := request.content.read_nowait()):
+                self._take(len(whole))
+                chunks.append(whole)
+            if request.content.at_eof():  # it came with its head, as short ones do
+                return b"".join(chunks)
             async with asyncio.timeout(SILENCE) as patience:
                 while chunk := await request.content.readany():
                     self._take(len(chunk))

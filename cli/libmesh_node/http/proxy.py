@@ -138,6 +138,11 @@ class Proxy:
             self._tasks.discard(task)
 
     async def _forward(self, exchange: Exchange, find: Callable[[], Model]) -> web.StreamResponse:
+        if exchange.request.method == "POST":
+            model = find()
+            self.queues.check(
+                model.name, has_room=lambda: self._has_room(model), slots=lambda: _slots(model.servers)
+            )
         await self._read(exchange)
         search = _Search(exchange, find)
         while True:
@@ -184,7 +189,7 @@ class Proxy:
                 model.name,
                 batch=exchange.wanted.batch,
                 has_room=lambda: self._has_room(search.model),
-                slots=lambda: sum(server.slots for server in search.model.servers),
+                slots=lambda: _slots(search.model.servers),
                 again=exchange.attempts > 0,
             )
         while True:
@@ -330,6 +335,10 @@ class Proxy:
                 yield seat
         finally:
             self.queues.nudge(model)
+
+
+def _slots(servers: Iterable[Server]) -> int:
+    return sum(server.slots for server in servers)
 
 
 class _Search:

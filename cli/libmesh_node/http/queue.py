@@ -65,8 +65,8 @@ class Queues:
         ahead = 0 if again else len(line) if batch else len(line.interactive)
         if not ahead and has_room():
             return
-        if not again and len(line) >= PER_SLOT * max(slots(), 1):
-            raise self._full(model, line, slots())
+        if not again:
+            self._check_length(model, line, slots())
         mine = line.batch if batch else line.interactive
         try:
             with self._place(mine, again) as place:
@@ -77,6 +77,12 @@ class Queues:
                         place[0] = mine[index] = asyncio.get_running_loop().create_future()
         finally:
             self.nudge(model)  # also if cancelled: who was told of the room and left passes the word on
+
+    def check(self, model: str, *, has_room: Callable[[], bool], slots: Callable[[], int]) -> None:
+        """Raise what `turn` would for any request, without knowing more of it: those refused are many, and are to cost little."""
+        line = self._lines.get(model)
+        if line is not None and len(line) >= PER_SLOT and not has_room():
+            self._check_length(model, line, slots())
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -109,10 +115,12 @@ class Queues:
             line.remove(place[0])
 
     @staticmethod
-    def _full(model: str, line: _Line, slots: int) -> ApiError:
+    def _check_length(model: str, line: _Line, slots: int) -> None:
+        if len(line) < PER_SLOT * max(slots, 1):
+            return
         wait = math.ceil((len(line) + 1) * line.seconds / max(slots, 1))
         message = (
             f"All servers of `{model}` are busy and {len(line)} requests wait already; "
             f"by the present rate there is room in about {wait} s."
         )
-        return ApiError(429, "overloaded", message, retry_after=max(wait, 1))
+        raise ApiError(429, "overloaded", message, retry_after=max(wait, 1))

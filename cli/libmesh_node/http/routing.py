@@ -38,7 +38,7 @@ def find_model(models: Sequence[Model], name: str | None, notices: Sequence[str]
             return candidates[0]
         message = f"This mesh has several models; say which in `model`: {_listing(candidates)}."
         raise ApiError(400, "model_required", message, param="model")
-    found = [model for model in models if name in (model.name, model.digest)]
+    found = [model for model in models if name == model.name or name == model.digest]
     if not found:
         raise ApiError(404, "model_not_found", _unknown(models, name), param="model")
     return next((model for model in found if model.servers), found[0])
