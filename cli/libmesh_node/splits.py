@@ -21,7 +21,7 @@ from libmesh_node.announced import AnnouncedModel, NodeStatus, decode_status
 from libmesh_node.llama.rpc.lender import Lender, LentModel
 from libmesh_node.models.digest import model_digest
 from libmesh_node.options import NodeOptions
-from libmesh_node.placement.seen import SERVICE, machines_with
+from libmesh_node.placement.seen import SERVICE, distances, machines_with
 from libmesh_node.placement.shape import ModelShape
 from libmesh_node.planning import plan_json, rules_of
 from libmesh_node.serving import LocalModels
@@ -97,7 +97,11 @@ class Splits:
             theirs = (decode_status(peer.attributes) for peer in self._mesh.view.peers)
             protocol = next((status.rpc_protocol for status in theirs if status.rpc_protocol), "")
         elif all(model.digest != shape.digest for model in mine.models):
-            mine = replace(mine, models=(*mine.models, AnnouncedModel(name=name, digest=shape.digest)))
+            models = (*mine.models, AnnouncedModel(name=name, digest=shape.digest))
+            far = distances(
+                self._mesh.view, (shape.digest,), ()
+            )  # it announces those to its own models' peers
+            mine = replace(mine, models=models, distances=far)
         machines = machines_with(
             shape.digest, self._mesh.view, mine, name=name, protocol=protocol, refused={}
         )

@@ -46,3 +46,11 @@ def test_a_node_with_another_llama_cpp_refuses_those_it_cannot_work_with() -> No
     )
     assert not found["possible"]
     assert "7.0.0, this node 8.0.0" in found["missing"]
+
+
+def test_a_node_that_does_not_serve_it_yet_knows_how_far_those_are_that_do() -> None:
+    """It announces no distance to them, nor they one to it."""
+    half = replace(HAVING, spare_bytes=30 * GB, distances=())
+    found = plan(peer("a", half), client=False, mine=replace(half, models=()), protocol="7.0.0")
+    assert (found["possible"], len(found["members"])) == (True, 2)
+    assert found["peers"][0]["taken"]
