@@ -159,3 +159,30 @@ def test_full_line_refuses_with_the_time_by_the_measured_rate() -> None:
         assert server.order == []
 
     run(test)
+
+
+def test_who_would_be_refused_anyway_is_refused_before_anything_is_known_of_its_request() -> None:
+    async def test() -> None:
+        server = Server(room=0)
+
+        def check() -> None:
+            server.queues.check("m", has_room=lambda: server.room > 0, slots=lambda: 1)
+
+        async with asyncio.TaskGroup() as tasks:
+            check()  # nobody waits
+            waiting = [tasks.create_task(server.ask(str(index), batch=True)) for index in range(PER_SLOT - 1)]
+            await settle()
+            check()  # there is one place left in line
+            waiting.append(tasks.create_task(server.ask("last")))
+            await settle()
+            with pytest.raises(ApiError) as early:
+                check()
+            with pytest.raises(ApiError) as late:
+                await server.ask("late")
+            assert (early.value.status, early.value.retry_after) == (429, late.value.retry_after)
+            server.room += 1  # whether one that goes before batches is let in is for `turn` to say
+            check()
+            for task in waiting:
+                task.cancel()
+
+    run(test)
