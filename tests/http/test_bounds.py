@@ -150,7 +150,7 @@ def test_compressed_bomb_is_as_large_as_it_unpacks(silent: Model, caplog: pytest
         headers = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
         assert call(node.api_port, "POST", "/v1/completions", bomb, headers)[0] == 413
         assert call(node.api_port, "POST", "/v1/completions", b"no gzip", headers)[0] == 400
-        for encoding, status in {"compress": 415, "br": 400}.items():  # brotli is refused one layer below
+        for encoding in ("compress", "br"):
             headers["Content-Encoding"] = encoding
-            assert call(node.api_port, "POST", "/v1/completions", b"{}", headers)[0] == status
+            assert call(node.api_port, "POST", "/v1/completions", b"{}", headers)[0] == 415
     assert not [record for record in caplog.records if record.levelname == "ERROR"]

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import anthropic
@@ -45,7 +46,8 @@ class Way:
                 threading.Thread(target=self._carry, args=(near,), daemon=True).start()
 
     def _carry(self, near: socket.socket) -> None:
-        with near, socket.create_connection(("127.0.0.1", self._to)) as far:
+        # Of a server that was killed; a node has connections made in advance.
+        with suppress(ConnectionError), near, socket.create_connection(("127.0.0.1", self._to)) as far:
             sending = threading.Thread(target=self._copy, args=(near, far, None), daemon=True)
             sending.start()
             self._copy(far, near, self._limit)
@@ -175,6 +177,56 @@ def test_client_of_responses_reads_on_when_its_server_is_killed(killed: Killed) 
     assert response.output_text == killed.whole
     assert response.usage is not None
     assert response.usage.output_tokens == killed.TOKENS
+    killed.check()
+
+
+TOOLS: list[Any] = [
+    {"name": "look", "description": "Look.", "input_schema": {"type": "object", "properties": {}}}
+]
+
+
+def test_agent_reads_on_when_its_server_is_killed(killed: Killed) -> None:
+    """With tools nobody can go on from the middle; at temperature 0 another server says the same again."""
+    with anthropic.Anthropic(base_url=killed.url, api_key="x", max_retries=0) as client:
+        ask: Any = {
+            "model": "small",
+            "max_tokens": killed.TOKENS,
+            "tools": TOOLS,
+            "messages": [{"role": "user", "content": killed.WORDS}],
+            "extra_body": {"temperature": 0},
+        }
+        with client.messages.stream(**ask) as stream:
+            for event in stream:
+                if event.type == "content_block_delta":
+                    killed.kill()
+            message = stream.get_final_message()
+        whole = client.messages.create(**ask)
+    said, expected = ([block.to_dict() for block in one.content] for one in (message, whole))
+    assert [block["text"] for block in said] == [block["text"] for block in expected]
+    assert message.stop_reason == whole.stop_reason
+    assert message.usage.output_tokens == whole.usage.output_tokens
+    killed.check()
+
+
+def test_probabilities_are_told_on_when_their_server_is_killed(killed: Killed) -> None:
+    names, tokens, text = set(), 0, ""
+    with openai.OpenAI(base_url=f"{killed.url}/v1", api_key="x", max_retries=0) as client:
+        chunks = client.chat.completions.create(
+            model="small",
+            max_tokens=killed.TOKENS,
+            messages=[{"role": "user", "content": killed.WORDS}],
+            temperature=0,
+            logprobs=True,
+            stream=True,
+        )
+        for chunk in chunks:
+            names.add(chunk.id)
+            for choice in chunk.choices:
+                text += choice.delta.content or ""
+                tokens += len(choice.logprobs.content or ()) if choice.logprobs else 0
+            if text:
+                killed.kill()
+    assert (len(names), tokens, text) == (1, killed.TOKENS, killed.whole)
     killed.check()
 
 

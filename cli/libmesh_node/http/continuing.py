@@ -11,6 +11,7 @@ from typing import Any
 import aiohttp
 
 from libmesh_node.http.errors import ApiError
+from libmesh_node.http.replay import Replay
 from libmesh_node.http.transcript import Transcript
 from libmesh_node.snapshot import Model, Server
 
@@ -61,7 +62,7 @@ class Succession:
 
     async def next(
         self,
-        transcript: Transcript,
+        transcript: Transcript | Replay,
         failed: str,
         say: Callable[[], Awaitable[object]],
         seat: Callable[[Server | None], object],
@@ -86,7 +87,7 @@ class Succession:
                 present = self._find().servers
             except ApiError:  # nobody has it at this moment
                 present = ()
-            same = [server for server in present if server.digest == self._digest or not transcript.begun]
+            same = [server for server in present if self._fits(server) or not transcript.begun]
             server = self._choose(same, refused)
             if server is None:
                 refused.clear()
@@ -105,8 +106,11 @@ class Succession:
                 seat(None)
         raise NobodyGoesOn
 
+    def _fits(self, server: Server) -> bool:
+        return bool(self._digest) and server.digest == self._digest
+
     async def _ask_while_saying(
-        self, server: Server, transcript: Transcript, say: Callable[[], Awaitable[object]]
+        self, server: Server, transcript: Transcript | Replay, say: Callable[[], Awaitable[object]]
     ) -> asyncio.Task[aiohttp.ClientResponse]:
         """What came of asking: a long prompt takes long to be computed again, too. Raises only what `say` does."""
         asking = asyncio.create_task(self._ask(server, transcript))
@@ -120,8 +124,8 @@ class Succession:
             raise
         return asking
 
-    async def _ask(self, server: Server, transcript: Transcript) -> aiohttp.ClientResponse:
-        if not transcript.begun:
+    async def _ask(self, server: Server, transcript: Transcript | Replay) -> aiohttp.ClientResponse:
+        if isinstance(transcript, Replay) or not transcript.begun:
             return await self._post(server, transcript.endpoint or self._path, transcript.restart())
         async with asyncio.timeout(PREPARATION):
             prompt = ""

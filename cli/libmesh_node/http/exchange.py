@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from aiohttp import web
 
 from libmesh_node.http.answers import TAIL
+from libmesh_node.http.replay import Replay
 from libmesh_node.http.transcript import Transcript
 from libmesh_node.http.wanted import NOTHING, Wanted
 from libmesh_node.snapshot import Server
@@ -39,7 +40,7 @@ class Exchange:
     began: float
     home: str = ""
     wanted: Wanted = NOTHING
-    transcript: Transcript | None = None
+    transcript: Transcript | Replay | None = None
     attempts: int = 0
     resumed: int = 0
     seeking: bool = True

@@ -28,8 +28,8 @@ from libmesh_node.http.exchange import Exchange
 from libmesh_node.http.exposure import forwarded_headers
 from libmesh_node.http.queue import Queues
 from libmesh_node.http.relay import relay
+from libmesh_node.http.replay import follow
 from libmesh_node.http.routing import RETRY_AFTER, no_server
-from libmesh_node.http.transcript import track
 from libmesh_node.http.upstream import FAILURES, Overdue, Upstream, hung_up, in_words
 from libmesh_node.http.waiting import kept, refuse_late
 from libmesh_node.http.wanted import NOTHING, read_wanted
@@ -277,10 +277,10 @@ class Proxy:
             return
         if len(body) > _LARGE:
             exchange.wanted = await asyncio.to_thread(read_wanted, body, request.headers)
-            exchange.transcript = await asyncio.to_thread(track, request.path, body)
+            exchange.transcript = await asyncio.to_thread(follow, request.path, body)
         else:
             exchange.wanted = read_wanted(body, request.headers)
-            exchange.transcript = track(request.path, body)
+            exchange.transcript = follow(request.path, body)
         if request.path.rpartition("/")[2] not in GENERATING:
             exchange.wanted = replace(exchange.wanted, max_tokens=0)
         if exchange.transcript is not None:

@@ -19,10 +19,11 @@ from aiohttp import web
 
 from libmesh_node.http.answers import refined_error
 from libmesh_node.http.balance import Balance, Seat
-from libmesh_node.http.continuing import PATIENCE, NobodyGoesOn, Succession
+from libmesh_node.http.continuing import PATIENCE, SAY_EVERY, NobodyGoesOn, Succession
 from libmesh_node.http.errors import ApiError, encode_stream_error
 from libmesh_node.http.exchange import Exchange
 from libmesh_node.http.exposure import returned_headers
+from libmesh_node.http.replay import Replay
 from libmesh_node.http.sse import EventTooLong, comment
 from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript
 from libmesh_node.http.upstream import STALL, Broken, read_on
@@ -112,7 +113,7 @@ class _Carrier:
     def __init__(
         self,
         exchange: Exchange,
-        transcript: Transcript,
+        transcript: Transcript | Replay,
         response: web.StreamResponse,
         succession: Succession,
         balance: Balance,
@@ -163,8 +164,8 @@ class _Carrier:
                 barren = 0 if self._exchange.received > before else barren + 1
 
     async def _drain(self, answer: aiohttp.ClientResponse, start: bytes) -> None:
-        transcript = self._transcript
-        chunk = start
+        transcript, loop = self._transcript, asyncio.get_running_loop()
+        chunk, told = start, loop.time()
         while not transcript.finished:
             if not chunk:
                 try:
@@ -177,7 +178,11 @@ class _Carrier:
             self._exchange.saw(chunk)
             if out := transcript.feed(chunk):
                 await self._response.write(out)
+                told = loop.time()
                 transcript.feed(b"")
+            elif loop.time() - told >= SAY_EVERY:  # what comes now, the client has
+                told = loop.time()
+                await self._response.write(comment(""))
             chunk = b""
 
     async def _keep_waiting(self) -> None:
@@ -208,7 +213,9 @@ async def _break_off(exchange: Exchange, response: web.StreamResponse, broken: E
     exchange.broken = True
     request = exchange.request
     peer = exchange.server.peer if exchange.server else "?"
-    log.warning("the answer of %s to %s broke off: %s", peer, request.path, broken or type(broken).__name__)
+    log.warning(
+        "the answer of %s to %s broke off: %s", peer, request.path, str(broken) or type(broken).__name__
+    )
     if response.content_type == "text/event-stream":
         message = "The server broke off in the middle of its answer. What came before is all there is."
         await response.write(encode_stream_error(ApiError(502, "server_failed", message), request.path))

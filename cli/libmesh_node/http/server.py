@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from aiohttp import web
+from aiohttp.http_exceptions import ContentEncodingError
 from aiohttp.web_protocol import RequestHandler
 
 from libmesh_node.bridge import Bridge
@@ -152,14 +153,13 @@ class _Connection(RequestHandler):
             log.debug("no HTTP from %s: %s", request.remote, message)
         if request.writer.output_size > 0:
             raise ConnectionError("the answer has begun already")
-        text = (
-            "The node failed at this; its log says why."
-            if status >= 500
-            else "This is not a valid HTTP request."
-        )
-        response = refuse(
-            ApiError(status, "internal" if status >= 500 else "bad_request", text), request.path, {}
-        )
+        if isinstance(exc, ContentEncodingError):
+            error = ApiError(415, "unsupported_encoding", "This Content-Encoding is not supported; use gzip.")
+        elif status >= 500:
+            error = ApiError(status, "internal", "The node failed at this; its log says why.")
+        else:
+            error = ApiError(status, "bad_request", "This is not a valid HTTP request.")
+        response = refuse(error, request.path, {})
         response.force_close()
         return response
 

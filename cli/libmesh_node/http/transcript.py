@@ -7,7 +7,8 @@ probabilities, of which its events then carry the ids; they are taken out again 
 other protocols than OpenAI's completions is put into these and back (`dialects.py`, `voices.py`).
 
 Where this is not provably right, nothing is continued: tool calls, constrained grammars, several choices, requests that
-want probabilities themselves, and answers with reasoning, whose marks' tokens are not told.
+want probabilities themselves, and answers with reasoning, whose marks' tokens are not told. Some of these can be given again
+from their beginning (`replay.py`).
 """
 
 from __future__ import annotations
