@@ -20,10 +20,10 @@ from libmesh_node.announced import NodeStatus
 from libmesh_node.entries import Entry
 from libmesh_node.llama.supervisor import LlamaServer
 from libmesh_node.options import NodeOptions
+from libmesh_node.placement import seen
 from libmesh_node.placement.electing import elect_at, predict
 from libmesh_node.placement.heirs import PassedOver
 from libmesh_node.placement.machine import Machine, short
-from libmesh_node.placement.seen import host_elsewhere, is_coming, machines_with, placement_elsewhere
 from libmesh_node.placement.splitting import Placement, Shortage, fit_beside, split_from
 from libmesh_node.placement.steering import Abandon, Adopt, Broken, Looked, Steering, same
 from libmesh_node.planning import rules_of
@@ -46,7 +46,7 @@ DRAIN_LIMIT = 120.0
 """Seconds that a replaced server may take to finish what it is answering; one that makes room for a better split, to be idle."""
 
 HEIR_LIMIT = 30.0
-"""Seconds without a sign that the peer loads the model for which this node ended its split; then it is taken back."""
+"""Seconds without a sign that the peer, which is there, loads what this node ended its split for; then that is taken back."""
 
 Launch = Callable[[SplitSetting, Placement, dict[str, int], Callable[[], None]], SplitRun]
 
@@ -123,11 +123,11 @@ class SplitHost:
 
     def _step(self, nursery: trio.Nursery) -> None:
         now = trio.current_time()
-        elsewhere = host_elsewhere(self.entry.digest, self._mesh.view)
+        elsewhere = seen.host_elsewhere(self.entry.digest, self._mesh.view)
         self._notice(elsewhere is not None, now)
         self._take_up_again(elsewhere is not None)
         self.entry.left = self._run is None and self._heir is not None
-        machines = machines_with(
+        machines = seen.machines_with(
             self.entry.digest,
             self._mesh.view,
             self._status(),
@@ -150,7 +150,7 @@ class SplitHost:
         if self._run is not None:
             running = predict(shape, self._run.placement, machines)
         elif elsewhere is not None:
-            self._steering.current = there = placement_elsewhere(*elsewhere)
+            self._steering.current = there = seen.placement_elsewhere(*elsewhere)
             if (running := predict(shape, there, machines)) is None:
                 return  # it says that it serves; if that is over, it will say so, or fall silent
         lives = self._run is not None
@@ -184,9 +184,9 @@ class SplitHost:
         heir, until = self._heir
         if elsewhere:
             self._heir = None
-        elif is_coming(heir, self.entry.digest, self._mesh.view):
+        elif seen.is_coming(heir, self.entry.digest, self._mesh.view):
             self._heir = heir, now + HEIR_LIMIT
-        elif now >= until:
+        elif now >= until or not seen.is_there(heir, self._mesh.view):
             log.warning("%s: the peer %s did not take over, and is left nothing now", self.name, short(heir))
             self._bar(heir, now)
 

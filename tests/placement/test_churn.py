@@ -216,6 +216,21 @@ async def test_nothing_is_left_again_to_a_host_that_cannot_load(
     assert len(place.outages) == 1
 
 
+async def test_what_was_ended_for_somebody_who_dies_then_is_taken_back_at_once(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with world(force=False) as place:
+        await scarce(place)
+        place.idle.add("c")
+        place.join("c", Machine(25, bandwidth=1000, rtt=0.001))
+        while place.serving:  # noqa: ASYNC110 - the clock is virtual
+            await trio.sleep(0.5)
+        await trio.sleep(2)
+        place.leave("c")
+        await settled(place)
+    assert place.outages == [pytest.approx(LOAD + 3, abs=1)]
+
+
 async def test_who_did_not_take_over_is_tried_again_when_it_has_been_restarted(
     autojump_clock: trio.testing.MockClock,
 ) -> None:

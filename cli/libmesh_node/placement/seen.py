@@ -69,6 +69,11 @@ def is_coming(host: str, digest: str, view: View) -> bool:
     )
 
 
+def is_there(peer: str, view: View) -> bool:
+    """Whether it is this node, or a peer that is believed to be alive."""
+    return peer == view.me or any(other.peer == peer and other.state in _BELIEVED for other in view.peers)
+
+
 def placement_elsewhere(host: str, model: AnnouncedModel) -> Placement:
     """What another node says of its own split, as far as its members go."""
 
