@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from libmesh_node.http.errors import ANTHROPIC_TYPES, speaks_anthropic
 
@@ -78,6 +79,7 @@ class Told:
     speed: float | None = None
 
 
+@lru_cache(maxsize=1)  # asked twice of each answer, at its end
 def told(tail: bytes) -> Told:
     """What stands in the last `TAIL` bytes of an answer, if it has OpenAI's, Anthropic's or llama-server's names."""
 

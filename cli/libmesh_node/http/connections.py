@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
-from aiohttp.client_reqrep import ClientRequest
+from aiohttp.client_reqrep import ClientRequest, ConnectionKey
 from yarl import URL
 
 log = logging.getLogger("libmesh_node.http")
@@ -70,18 +70,26 @@ class Loopback(aiohttp.BaseConnector):
     async def _create_connection(
         self, req: ClientRequest, traces: list[aiohttp.tracing.Trace], timeout: aiohttp.ClientTimeout
     ) -> ResponseHandler:
-        where = _address(req.url)
+        return await self.take(*_address(req.url), timeout.sock_connect)
+
+    async def take(self, host: str, port: int, limit: float | None = None) -> ResponseHandler:
+        """A connection that is ready, or a new one, which may take `limit` seconds.
+
+        The caller closes it. Raises `aiohttp.ClientConnectorError` or `TimeoutError`.
+        """
+        where = host, port
         if self._living(where):
             ready = self._ready[where].popleft()
             ready.expiry.cancel()
             return ready.connection
         try:
-            async with asyncio.timeout(timeout.sock_connect):
+            async with asyncio.timeout(limit):
                 return await self._connect(where)
         except TimeoutError:
             raise
         except OSError as exc:
-            raise aiohttp.ClientConnectorError(req.connection_key, exc) from exc
+            key = ConnectionKey(host, port, False, True, None, None, None)
+            raise aiohttp.ClientConnectorError(key, exc) from exc
 
     async def _connect(self, where: tuple[str, int]) -> ResponseHandler:
         _, connection = await self._loop.create_connection(self._factory, *where)

@@ -30,7 +30,7 @@ from libmesh_node.http.queue import Queues
 from libmesh_node.http.relay import relay
 from libmesh_node.http.replay import follow
 from libmesh_node.http.routing import RETRY_AFTER, no_server
-from libmesh_node.http.upstream import FAILURES, Overdue, Upstream, hung_up, in_words
+from libmesh_node.http.upstream import FAILURES, Answer, Overdue, Upstream, hung_up, in_words
 from libmesh_node.http.waiting import kept, refuse_late
 from libmesh_node.http.wanted import NOTHING, read_wanted
 from libmesh_node.snapshot import Model, Server
@@ -212,7 +212,7 @@ class Proxy:
         """One with a free slot, if there is any: a client is waiting in the middle of a sentence."""
         return self.balance.choose(servers, refused, NOTHING, time.monotonic(), backlog=0)
 
-    def _is_for_another(self, search: _Search, upstream: aiohttp.ClientResponse, start: bytes) -> bool:
+    def _is_for_another(self, search: _Search, upstream: Answer, start: bytes) -> bool:
         """Whether an answer is a refusal that another server may not repeat."""
         if upstream.status == 503:
             return True
@@ -286,7 +286,7 @@ class Proxy:
         if exchange.transcript is not None:
             exchange.body = exchange.transcript.body
 
-    async def _open_in_time(self, search: _Search, server: Server) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _open_in_time(self, search: _Search, server: Server) -> tuple[Answer, bytes]:
         """As `_open`. Raises `Overdue` if nothing comes for longer than its line explains while another could be asked."""
         exchange, loop = search.exchange, asyncio.get_running_loop()
         fresh = not server.local or server.base_url in search.hung_up
@@ -322,7 +322,7 @@ class Proxy:
 
     async def _open(
         self, exchange: Exchange, server: Server, *, fresh: bool
-    ) -> tuple[aiohttp.ClientResponse, bytes]:
+    ) -> tuple[Answer, bytes]:
         headers = forwarded_headers(exchange.request.headers) | {"X-Request-Id": exchange.id}
         endpoint = exchange.transcript.endpoint if exchange.transcript is not None else None
         url = server.base_url + (endpoint or exchange.request.rel_url.raw_path_qs)

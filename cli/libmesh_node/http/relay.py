@@ -26,7 +26,7 @@ from libmesh_node.http.exposure import returned_headers
 from libmesh_node.http.replay import Replay
 from libmesh_node.http.sse import EventTooLong, comment
 from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript
-from libmesh_node.http.upstream import STALL, Broken, read_on
+from libmesh_node.http.upstream import STALL, Answer, Broken, read_on
 from libmesh_node.http.waiting import refuse_late
 
 log = logging.getLogger("libmesh_node.http")
@@ -43,7 +43,7 @@ LAST_WORDS = 0.2
 
 async def relay(
     exchange: Exchange,
-    upstream: aiohttp.ClientResponse,
+    upstream: Answer,
     start: bytes,
     succession: Succession,
     balance: Balance,
@@ -123,7 +123,7 @@ class _Carrier:
         self._succession, self._balance, self._seat = succession, balance, seat
         self._told = False
 
-    async def carry(self, upstream: aiohttp.ClientResponse, start: bytes) -> None:
+    async def carry(self, upstream: Answer, start: bytes) -> None:
         """Until the client has the whole. Raises what stopped it if nobody can go on."""
         try:
             await self._drain(upstream, start)
@@ -163,7 +163,7 @@ class _Carrier:
                 broken = exc
                 barren = 0 if self._exchange.received > before else barren + 1
 
-    async def _drain(self, answer: aiohttp.ClientResponse, start: bytes) -> None:
+    async def _drain(self, answer: Answer, start: bytes) -> None:
         transcript, loop = self._transcript, asyncio.get_running_loop()
         chunk, told = start, loop.time()
         while not transcript.finished:

@@ -31,21 +31,17 @@ class EventReader:
 
         Raises `EventTooLong` once no whole event is left to return.
         """
-        # As nearly all of them come: one at a time, and whole.
-        if (
-            not self._held
-            and data[-2:] == b"\n\n"
-            and data.find(b"\n\n") == len(data) - 2
-            and b"\r" not in data
-        ):
-            return [data]
         self._held += data
-        events: list[bytes] = []
-        start = 0
-        for end in _END.finditer(self._held):
-            events.append(self._held[start : end.end()])
-            start = end.end()
-        self._held = self._held[start:]
+        if b"\r" not in self._held:  # as in nearly all streams; several times as fast
+            *whole, self._held = self._held.split(b"\n\n")
+            events = [event + b"\n\n" for event in whole]
+        else:
+            events = []
+            start = 0
+            for end in _END.finditer(self._held):
+                events.append(self._held[start : end.end()])
+                start = end.end()
+            self._held = self._held[start:]
         if len(self._held) > MAX_EVENT and not events:
             raise EventTooLong
         return events

@@ -9,6 +9,7 @@ import aiohttp
 from yarl import URL
 
 from libmesh_node.http.connections import Loopback
+from libmesh_node.http.single import SingleAnswer, ask, encode_post
 from libmesh_node.http.sse import MAX_EVENT, holds_event
 
 CONNECT_TIMEOUT = 5.0
@@ -24,6 +25,8 @@ that dies while sending one can still be replaced."""
 
 STALL = 60.0
 """Seconds without a byte of an event stream that has begun. llama-server sends a comment every 30."""
+
+Answer = aiohttp.ClientResponse | SingleAnswer
 
 FAILURES = (aiohttp.ClientError, OSError, TimeoutError)
 
@@ -71,24 +74,16 @@ class Upstream:
 
     async def open(
         self, method: str, url: str, headers: Mapping[str, str], body: bytes, *, fresh: bool
-    ) -> tuple[aiohttp.ClientResponse, bytes]:
+    ) -> tuple[Answer, bytes]:
         """Send a request and wait for the start of the answer: its whole if it is short, else the first bytes.
 
         Of an event stream that is at least one whole event, so that a server which dies before has sent nothing.
 
         With `fresh`, on a connection of its own. Raises one of `FAILURES`. The caller closes the answer.
         """
-        headers = dict(headers)
-        data: bytes | AsyncIterator[bytes] | None = body or None
-        if len(body) > _SLICE:
-            headers["Content-Length"] = str(len(body))
-            data = _slices(body)
-        session = self.fresh if fresh or self.wants_own(body) else self.kept
         self.waiting += 1
         try:
-            answer = await session.request(
-                method, URL(url, encoded=True), data=data, headers=headers, allow_redirects=False
-            )
+            answer = await self._ask(method, url, headers, body, fresh=fresh or self.wants_own(body))
             try:
                 if answer.content_length is not None and answer.content_length <= WHOLE_ANSWER:
                     return answer, await answer.read()
@@ -102,8 +97,27 @@ class Upstream:
         finally:
             self.waiting -= 1
 
+    async def _ask(
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, *, fresh: bool
+    ) -> Answer:
+        if fresh and method == "POST" and len(body) <= _SLICE:
+            where, _, path = url.removeprefix("http://").partition("/")
+            if (request := encode_post(where, f"/{path}", headers, body)) is not None:
+                host, _, port = where.rpartition(":")
+                connection = await self.connections.take(host, int(port), CONNECT_TIMEOUT)
+                return await ask(connection, request, _SLICE)
+        headers = dict(headers)
+        data: bytes | AsyncIterator[bytes] | None = body or None
+        if len(body) > _SLICE:
+            headers["Content-Length"] = str(len(body))
+            data = _slices(body)
+        session = self.fresh if fresh else self.kept
+        return await session.request(
+            method, URL(url, encoded=True), data=data, headers=headers, allow_redirects=False
+        )
 
-async def _first_event(answer: aiohttp.ClientResponse, start: bytes) -> bytes:
+
+async def _first_event(answer: Answer, start: bytes) -> bytes:
     while not holds_event(start) and len(start) <= MAX_EVENT:
         async with asyncio.timeout(STALL):
             more = await answer.content.readany()
@@ -113,7 +127,7 @@ async def _first_event(answer: aiohttp.ClientResponse, start: bytes) -> bytes:
     return start
 
 
-async def read_on(answer: aiohttp.ClientResponse) -> bytes:
+async def read_on(answer: Answer) -> bytes:
     """The next bytes of an answer; empty at its end. Raises `Broken`."""
     try:
         return await answer.content.readany()

@@ -1,0 +1,155 @@
+"""Requests on connections of their own: what comes back, and what is left when it does not."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+
+import aiohttp
+import pytest
+from libmesh_node.http.connections import Loopback
+from libmesh_node.http.single import SingleAnswer, ask, encode_post
+
+POST = encode_post("host", "/v1/x", {"Accept": "*/*"}, b"body")
+assert POST is not None
+
+
+class Port:
+    """Sends each connection the same once it was asked; then closes it, or leaves it to its other end."""
+
+    def __init__(self, said: bytes, *, closes: bool) -> None:
+        self.said, self.closes = said, closes
+        self.asked: list[bytes] = []
+        self.open = 0
+        self.left = asyncio.Event()
+
+    async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.open += 1
+        with suppress(asyncio.IncompleteReadError, ConnectionError):
+            self.asked.append(await reader.readexactly(len(POST or b"")))
+            writer.write(self.said)
+            if not self.closes:
+                await reader.read()  # until it is closed
+        self.left.set()
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+        self.open -= 1
+
+
+@asynccontextmanager
+async def connections(said: bytes, *, closes: bool = False) -> AsyncIterator[tuple[Port, Loopback, int]]:
+    port = Port(said, closes=closes)
+    server = await asyncio.start_server(port.take, "127.0.0.1", 0)
+    pool = Loopback()
+    async with server, asyncio.timeout(60):
+        yield port, pool, server.sockets[0].getsockname()[1]
+        await pool.close()
+        await asyncio.sleep(0.01)  # transports close in a turn of the loop
+        while port.open:  # noqa: ASYNC110 - sockets tell nobody
+            await asyncio.sleep(0.01)
+
+
+async def asked(pool: Loopback, port: int) -> SingleAnswer:
+    assert POST is not None
+    return await ask(await pool.take("127.0.0.1", port), POST, 1 << 18)
+
+
+HEAD = b"HTTP/1.1 200 Fine\r\nContent-Type: Text/Event-Stream; charset=utf-8\r\nContent-Length: 2\r\n"
+
+
+@pytest.mark.parametrize(
+    "before", [b"", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early\r\nX: 1\r\n\r\n"]
+)
+def test_answer_is_told_as_it_is_and_its_end_closes_the_connection(before: bytes) -> None:
+    async def main() -> None:
+        async with connections(before + HEAD + b"\r\nok") as (port, pool, number):
+            answer = await asked(pool, number)
+            assert (answer.status, answer.reason, answer.content_length) == (200, "Fine", 2)
+            assert answer.content_type == "text/event-stream"
+            assert await answer.read() == b"ok"
+            await port.left.wait()
+            assert port.asked == [
+                b"POST /v1/x HTTP/1.1\r\nHost: host\r\nAccept: */*\r\nContent-Length: 4\r\n\r\nbody"
+            ]
+            answer.close()
+
+    asyncio.run(main())
+
+
+def test_who_closes_an_answer_closes_its_connection() -> None:
+    async def main() -> None:
+        async with connections(HEAD + b"\r\no") as (port, pool, number):
+            answer = await asked(pool, number)
+            assert await answer.content.readany() == b"o"
+            answer.close()
+            await port.left.wait()
+
+    asyncio.run(main())
+
+
+def test_answer_that_ends_early_is_broken() -> None:
+    async def main() -> None:
+        async with connections(HEAD + b"\r\no", closes=True) as (_, pool, number):
+            answer = await asked(pool, number)
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await answer.read()
+            answer.close()
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("said", "error"),
+    [
+        (b"", aiohttp.ServerDisconnectedError),
+        (b"HTTP/1.1 200 Fi", aiohttp.ServerDisconnectedError),
+        (b"220 this is no HTTP\r\n\r\n", aiohttp.ClientPayloadError),
+    ],
+)
+def test_what_is_no_answer_is_an_error_of_the_client(said: bytes, error: type[Exception]) -> None:
+    async def main() -> None:
+        async with connections(said, closes=True) as (_, pool, number):
+            with pytest.raises(error):
+                await asked(pool, number)
+
+    asyncio.run(main())
+
+
+def test_cancelled_request_closes_its_connection() -> None:
+    async def main() -> None:
+        async with connections(b"") as (port, pool, number):
+            asking = asyncio.create_task(asked(pool, number))
+            while not port.asked:  # noqa: ASYNC110 - sockets tell nobody
+                await asyncio.sleep(0.01)
+            asking.cancel()
+            await port.left.wait()
+            assert (await asyncio.gather(asking, return_exceptions=True))[
+                0
+            ].__class__ is asyncio.CancelledError
+
+    asyncio.run(main())
+
+
+def test_connection_that_broke_before_it_was_used_is_an_error_of_the_client() -> None:
+    async def main() -> None:
+        async with connections(b"") as (_, pool, number):
+            connection = await pool.take("127.0.0.1", number)
+            connection.close()
+            assert POST is not None
+            with pytest.raises(aiohttp.ServerDisconnectedError):
+                await ask(connection, POST, 1 << 18)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("value", ["a\r\nX: 1", "a\nX: 1", "a\rX: 1", "a\0"])
+def test_header_that_would_be_more_than_one_is_not_sent(value: str) -> None:
+    assert encode_post("host", "/", {"Accept": value}, b"") is None
+    assert encode_post("host", "/", {value: "a"}, b"") is None
+
+
+def test_bytes_that_are_no_text_travel_in_headers_as_they_came() -> None:
+    told = b"caf\xe9 \xc3\xa9".decode(errors="surrogateescape")
+    assert b"User-Agent: caf\xe9 \xc3\xa9\r\n" in (encode_post("host", "/", {"User-Agent": told}, b"") or b"")
