@@ -136,6 +136,7 @@ def test_message_request_of_more_than_plain_talk_is_left_as_it_is(changes: Json)
         {"input": [{"type": "function_call", "call_id": "c", "name": "f", "arguments": ""}]},
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "data:"}]}]},
         {"input": [{"role": "user", "content": []}]},
+        {"input": [{"role": "user", "content": "a", "name": "b"}]},
         {"input": [{"role": "assistant", "content": "a"}]},
         {"input": [{"role": "assistant", "type": "message", "content": "a"}] * 2},
         {"input": ["Hi"]},

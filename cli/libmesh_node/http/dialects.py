@@ -118,10 +118,12 @@ def _from_responses(request: Json) -> Json | None:
 
 _STREAMED = {"stream": True, "stream_options": {"include_usage": True}}
 _REPLACED = frozenset({*_NO_TALK, "input", "instructions", "max_output_tokens", "text"})
+_OF_ITEM = frozenset({"type", "role", "content", "id", "status"})
+"""Fields of a message with which it is plain talk. Others, a name, reasoning or calls of tools, llama-server passes on."""
 
 
 def _item(item: object) -> Json | None:
-    if not isinstance(item, dict) or item.get("type", "message") != "message":
+    if not isinstance(item, dict) or item.get("type", "message") != "message" or item.keys() - _OF_ITEM:
         return None
     role, content = item.get("role"), item.get("content")
     kinds: tuple[str, ...] = ("input_text",)
