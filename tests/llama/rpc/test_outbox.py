@@ -190,3 +190,20 @@ async def test_a_host_is_told_when_the_rpc_server_ends(model: Path, abruptly: bo
             with trio.fail_after(60):
                 assert await session.run(b"") == ENDED
     assert host.messages == [frame(Reply.LOST, ENDED.encode())]
+
+
+async def test_a_host_that_cannot_be_told_any_more_is_no_failure_of_the_session(model: Path) -> None:
+    class Gone(Worker):
+        def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
+            raise trio.BrokenResourceError
+
+    (listener,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    ours = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
+    host = Gone()
+    host.asked = True
+    with open_weights((model,)) as weights:
+        session = Working(host, ours, WorkerEnd(1 << 20, 1, weights.holds), weights)
+        async with listener, ours:
+            await (await listener.accept()).aclose()
+            with trio.fail_after(60):
+                assert await session.run(b"") == ENDED

@@ -67,8 +67,8 @@ class Working:
             if self._told:
                 return
             self._told, self._reason = True, reason
-            self._to_host.put(frame(Reply.LOST, reason.encode()[:MAX_MESSAGE]))
             with trio.move_on_after(ASK_LIMIT), suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+                self._to_host.put(frame(Reply.LOST, reason.encode()[:MAX_MESSAGE]))
                 await self._to_host.sent()
                 await self._stream.aclose()
                 return
