@@ -48,6 +48,12 @@ class AdmissionConfig:
     max_followers: int = 1024
     offline: bool = False
 
+    def __post_init__(self) -> None:
+        """Raise `ValueError`, naming the field, when a value cannot work."""
+        for name in ("hello_limit", "seek_min", "seek_max"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: greater than 0")
+
 
 class Admission:
     """Who is admitted, and how that comes about.
@@ -186,6 +192,8 @@ class Admission:
         a second one would end the connection for the first. If cancelled within a hello, the connection is closed.
         Once our own membership has ended, nobody is bothered any more.
         """
+        if peer == self._network.peer:
+            raise PeerUnreachable(f"the peer {peer} is this node itself")
         self._check_not_ended(peer)
         async with _turn(self._connecting, peer):
             await self._find_path(peer, self.allowed(peer, addresses))

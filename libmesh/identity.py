@@ -20,6 +20,8 @@ class SecretKey:
     seed: bytes = field(repr=False)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.seed, bytes):
+            raise TypeError(f"a secret key is bytes, not {type(self.seed).__name__}")
         if len(self.seed) != keys.KEY_LENGTH:
             raise ValueError(f"a secret key has {keys.KEY_LENGTH} bytes, not {len(self.seed)}")
 
@@ -39,10 +41,10 @@ class SecretKey:
             raise MeshError(f"this is no libmesh key: {exc}") from exc
 
     @classmethod
-    def load_or_create(cls, path: Path) -> SecretKey:
+    def load_or_create(cls, path: Path | str) -> SecretKey:
         """The key in the file `path`, made with mode 0600 if there is none. Raises `MeshError` or `OSError`."""
         try:
-            return cls.from_text(path.read_bytes())
+            return cls.from_text(Path(path).read_bytes())
         except FileNotFoundError:
             key = cls.generate()
             with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:

@@ -19,7 +19,7 @@ from libmesh.errors import AdmissionRefused, InviteDenied, InviteMalformed, Peer
 from libmesh.invites import InviteInfo, check_invite, invites_in, ways_in
 from libmesh.net.base import Stream
 from libmesh.peers import MeshId, PathKind, PeerId, Reaching, Scope, Service, View
-from libmesh.posts import Post
+from libmesh.posts import Post, check_topic
 from libmesh.resuming import NearTunnel, Resumption
 from libmesh.wire_pieces import WireError, valid_service_name
 
@@ -116,10 +116,9 @@ class Mesh:
 
         While this node follows, only those that it connects to later are told, and no more than 1 KiB.
         """
-        if len(attributes) > wire.MAX_ATTRIBUTES:
-            raise ValueError(
-                f"attributes of {len(attributes)} bytes; at most {wire.MAX_ATTRIBUTES} are allowed"
-            )
+        attributes = bytes(memoryview(attributes))  # what is no bytes must not get into announcements
+        if (size := len(attributes)) > wire.MAX_ATTRIBUTES:
+            raise ValueError(f"attributes of {size} bytes; at most {wire.MAX_ATTRIBUTES} are allowed")
         self._check_size(attributes, self._offers)
         self._attributes = attributes
         self._announce()
@@ -164,7 +163,7 @@ class Mesh:
         if len(self._offers) >= wire.MAX_SERVICES:
             raise ValueError(f"at most {wire.MAX_SERVICES} services can be offered")
         self._check_size(self._attributes, (*self._offers, name))
-        self._offers[name] = _Offer(Service(name=name, scope=scope), handler)
+        self._offers[name] = _Offer(Service(name=name, scope=Scope(scope)), handler)
         self._driver.take_part()
         self._announce()
         try:
@@ -179,9 +178,8 @@ class Mesh:
         Best effort: at most once, in no order, and lost where gossip is not keeping up. Signed by this node. Whoever
         needs more opens a stream. Raises `ValueError` for a bad topic or too much data.
         """
-        if not valid_service_name(topic):
-            raise ValueError(f"{topic!r} is no topic: 1 to 255 bytes, without control characters")
-        if len(data) > wire.MAX_POST_DATA:
+        check_topic(topic)
+        if len(data := bytes(memoryview(data))) > wire.MAX_POST_DATA:
             raise ValueError(f"a message of {len(data)} bytes; at most {wire.MAX_POST_DATA} are allowed")
         await self._driver.take_part_now()
         await self._driver.posts.publish(topic, data)
@@ -193,8 +191,9 @@ class Mesh:
             async with mesh.subscribe("chat") as posts:
                 async for post in posts: print(post.author, post.data)
 
-        Holds up to 256 messages for a slow reader; the oldest go first when it falls behind.
+        Holds up to 256 messages for a slow reader; the oldest go first when it falls behind. Raises as `publish`.
         """
+        check_topic(topic)
         await self._driver.take_part_now()
         async with self._driver.posts.subscribe(topic) as posts:
             yield posts
@@ -266,12 +265,12 @@ class Mesh:
     def invite(self, *, scope: Scope, not_after_unix: float | None) -> str:
         """A token that lets its holder join with `scope` until `not_after_unix` (cut to this node's own end).
 
-        It names this node's addresses, and up to two connected peers', as ways in. Raises `InviteDenied`.
+        It names this node's addresses, and up to two connected peers', as ways in. Raises `InviteDenied` or `ValueError`.
         """
         if self._driver.membership.me.announcement.leaving:
             raise InviteDenied("this node is leaving the mesh")
         end = None if not_after_unix is None else int(not_after_unix)
-        authority = self._authority.delegate(scope=scope, not_after_unix=end, seed=os.urandom(32))
+        authority = self._authority.delegate(scope=Scope(scope), not_after_unix=end, seed=os.urandom(32))
         return tokens.encode_invite(Invite(authority=authority, contacts=self._ways_in()))
 
     def _ways_in(self) -> tuple[tuple[PeerId, tuple[str, ...]], ...]:

@@ -17,7 +17,7 @@ import trio
 from libmesh import wire
 from libmesh.net.base import Network
 from libmesh.peers import MeshId, PeerId
-from libmesh.wire_pieces import WireError
+from libmesh.wire_pieces import WireError, valid_service_name
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +32,12 @@ class Post:
     author: PeerId
     topic: str
     data: bytes
+
+
+def check_topic(topic: str) -> None:
+    """Raise `ValueError` for what is no topic of posts."""
+    if not valid_service_name(topic):
+        raise ValueError(f"{topic!r} is no topic: 1 to 255 bytes, without control characters")
 
 
 class Posts:

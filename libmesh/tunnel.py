@@ -221,8 +221,10 @@ async def expose(
 
     Each stream becomes one TCP connection, once `door` lets it through. If none can be made within 10 s the opener is
     refused with `unavailable`. Streams that wait before the door, for their first bytes, end with the call. Raises
-    `ValueError` for a bad or repeated name.
+    `ValueError` for a bad or repeated name, and for what is no port.
     """
+    if not 0 < port <= 65535:
+        raise ValueError(f"port {port}: from 1 to 65535")
     idle: set[trio.CancelScope] = set()
 
     async def serve(stream: Stream, accept: Accept) -> None:
@@ -296,8 +298,10 @@ async def serve_tunnel(
     Reports the port through `task_status`; 0 takes a free one. It stays the same however often the path to the peer
     changes. A connection that cannot be carried is reset, and what was wrong is logged. Connections end with the call, or
     live in `handler_nursery` if there is one (as with `trio.serve_listeners`), and go on until they end by themselves.
-    Raises `AddressUnavailable` if the port is taken.
+    Raises `AddressUnavailable` if the port is taken, and `ValueError` for what is none.
     """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port {port}: from 0 to 65535")
     try:
         listeners = await trio.open_tcp_listeners(port, host=host)
     except OSError as exc:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import math
 import re
 from dataclasses import dataclass
@@ -292,9 +293,17 @@ def target(text: str) -> str:
 
 def multiaddr(text: str) -> str:
     """A multiaddr with a host and a port, as others can dial it; its details are checked when it is used."""
-    if not re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/[^/\s]+/(tcp|udp)/\d{1,5}(/[^\s]+)?", text, re.ASCII):
+    match = re.fullmatch(r"/(ip4|ip6|dns|dns4|dns6)/([^/\s]+)/(tcp|udp)/(\d{1,5})(/[^\s]+)?", text, re.ASCII)
+    if match is None or int(match[4]) > 65535 or not _is_host(match[1], match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is no multiaddr, such as /ip4/203.0.113.7/tcp/4001")
     return text
+
+
+def _is_host(kind: str, host: str) -> bool:
+    try:
+        return kind.startswith("dns") or ipaddress.ip_address(host).version == int(kind[2])
+    except ValueError:
+        return False
 
 
 def relay(text: str) -> str:

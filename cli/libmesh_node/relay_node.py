@@ -25,7 +25,7 @@ from libmesh import (
     open_mesh,
 )
 from libmesh_node.datadir import DataDir, held_data_dir
-from libmesh_node.errors import NodeError, UsageError
+from libmesh_node.errors import NodeError, UsageError, sentence
 from libmesh_node.logs import logging_to
 from libmesh_node.membership import Membership, load_membership, save_membership, secret_key
 from libmesh_node.options import FileToken, NodeOptions
@@ -103,18 +103,22 @@ async def _end_on_signal(signals: AsyncIterator[int], scope: trio.CancelScope) -
 
 async def _relay(options: RelayOptions, folder: DataDir) -> None:
     key = secret_key(folder, "identity")
-    listen = Libp2pConfig(
-        port=options.port,
-        websocket_port=options.websocket_port,
-        announce=options.announce,
-        relay=RelayLimits(
-            reservations=options.max_peers,
-            circuits=options.max_circuits,
-            bandwidth=options.bandwidth,
-            bandwidth_per_peer=options.bandwidth_per_peer,
-        ),
-        relay_open=options.open_to_all,
+    limits = RelayLimits(
+        reservations=options.max_peers,
+        circuits=options.max_circuits,
+        bandwidth=options.bandwidth,
+        bandwidth_per_peer=options.bandwidth_per_peer,
     )
+    try:
+        listen = Libp2pConfig(
+            port=options.port,
+            websocket_port=options.websocket_port,
+            announce=options.announce,
+            relay=limits,
+            relay_open=options.open_to_all,
+        )
+    except ValueError as exc:
+        raise UsageError(sentence(str(exc))) from exc
     async with open_libp2p_network(key.seed, listen) as network:
         if options.open_to_all:
             await _serve(network, "everybody")

@@ -33,7 +33,7 @@ from libmesh import (
     open_mesh,
 )
 from libmesh_node.datadir import DataDir, write_private
-from libmesh_node.errors import NodeError
+from libmesh_node.errors import NodeError, UsageError
 from libmesh_node.kept import load_kept
 from libmesh_node.membership import Membership, load_membership, save_membership, secret_key
 from libmesh_node.options import NodeOptions
@@ -247,14 +247,17 @@ class Stays:
 
     def _listen(self) -> Libp2pConfig:
         rate = self._options.relay_rate
-        return Libp2pConfig(
-            port=self._port(),
-            websocket_port=self._options.bind_ws,
-            announce=self._options.announce_addresses,
-            relay=None if rate == 0 else RelayLimits(bandwidth=rate or 0.0),
-            map_port=self._options.map_port and not self._options.offline,
-            private_only=self._options.offline,
-        )
+        try:
+            return Libp2pConfig(
+                port=self._port(),
+                websocket_port=self._options.bind_ws,
+                announce=self._options.announce_addresses,
+                relay=None if rate == 0 else RelayLimits(bandwidth=rate or 0.0),
+                map_port=self._options.map_port and not self._options.offline,
+                private_only=self._options.offline,
+            )
+        except ValueError as exc:
+            raise UsageError(_sentence(exc)) from exc
 
     def _port(self) -> int:
         """The port for peers: the one asked for, or last time's if it is free, so that old invites lead here."""

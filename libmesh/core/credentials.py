@@ -166,6 +166,8 @@ class Authority:
         An end later than our own is cut to ours. Raises `InviteDenied` if this authority may not invite, has not
         that scope, or the chain would grow too long.
         """
+        if not_after_unix is not None and not 0 <= not_after_unix < _NO_END:
+            raise ValueError(f"{not_after_unix} is no time: seconds since the epoch, or None for no end")
         if self.links and self.scope < Scope.INVITE:
             raise InviteDenied(
                 f"this node was let in with the scope '{self.scope.name.lower()}' and cannot invite others; "

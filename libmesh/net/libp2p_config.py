@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from multiaddr import Multiaddr
+
 from libmesh.core.relay_desk import RelayLimits
 
 
@@ -50,3 +52,20 @@ class Libp2pConfig:
     ping_timeout: float = 5.0
     relay: RelayLimits | None = None
     relay_open: bool = False
+
+    def __post_init__(self) -> None:
+        """Raise `ValueError`, naming the field, when a value cannot work."""
+        for name in ("port", "websocket_port"):
+            port = getattr(self, name)
+            if not (port is None or (isinstance(port, int) and 0 <= port <= 65535)):
+                raise ValueError(f"{name}={port!r}: from 0 to 65535")
+        for name in ("hosts", "announce"):
+            if isinstance(getattr(self, name), str):
+                raise ValueError(f"{name}={getattr(self, name)!r}: a tuple of texts, not one text")
+        for address in self.announce:
+            try:
+                Multiaddr(address)
+            except ValueError as exc:
+                raise ValueError(
+                    f"announce: {address!r} is no multiaddr, like /ip4/192.0.2.1/tcp/4001"
+                ) from exc

@@ -209,7 +209,8 @@ def test_a_relay_is_named_with_its_peer_id() -> None:
 
 def test_multiaddrs_need_a_host_and_a_port() -> None:
     assert options.multiaddr("/dns4/example.org/tcp/4001") == "/dns4/example.org/tcp/4001"
-    for text in ("203.0.113.7:4001", "/ip4/203.0.113.7", "/tcp/4001", "/ip4/1.2.3.4/tcp/x"):
+    bad_hosts = ("/ip4/1.2.3.999/tcp/1", "/ip4/::1/tcp/1", "/ip6/1.2.3.4/tcp/1", "/ip4/1.2.3.4/tcp/65536")
+    for text in ("203.0.113.7:4001", "/ip4/203.0.113.7", "/tcp/4001", "/ip4/1.2.3.4/tcp/x", *bad_hosts):
         with pytest.raises(argparse.ArgumentTypeError):
             options.multiaddr(text)
 
