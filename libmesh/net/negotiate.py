@@ -223,7 +223,11 @@ class Libp2pStream(Stream):
             if not self._proposed and len(data) <= TOGETHER_BYTES and isinstance(self._inner, YamuxStream):
                 await trio.lowlevel.checkpoint_if_cancelled()
                 self._proposed = True
-                await self._inner.send_all(self._proposal + bytes(data), soon=True)
+                try:
+                    await self._inner.send_all(self._proposal + bytes(data), soon=True)
+                except trio.BusyResourceError:
+                    self._proposed = False  # nothing of it was sent
+                    raise
                 return
             self._propose()
             await self._inner.send_all(data)

@@ -14,7 +14,7 @@ from libmesh.net import negotiate
 from libmesh.net.base import Stream, StreamReset
 from libmesh.net.muxed_stream import YamuxStream
 from libmesh.net.muxer import YamuxConnection
-from libmesh.net.negotiate import accept_stream, encode_line, open_lazy_stream
+from libmesh.net.negotiate import Libp2pStream, accept_stream, encode_line, open_lazy_stream
 from libmesh.peers import PeerId
 from tests.net.hosts import join, networks
 from tests.net.pairs import drain, fill, muxed_pair, stream_pair
@@ -178,6 +178,19 @@ async def test_a_cancelled_first_send_proposes_nothing_and_the_next_one_does() -
             scope.cancel()
             await stream.send_all(b"lost")
         assert scope.cancelled_caught
+        await stream.send_all(b"request")
+        expected = HEADER + encode_line("/known/1") + b"request"
+        assert await read_exactly(far, len(expected)) == expected
+
+
+async def test_a_first_send_while_another_task_waits_to_send_leaves_the_stream_as_it_was() -> None:
+    async with muxed_pair() as (a, b):
+        near, far = await stream_pair(a, b)
+        stream = Libp2pStream(near, PEER, "/known/1", agreed=False)
+        near._sending = True  # what another task does that waits
+        with pytest.raises(trio.BusyResourceError):
+            await stream.send_all(b"lost")
+        near._sending = False
         await stream.send_all(b"request")
         expected = HEADER + encode_line("/known/1") + b"request"
         assert await read_exactly(far, len(expected)) == expected
