@@ -1,7 +1,9 @@
 """py-libp2p's swarm, made to be fit for a mesh: our Noise, TLS and yamux only, and nobody dialled unasked.
 
 By default it would also take plaintext (no proof of identity), secio and mplex, and its auto-connector would dial every
-peer that it ever heard of, every 30 s.
+peer that it ever heard of, every 30 s. And it would refuse every peer beyond 256 that are connected: what it takes is
+bounded by `Libp2pConfig` and by our muxer, so its resource manager, which asks the system for its memory at each
+connection besides, is left out.
 """
 
 from __future__ import annotations
@@ -68,6 +70,7 @@ def new_mesh_swarm(
             ),
         ),
     )
+    swarm.set_resource_manager(None)
     install_muxer(swarm.upgrader, options, serve)
     for selector in (swarm.upgrader.security_multistream, swarm.upgrader.muxer_multistream):
         selector._selector.multiselect_client = EagerClient()

@@ -7,29 +7,44 @@ have tests where our part lives:
 defect                                               test
 ==================================================== ====================================================================
 yamux deadlocks, stalls, takes a reset for an end    `test_contract`, `test_muxer`, and for the stock one `test_stock`
+yamux waits for ever for the 257th open stream       `test_muxer_calls::test_ten_thousand_idle_streams_on_one_connection`
+a cancelled call costs data or the connection        `test_contract::test_ten_thousand_random_cancellations_harm_nothing`
+a window that is overrun is logged only              `test_hostile_peers::test_a_greedy_peer_gains_nothing_and_others_…`
+a muxer under yamux's own id is not used             `test_stock::test_we_dial_stock`
 plaintext is accepted by default                     `test_libp2p::test_no_security_but_noise_and_tls_is_spoken`
 a raising handler ends the host                      `test_libp2p::test_a_handler_that_raises_is_logged_…`
 a raising validator, a bad message ends gossip       `test_gossip_garbage`
 a port in use raises nothing                         `test_libp2p::test_a_port_that_is_taken_is_said`
+a wrong peer at an address costs the right one all   `test_libp2p::test_another_peer_behind_the_address_is_not_…`
+what is served later is not told                     `test_stock::test_each_is_told_what_the_other_serves_and_…`
+over IPv6 nobody is told where he is seen            `test_reach::test_a_peer_says_where_it_sees_us`
 0.0.0.0 is advertised                                `test_libp2p::test_announced_addresses_come_first_and_…`
+who is not linked yet can publish to nobody          `test_gossip::test_what_is_said_before_peers_are_linked_is_heard`
 message numbers repeat after a restart               `test_gossip::test_messages_after_a_restart_are_not_taken_for_old_ones`
 dead peers are not noticed                           `test_dead_peers`
 circuits to one peer kill each other, refresher spins `test_relay`, `tests/core/test_reservations`
 relayed connections end with live streams after 60 s `test_connections::test_a_direct_connection_replaces_the_relayed_one_…`
+a circuit cannot be connected to, or after one       `test_relay::test_a_circuit_is_a_connection_like_any_other_…`
+a relay's limit of 0 bytes ends each circuit         `test_relay::test_many_streams_and_a_slow_reader_…`
 AutoNAT v1 calls everybody public                    `test_reach`
+UPnP's mapping is neither told nor renewed           `test_nat::test_a_mapping_is_told_renewed_and_given_back`
+mDNS names addresses that nobody can dial            `test_mdns`, `test_mdns_wire`
 ==================================================== ====================================================================
 """
 
 from __future__ import annotations
+
+import re
+from pathlib import Path
 
 import pytest
 import trio
 from multiaddr import Multiaddr
 
 from libmesh.errors import PeerUnreachable
-from libmesh.net.base import Message, NetworkEvent
+from libmesh.net.base import Message, NetworkEvent, Stream
 from libmesh.net.libp2p import open_libp2p_network
-from libmesh.net.swarm import libp2p_id
+from libmesh.net.swarm import libp2p_id, new_mesh_swarm
 from libmesh.net.tcp import multiaddr_of
 from tests.members import seed
 from tests.net.hosts import LOCAL, PROTOCOL, answers, collect, echo, join, networks, until
@@ -72,6 +87,34 @@ async def test_a_listener_ends_with_its_host() -> None:
         port = network.port
     with pytest.raises(OSError, match="connect"):
         await trio.open_tcp_stream("127.0.0.1", port)
+
+
+async def test_connections_end_with_their_host() -> None:
+    async with networks(1) as (one,):
+        async with open_libp2p_network(seed(2), LOCAL) as two:
+            await join(one, two)
+        await until(lambda: one.path(two.peer) is None)
+
+
+async def test_a_handler_that_returns_ends_its_stream() -> None:
+    async def leave(stream: Stream) -> None:
+        await stream.receive_some()
+
+    async with networks(2) as (one, two):
+        two.set_handler(PROTOCOL, leave)
+        await join(one, two)
+        async with await one.open_stream(two.peer, PROTOCOL) as stream:
+            await stream.send_all(b"x")
+            with trio.fail_after(60):
+                assert await stream.receive_some() == b""
+
+
+async def test_nothing_but_tcp_is_listened_at_or_dialled() -> None:
+    async with networks(2) as (one, two):
+        assert all("/tcp/" in address and "quic" not in address for address in one.addresses())
+        assert not one._swarm.transport_manager._transports
+        with pytest.raises(PeerUnreachable):
+            await one.connect(two.peer, (f"/ip4/127.0.0.1/udp/{two.port}/quic-v1",))
 
 
 async def test_nobody_is_dialled_because_an_address_is_known() -> None:
@@ -118,6 +161,11 @@ async def gossip_works(publish: object, heard: list[NetworkEvent]) -> None:
             await trio.sleep(0.1)
 
 
+def test_no_resource_manager_refuses_the_257th_peer() -> None:
+    """Nor a stream, nor the eleventh connection of a peer in a second: Libp2pConfig and our muxer bound all that."""
+    assert new_mesh_swarm(bytes(32), max_connections=1, handshake_limit=1)._resource_manager is None
+
+
 @pytest.mark.slow
 async def test_a_hundred_peers_at_once_are_all_served() -> None:
     async with networks(1) as (one,), trio.open_nursery() as nursery:
@@ -136,3 +184,12 @@ async def test_a_hundred_peers_at_once_are_all_served() -> None:
             nursery.start_soon(guest, number)
         await until(lambda: served == 100)
     assert one._swarm.get_total_connections() == 0
+
+
+def test_the_tests_that_are_named_here_are_there() -> None:
+    root = Path(__file__).parents[1]
+    named = re.findall(r"`([\w/]+)(?:::(\w+)(…?))?`", __doc__ or "")
+    assert len(named) > 20
+    for module, test, cut in named:
+        text = (root.parent / f"{module}.py" if "/" in module else root / "net" / f"{module}.py").read_text()
+        assert f"def {test}" + "(" * (not cut) in text if test else "def test_" in text, f"{module}::{test}"
