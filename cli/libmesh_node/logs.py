@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import IO, Any, TextIO
@@ -70,7 +70,7 @@ def logging_to(
     """
     handlers = [_stream_handler(stream, json_logs=json_logs, verbose=verbose)]
     if file is not None:
-        handlers.append(_file_handler(file))
+        handlers.append(_file_handler(file, handlers[0]))
     levels = {"": logging.INFO if verbose else logging.WARNING}
     levels |= dict.fromkeys(OURS, logging.DEBUG if verbose else logging.INFO)
     loggers = {name: logging.getLogger(name) for name in levels}
@@ -113,11 +113,12 @@ def _stream_handler(stream: TextIO, *, json_logs: bool, verbose: bool) -> loggin
     return handler
 
 
-def _file_handler(file: Path) -> logging.Handler:
+def _file_handler(file: Path, beside: logging.Handler) -> logging.Handler:
     file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     handler = _PrivateRotatingFileHandler(
         file, maxBytes=LOG_FILE_BYTES, backupCount=LOG_FILES_KEPT, encoding="utf-8", errors="backslashreplace"
     )
+    handler.beside = beside
     handler.setFormatter(_FileFormatter("%(asctime)s %(levelname)-7s %(name)s: %(message)s"))
     handler.addFilter(lambda record: not getattr(record, "private", False))
     return handler
@@ -199,10 +200,13 @@ class _PrivateRotatingFileHandler(RotatingFileHandler):
     """Each file is readable by its owner only, from its first byte on.
 
     There is a line for each request, so it is made once and not, as by `logging`'s own, once more to see how long it is; nor is
-    the file looked at each time.
+    the file looked at each time. What cannot be written, as on a full disk, is left out; that is said once, by `beside`, until
+    writing works again.
     """
 
+    beside: logging.Handler
     _size = 0
+    _failing = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record, to a new file if it fits this one no more."""
@@ -214,11 +218,25 @@ class _PrivateRotatingFileHandler(RotatingFileHandler):
             stream: IO[str] | None = self.stream
             if stream is None:  # closed by a rollover that failed
                 self.stream = stream = self._open()  # type: ignore[assignment]
-            self._size += size
             stream.write(line)
             stream.flush()
-        except Exception:  # noqa: BLE001 - as `logging` does: a full disk must not end the node
+            self._size += size
+            self._failing = False
+        except OSError as exc:
+            if not self._failing:
+                self._failing = True
+                self._say("cannot write %s: %s; lines are left out until that works", exc)
+        except Exception:  # noqa: BLE001 - as `logging` does: a log must not end the node
             self.handleError(record)
+
+    def close(self) -> None:
+        """Close the file; what could not be written is lost."""
+        with suppress(OSError):
+            super().close()
+
+    def _say(self, message: str, error: OSError) -> None:
+        args = (self.baseFilename, error.strerror or str(error))
+        self.beside.handle(logging.LogRecord(__name__, logging.WARNING, __file__, 0, message, args, None))
 
     def _open(self) -> IO[str]:  # type: ignore[override]
         descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)

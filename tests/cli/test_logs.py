@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -7,6 +8,7 @@ import os
 import re
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from libmesh_node import logs
@@ -143,6 +145,35 @@ def test_the_file_is_private_and_bounded(tmp_path: Path, monkeypatch: pytest.Mon
     assert sum(each.stat().st_size for each in files) <= 1000 * len(files)
     assert {stat.S_IMODE(each.stat().st_mode) for each in files} == {0o600}
     assert file.read_text().splitlines()[-1].endswith("line 499")
+
+
+class _Full(io.StringIO):
+    """A file on a full disk."""
+
+    def flush(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_told_once_until_there_is_room_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream, file = io.StringIO(), tmp_path / "node.log"
+    with logging_to(stream=stream, file=file):
+        handler: Any = logging.getLogger().handlers[-1]
+        for _ in range(2):
+            kept, handler.stream = handler.stream, _Full()
+            for number in range(50):
+                OURS.info("line %d", number)
+            handler.stream = kept
+            OURS.info("room again")
+        handler.stream.close()
+        handler.stream = _Full()
+        OURS.info("the last one")
+    said = stream.getvalue()
+    assert said.count(f"warning: cannot write {file}: No space left on device") == 3
+    assert said.count("line ") == 100
+    assert file.read_text().count("room again") == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_logging_is_afterwards_as_it_was_before() -> None:
