@@ -61,17 +61,21 @@ def _populate(lab: Lab, sites: list[str], delay: float) -> None:
     for text in sites:
         kind, _, count = text.partition("x")
         site = lab.site(Kind(kind), hosts=int(count or 1), delay=delay)
-        for host in site.hosts:
-            start_node(host, lab.folder, invite)
+        for number, host in enumerate(site.hosts):
+            start_node(host, lab.folder, invite, PORT + number)
             _tell(site, host, lab.folder)
 
 
-def start_node(host: Host, folder: Path, invite: Path) -> subprocess.Popen[bytes]:
-    """A node on the host: the founder if there is no invite yet, else a member. It ends with the lab."""
+def start_node(host: Host, folder: Path, invite: Path, port: int = PORT) -> subprocess.Popen[bytes]:
+    """A node on the host: the founder if there is no invite yet, else a member. It ends with the lab.
+
+    Several behind one router need ports of their own, as they have unless told otherwise: to all others they have one address.
+    """
     founds = not invite.exists()
     with (folder / f"{host.name}.log").open("wb") as said:
         process: subprocess.Popen[bytes] = host.popen(
-            sys.executable, "-m", "libmesh_node", "--data-dir", str(folder / host.name), "--bind-port", str(PORT),
+            "unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', host.name,
+            sys.executable, "-m", "libmesh_node", "--data-dir", str(folder / host.name), "--bind-port", str(port),
             *(("--invite-file", str(invite)) if founds else ("--join", f"@{invite}")),
             stdin=subprocess.DEVNULL, stdout=said, stderr=said, start_new_session=True,
         )  # fmt: skip
