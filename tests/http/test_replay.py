@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libmesh_node.http import replay as replaying
+from libmesh_node.http.relay import MAX_BARREN
 from libmesh_node.http.replay import Replay, follow
 from libmesh_node.http.sse import EventReader, comment, data_event, event_data
 from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript
@@ -233,6 +234,13 @@ def test_client_is_told_if_the_other_server_says_something_else() -> None:
     with scripts(first=[CUT], second=[other]) as (dying, liar), running_node(model(dying, liar)) as node:
         body = broken_off(node)
     assert (b"Hello" in body, b"Howdy" in body, b"server_failed" in body) == (True, False, True)
+
+
+def test_request_that_kills_its_servers_at_the_same_word_does_not_kill_them_all() -> None:
+    names = [f"server{index}" for index in range(8)]
+    with scripts(**{name: [CUT] for name in names}) as dying, running_node(model(*dying)) as node:
+        assert b"server_failed" in broken_off(node)
+    assert sum(one.asked for one in dying) == 1 + MAX_BARREN
 
 
 @pytest.mark.parametrize("digest", ["", "another"])

@@ -128,6 +128,7 @@ class _Carrier:
         self._exchange, self._transcript, self._response = exchange, transcript, response
         self._succession, self._balance, self._seat = succession, balance, seat
         self._told = False
+        self._passed_on = 0  # bytes
 
     async def carry(self, upstream: Answer, start: bytes) -> None:
         """Until the client has the whole. Raises what stopped it if nobody can go on."""
@@ -151,7 +152,7 @@ class _Carrier:
             log.warning(
                 "the answer of %s broke off: %s; looking for a server that goes on", failed.peer, broken
             )
-            before, began = self._exchange.received, time.monotonic()
+            before, began = self._passed_on, time.monotonic()
             try:
                 server, answer = await self._succession.next(
                     self._transcript, failed.base_url, self._keep_waiting, self._seat.move
@@ -167,7 +168,7 @@ class _Carrier:
                 return
             except (Broken, BrokenOff, EventTooLong) as exc:
                 broken = exc
-                barren = 0 if self._exchange.received > before else barren + 1
+                barren = 0 if self._passed_on > before else barren + 1
 
     async def _drain(self, answer: Answer, start: bytes) -> None:
         transcript, loop = self._transcript, asyncio.get_running_loop()
@@ -186,6 +187,7 @@ class _Carrier:
                 # The last of it leaves with the end of the answer.
                 write = self._response.write_eof if transcript.finished else self._response.write
                 await write(out)
+                self._passed_on += len(out)
                 told = loop.time()
                 transcript.feed(b"")
             elif loop.time() - told >= SAY_EVERY:  # what comes now, the client has
