@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +89,16 @@ def test_no_path_at_the_end_is_a_failure(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert pinged(monkeypatch, capsys, DIRECT, GONE)[0] == 1
+
+
+@pytest.mark.parametrize("name", [PEER, PEER[-6:], f"…{PEER[-6:]}"])
+def test_a_node_does_not_wait_for_a_path_to_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    status = {"node_id": PEER, "peers": []}
+    monkeypatch.setattr(ping, "find_node", lambda *_: SimpleNamespace(get=lambda _: status))
+    assert main(["ping", name]) == 1
+    assert capsys.readouterr().err == f"libmesh-node: {name!r} is this node itself.\n"
 
 
 def test_json_is_one_object_a_line(

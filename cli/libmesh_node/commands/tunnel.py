@@ -130,6 +130,8 @@ def find_peer(status: dict[str, Any], wanted: str) -> str:
         raise NodeError(
             f"{wanted!r} could be {' or '.join(sorted(map(short_id, found)))}. Give the peer's id."
         )
+    if len(ends) >= 4 and str(status.get("node_id", "")).endswith(ends):
+        raise NodeError(f"{wanted!r} is this node itself.")
     if len(wanted) >= 40:
         return wanted
     known = ", ".join(
