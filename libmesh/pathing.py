@@ -76,12 +76,12 @@ class Pathing:
     # ── what is asked ────────────────────────────────────────────────────────────────────────────────────────────
 
     def path(self, peer: PeerId) -> Path | None:
-        """The path in use, since when, and, if it is relayed, why there is no better one."""
+        """The path in use, since when, and, if it is relayed or punched, why there is no better one."""
         path = self._network.path(peer)
         if path is None:
             return None
         kind, address, since = self._since.get(peer, (None, "", 0.0))
-        reasons = self._machine.reasons(peer) if path.kind is PathKind.RELAYED else ()
+        reasons = self._machine.reasons(peer) if path.kind is not PathKind.DIRECT else ()
         known = (kind, address) == (path.kind, path.address)
         return replace(path, since_unix=since if known else self._wall_clock(), attempts=reasons)
 

@@ -93,7 +93,7 @@ class Peer:
     invites: tuple[str, ...] = ()  # ids of the invites that it came in by, from the mesh's key down
     expires_unix: int | None = None  # when its membership ends
     path_since_unix: float | None = None
-    why_not_direct: tuple[str, ...] = ()  # of a relayed path: each better way, and why it failed
+    why_not_direct: tuple[str, ...] = ()  # of a relayed or punched path: each better way, and why it failed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

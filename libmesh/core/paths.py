@@ -51,7 +51,7 @@ from libmesh.core.paths_io import (
     Wanted,
 )
 from libmesh.core.timers import INFINITY, Timers
-from libmesh.core.ways import PUNCH, Ways, ways_to
+from libmesh.core.ways import PUNCH, Ways, is_circuit, ways_to
 from libmesh.peers import Attempt, PathKind, PeerId
 
 MAX_REASONS = 32
@@ -111,8 +111,9 @@ class _Search:
         former = {way: reason for way, reason in self.former.items() if way not in self.reasons}
         return dict([*former.items(), *self.reasons.items()][-MAX_REASONS:])
 
-    def forget_reasons(self) -> None:
-        self.former, self.reasons = {}, {}
+    def forget_reasons(self, *, but_of_direct: bool = False) -> None:
+        kept = {way: why for way, why in self.known.items() if way != PUNCH and not is_circuit(way)}
+        self.former, self.reasons = {}, kept if but_of_direct else {}
 
 
 class Paths:
@@ -209,7 +210,7 @@ class Paths:
         effects: list[Effect] = [Reached(peer)] if search.wanted else []
         search.wanted = search.doubted = False
         if kind is not PathKind.RELAYED:
-            search.forget_reasons()
+            search.forget_reasons(but_of_direct=kind is PathKind.PUNCHED)
             search.rounds = 0
             return effects + self._stop(peer, search)
         effects += self._stop_lane(peer, search.relay)

@@ -224,6 +224,16 @@ def test_reasons_are_kept_while_the_path_is_relayed() -> None:
     assert world.machine.reasons(THEM) == ()
 
 
+def test_of_a_punched_path_is_told_why_it_is_not_direct() -> None:
+    world = World({R: (0.1, None), A: (0.2, "no route"), PUNCH: (0.3, "symmetric")})
+    world.want(A, R)
+    world.run(4)
+    world.path(PathKind.PUNCHED)
+    assert world.machine.reasons(THEM) == (Attempt(way=A, reason="no route"),)
+    world.path(PathKind.DIRECT)
+    assert world.machine.reasons(THEM) == ()
+
+
 def test_reasons_are_kept_until_a_further_round_has_others() -> None:
     world = World({R: (0.1, None), A: (0.2, "no route"), PUNCH: (3, "symmetric"), B: (0.1, "refused")})
 
