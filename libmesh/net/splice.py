@@ -229,15 +229,18 @@ class _Pumps:
                     self._journal.append(view)
                 sent = self.stream.send_nowait(view)
                 self.bytes_sent += count
-                if sent < count:
+                if (left := count - sent) > LEAST_TAKE_BYTES:
                     self._unsent = buffer, sent, count
+                elif left:  # which may wait for long
+                    self._unsent = bytearray(view[sent:]), 0, left
+                if left:
                     self._reach = max(self._reach // 2, LEAST_TAKE_BYTES)
                 elif count == self._reach:
                     self._reach = min(2 * self._reach, TAKE_BYTES)
         except BlockingIOError:
             count = None
         finally:
-            if self._unsent is None:
+            if self._unsent is None or self._unsent[0] is not buffer:
                 _POOL.give(buffer)
         return count
 

@@ -13,8 +13,10 @@ import pytest
 import trio
 
 from libmesh.errors import ServiceRefused
+from libmesh.net import splice as splicing
 from libmesh.net.base import Stream
 from libmesh.net.negotiate import Libp2pStream, accept_stream, encode_line, open_lazy_stream
+from libmesh.net.pipes import TAKE_BYTES, BufferPool
 from libmesh.net.splice import LEAST_TAKE_BYTES, NOT_READ_BYTES, SpliceResult, splice
 from libmesh.peers import PeerId
 from tests.net.hosts import until
@@ -190,6 +192,38 @@ async def test_a_pump_reads_much_only_where_it_can_be_sent_at_once(
         await until(lambda: len(offered) > 50 or max(offered, default=0) > LEAST_TAKE_BYTES)
         nursery.cancel_scope.cancel()
     assert (max(offered) > LEAST_TAKE_BYTES) == possible
+
+
+async def test_a_pump_that_waits_with_little_holds_no_more_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(BufferPool):
+        out = 0
+
+        def take(self) -> bytearray:
+            self.out += 1
+            return super().take()
+
+        def give(self, buffer: bytearray) -> None:
+            self.out -= len(buffer) == self.size
+            super().give(buffer)
+
+    held: list[int] = []
+    seen = trio.Event()
+
+    async def wait(self: Libp2pStream, view: memoryview) -> None:
+        held.append(len(view))
+        await seen.wait()
+
+    pool = Counted(TAKE_BYTES)
+    async with tunnel() as built, trio.open_nursery() as nursery:
+        monkeypatch.setattr(splicing, "_POOL", pool)
+        monkeypatch.setattr(Libp2pStream, "send_nowait", lambda self, view: 1)
+        monkeypatch.setattr(Libp2pStream, "send_all", wait)
+        nursery.start_soon(fill, built.client)
+        await until(lambda: bool(held))
+        assert 0 < held[0] < LEAST_TAKE_BYTES
+        assert pool.out == 0
+        seen.set()
+        nursery.cancel_scope.cancel()
 
 
 async def test_a_refused_service_resets_the_socket_and_is_told() -> None:
