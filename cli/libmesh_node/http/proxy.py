@@ -320,9 +320,7 @@ class Proxy:
         others = [other for other in present if other.base_url not in search.tried | {server.base_url}]
         return bool(others) and self.balance.has_room(others, BACKLOG, time.monotonic())
 
-    async def _open(
-        self, exchange: Exchange, server: Server, *, fresh: bool
-    ) -> tuple[Answer, bytes]:
+    async def _open(self, exchange: Exchange, server: Server, *, fresh: bool) -> tuple[Answer, bytes]:
         headers = forwarded_headers(exchange.request.headers) | {"X-Request-Id": exchange.id}
         endpoint = exchange.transcript.endpoint if exchange.transcript is not None else None
         url = server.base_url + (endpoint or exchange.request.rel_url.raw_path_qs)
