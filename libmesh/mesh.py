@@ -181,6 +181,7 @@ class Mesh:
         check_topic(topic)
         if len(data := bytes(memoryview(data))) > wire.MAX_POST_DATA:
             raise ValueError(f"a message of {len(data)} bytes; at most {wire.MAX_POST_DATA} are allowed")
+        await trio.lowlevel.checkpoint()  # py-libp2p may have none: a loop of these would starve all
         await self._driver.take_part_now()
         await self._driver.posts.publish(topic, data)
 

@@ -7,8 +7,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import pytest
 import trio
+import trio.testing
 
-from libmesh import Mesh, Post, Scope, SecretKey, open_mesh, wire
+from libmesh import Libp2pConfig, Mesh, Post, Scope, SecretKey, open_mesh, wire
 from libmesh.posts import BACKLOG, Posts
 from libmesh.testing.memory import MemoryHub
 
@@ -49,6 +50,14 @@ async def test_a_post_reaches_the_subscribers_of_its_topic_and_not_its_author(au
         for silent in (at_alice, at_bob, at_carol):
             with pytest.raises(trio.WouldBlock):
                 silent.receive_nowait()
+
+
+async def test_who_publishes_without_end_lets_others_run_and_can_be_cancelled() -> None:
+    listen = Libp2pConfig(hosts=("127.0.0.1",))
+    with trio.fail_after(60):
+        async with open_mesh(FOUNDER, mesh_key=SecretKey(b"m" * 32), listen=listen) as mesh:
+            with trio.testing.assert_checkpoints():
+                await mesh.publish("chat", b"hello")
 
 
 async def test_a_slow_subscriber_loses_the_oldest_posts() -> None:
