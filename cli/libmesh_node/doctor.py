@@ -77,8 +77,12 @@ def _mesh(status: Json, peers: list[Json]) -> Finding:
         return Finding("mesh", Grade.BAD, text, "See the reasons below; a relay helps most (--relay).")
     notices = [str(notice) for notice in status.get("notices") or []]
     if notices:
-        refused = "invite" in notices[0]  # says itself what to do
-        advice = "" if refused else "Is one of the others running, and can this machine reach it?"
+        if "invite" in notices[0]:  # says itself what to do
+            return Finding("mesh", Grade.BAD, notices[0])
+        advice = (
+            "Is one of the others running, and can this machine reach it? Where nothing but the web gets out, that takes "
+            "one of them, or a relay, with --bind-ws behind port 443, and an invite that names it."
+        )
         return Finding("mesh", Grade.BAD, notices[0], advice)
     return Finding(
         "mesh",
