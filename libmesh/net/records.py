@@ -40,6 +40,10 @@ _JOIN_BELOW = (
     8192  # smaller pieces are copied together into one record: a record costs as much as 3 KB of copying
 )
 
+_KEEP_SHARE = (
+    8  # what waits for a full socket and takes less than this share of its buffer is moved to one of its size
+)
+
 Piece = bytes | bytearray | memoryview
 
 
@@ -254,10 +258,17 @@ class RecordChannel(Channel):
             while self._out_start < self._out_end:
                 sent = self._pipe.send_nowait(view[self._out_start : self._out_end])
                 if not sent:
-                    return False
+                    break
                 self._out_start += sent
-        self._release()
-        return True
+        if self._out_start == self._out_end:
+            self._release()
+            return True
+        if self._out_end - self._out_start < len(out) // _KEEP_SHARE:
+            # It may wait for long. A buffer of the pool is for what moves.
+            rest = out[self._out_start : self._out_end]
+            self._release()
+            self._out, self._out_end = rest, len(rest)
+        return False
 
     async def flush(self) -> bool:
         """See `Channel.flush`."""

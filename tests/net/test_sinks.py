@@ -26,6 +26,18 @@ def data(stream: YamuxStream, body: bytes) -> bytes:
     return HEADER.pack(0, DATA, 0, stream.stream_id, len(body)) + body
 
 
+class Counted(BufferPool):
+    out = 0
+
+    def take(self) -> bytearray:
+        self.out += 1
+        return super().take()
+
+    def give(self, buffer: bytearray) -> None:
+        self.out -= 1
+        super().give(buffer)
+
+
 class Recorder:
     """A sink that takes at most so many bytes at a time."""
 
@@ -127,17 +139,6 @@ async def test_crumbs_that_nobody_reads_take_little_more_memory_than_they_have_b
 async def test_a_connection_that_waits_behind_a_full_read_holds_no_buffer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Counted(BufferPool):
-        out = 0
-
-        def take(self) -> bytearray:
-            self.out += 1
-            return super().take()
-
-        def give(self, buffer: bytearray) -> None:
-            self.out -= 1
-            super().give(buffer)
-
     monkeypatch.setattr(records, "_BATCH_BYTES", 2 * 65537)  # what two records fill to the last byte
     near, far = await socket_pair()
     pool = Counted(BUFFER_BYTES)
@@ -158,5 +159,34 @@ async def test_a_connection_that_waits_behind_a_full_read_holds_no_buffer(
         await trio.testing.wait_all_tasks_blocked()
         assert pool.out == 0
         nursery.cancel_scope.cancel()
+    await sender.aclose()
+    await receiver.aclose()
+
+
+async def test_what_little_waits_for_a_full_socket_holds_no_buffer_of_the_pool() -> None:
+    near, far = await socket_pair()
+    pool = Counted(BUFFER_BYTES)
+    sender = RecordChannel(SocketPipe(near), bytes(32), bytes(32), pool, AES)
+    receiver = RecordChannel(SocketPipe(far), bytes(32), bytes(32), BufferPool(BUFFER_BYTES), AES)
+    count = 0
+    full = False
+    while not full:
+        count += 1
+        sender.put([bytes([count % 256]) * 50_000])
+        full = not sender.flush_nowait()
+    assert pool.out == 0
+    sender.put([b"behind it"])
+    got = b""
+    async with trio.open_nursery() as nursery:
+
+        @nursery.start_soon
+        async def send() -> None:
+            while not sender.flush_nowait():
+                await sender.flush()
+
+        wanted = b"".join(bytes([number % 256]) * 50_000 for number in range(1, count + 1)) + b"behind it"
+        while len(got) < len(wanted):
+            got += b"".join(await receiver.receive())
+    assert got == wanted
     await sender.aclose()
     await receiver.aclose()

@@ -1,12 +1,12 @@
 """A streamed answer that no server can go on with from its middle, and that one can give again from its beginning. Pure.
 
-Tool calls, constrained grammars, probabilities, reasoning: a server that were to go on with such an answer would need a state
+Tool calls, constrained grammars, probabilities, pictures: a server that were to go on with such an answer would need a state
 that is not told to anybody (`transcript.py`). But where the request leaves nothing to chance, by temperature 0 or by a seed,
 another server with the same weights generates the same events. So it is asked for the whole answer, each event is held against
 what the client has, and only what comes after is passed on. If one differs, the answer ends with an error, as it would have at
 once: what is passed on is never a guess. It takes as long as the answer had taken until then, as the client's own retry would.
 
-Events differ in what a server makes up, ids and times: such names are replaced by those that the client knows.
+Events differ in what a server makes up: ids, which are replaced by those that the client knows, and times, which are not.
 """
 
 from __future__ import annotations
@@ -21,11 +21,18 @@ from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript, track
 Json = dict[str, Any]
 
 PATHS = frozenset(
-    {"/v1/chat/completions", "/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"}
+    {
+        "/v1/chat/completions",
+        "/chat/completions",
+        "/v1/completions",
+        "/v1/messages",
+        "/v1/responses",
+        "/responses",
+    }
 )
 
 MAX_EVENTS = 65_536
-"""Events of which an answer may consist to be given again: some 10 MB to remember. A longer one ends with an error."""
+"""Events of which an answer may consist to be given again: some 16 MB to remember. A longer one ends with an error."""
 
 _OWN = frozenset(
     {
