@@ -9,9 +9,12 @@ spares turns of the scheduler: a third of the time that a small message takes.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import struct
+import termios
+from array import array
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
@@ -105,7 +108,9 @@ async def splice(
     finally:
         if not pumps.ended:
             pumps.stream.reset()
-            _reset_on_close(sock)
+            # What came whole is not taken from a client that is slow to read it; who sends more hears of the reset.
+            if not (pumps.received_all and _unsent(sock)):
+                _reset_on_close(sock)
         sock.socket.close()
         if count is not None:
             count(pumps.bytes_sent, pumps.bytes_received)
@@ -347,6 +352,18 @@ class _Pumps:
                         await trio.lowlevel.wait_writable(number)
             finally:
                 self._unwritten = bytes(view[written:]) if written < len(data) else b""
+
+
+def _unsent(sock: trio.SocketStream) -> int:
+    """Bytes that the kernel has still to send, or to have confirmed; 0 where it does not say."""
+    if sock.socket.fileno() < 0 or not hasattr(termios, "TIOCOUTQ"):
+        return 0
+    count = array("i", [0])
+    try:
+        fcntl.ioctl(sock.socket.fileno(), termios.TIOCOUTQ, count)
+    except OSError:
+        return 0
+    return count[0]
 
 
 def _reset_on_close(sock: trio.SocketStream) -> None:

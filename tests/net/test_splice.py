@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import select
 import socket
+import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 import pytest
 import trio
+import trio.testing
 
 from libmesh.errors import ServiceRefused
 from libmesh.net import splice as splicing
@@ -23,6 +25,7 @@ from tests.net.hosts import until
 from tests.net.pairs import drain, fill, muxed_pair, socket_pair
 
 PEER = PeerId("somebody")
+RESET = struct.pack("ii", 1, 0)
 
 
 @dataclass
@@ -114,7 +117,7 @@ async def test_half_close_crosses_and_leaves_the_other_direction(first: str) -> 
 async def test_reset_crosses(who: str) -> None:
     async with tunnel() as t:
         one, other = (t.client, t.server) if who == "client" else (t.server, t.client)
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         await one.aclose()
         with pytest.raises(trio.BrokenResourceError):
             await drain(other)
@@ -129,13 +132,28 @@ async def test_a_reset_crosses_from_a_side_that_had_ended(who: str) -> None:
         await one.send_all(b"question")
         await one.send_eof()
         assert await read_all(other) == b"question"
-        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\x01\0\0\0\0\0\0\0")
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
         await one.aclose()
         with trio.fail_after(60):
             await until(lambda: len(t.results) == 2)
         with pytest.raises(trio.BrokenResourceError):
             await fill(other)
     assert sorted(str(each.reset) for each in t.results) == ["socket", "stream"]
+
+
+async def test_an_answer_that_came_whole_reaches_a_slow_client_whatever_becomes_of_its_server() -> None:
+    async with tunnel() as t:
+        await t.client.send_all(b"question")
+        answer = random.Random(6).randbytes(1_000_000)
+        with trio.fail_after(60):
+            await t.server.send_all(answer)
+            await t.server.send_eof()
+            await trio.testing.wait_all_tasks_blocked(0.05)  # all of it is on its way, and nobody has read it
+            t.server.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+            await t.server.aclose()
+            await until(lambda: len(t.results) == 2)
+            assert await t.client.receive_some(10) == answer[:10]
+            assert await read_all(t.client) == answer[10:]
 
 
 async def test_a_client_that_closes_while_data_comes_resets_the_other_end() -> None:
