@@ -194,6 +194,8 @@ class YamuxStream(StockFace):
         await trio.lowlevel.checkpoint_if_cancelled()
         self._check_sendable()
         view = _bytes_of(data)
+        # A short answer to a peer that has ended leaves with our end, too, unless there is much to send anyway.
+        soon = soon or (self._finished and len(view) < _CRUMB_BYTES and self._outbound.is_free)
         if soon and self._outbound.post(self, bytes(view), hurry=False):
             await trio.lowlevel.cancel_shielded_checkpoint()
             self._outbound.flush_soon()

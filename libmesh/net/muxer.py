@@ -170,9 +170,10 @@ class YamuxConnection(IMuxedConn):
     async def open_stream(self) -> YamuxStream:
         """Open a stream. Costs no round trip; SYN travels with the first data, or alone a moment later.
 
-        Waits while 256 streams are unacknowledged. If cancelled, none was opened. Raises `MuxedConnUnavailable`.
+        Waits only while 256 streams are unacknowledged; what is sent next lets other tasks run. If cancelled, none was
+        opened. Raises `MuxedConnUnavailable`.
         """
-        await trio.lowlevel.checkpoint()
+        await trio.lowlevel.checkpoint_if_cancelled()
         while True:
             if self._over is not None or self._machine.closing:
                 raise MuxedConnUnavailable(self._over or "the peer takes no more streams")
@@ -375,7 +376,7 @@ class YamuxConnection(IMuxedConn):
         if stream.both_finished:
             del self._streams[stream.stream_id]
             self._openable.unpark_all()
-        self._outbound.flush_soon()
+        self._outbound.end(stream)
 
     def abandon(self, stream: YamuxStream, unread: int) -> None:
         """The stream was closed here, with `unread` bytes in it."""

@@ -84,6 +84,7 @@ class Outbound:
         self._late_at: float | None = None  # when what may wait for company has waited long enough
         self._latecomer = Wakeup()
         self._drained = trio.lowlevel.ParkingLot()
+        self._posted: YamuxStream | None = None  # whose message was queued last
         self._last_small: YamuxStream | None = None
         self._last_small_at = 0.0
 
@@ -149,11 +150,24 @@ class Outbound:
             return False
         header, count = self._machine.data(stream.stream_id, len(data))
         self.append(header, data[:count])
+        self._posted = stream
         if hurry:
             self.flush_soon()
         else:
             self.flush_later()
         return True
+
+    @property
+    def is_free(self) -> bool:
+        """Whether nothing waits for the socket, so that what is posted leaves soon."""
+        return not (self._blocked or self._outbox)
+
+    def end(self, stream: YamuxStream) -> None:
+        """The end of a stream was queued. It is what a message that was just posted has waited for."""
+        if self._posted is stream:
+            self.pump()
+        else:
+            self.flush_soon()
 
     def append(self, *pieces: bytes) -> None:
         """Queue frames behind what is queued already. They leave with the next batch.
@@ -245,6 +259,7 @@ class Outbound:
             control = machine.take_control()
             batch.append(control)
             size = len(control)
+        self._posted = None
         if self._outbox:
             batch += self._outbox
             size += self._outbox_size

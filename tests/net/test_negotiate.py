@@ -172,6 +172,16 @@ async def test_request_and_end_leave_together() -> None:
         assert far.receive_nowait() == b""
 
 
+async def test_answer_and_end_leave_together() -> None:
+    async with raw_pair() as (stream, far):
+        await stream.send_eof()
+        assert await far.receive_some() == b""
+        await far.send_all(b"answer")
+        await far.send_eof()
+        assert await stream.receive_some() == b"answer"
+        assert stream.receive_nowait() == b""
+
+
 async def test_a_cancelled_first_send_proposes_nothing_and_the_next_one_does() -> None:
     async with answered(b"") as (stream, far):
         with trio.CancelScope() as scope:
