@@ -15,8 +15,8 @@ import json
 from hashlib import blake2b
 from typing import Any
 
-from libmesh_node.http.sse import EventReader, data_event, event_data
-from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript, track
+from libmesh_node.http.sse import data_event, event_data
+from libmesh_node.http.transcript import BrokenOff, Diverged, KeptAnswer, Transcript, track
 
 Json = dict[str, Any]
 
@@ -47,26 +47,19 @@ _LAST = frozenset({"message_stop", "response.completed", "response.incomplete", 
 _SEVERAL = ("n", "n_cmpl", "best_of")
 
 
-class Replay:
-    """`feed` it what servers send, and pass on what it returns.
+class Replay(KeptAnswer):
+    """An answer that another server gives once more; what the client has already is not returned again.
 
     Attributes:
         body: the request for every server.
-        finished: the answer is complete; nothing that comes after is missed.
     """
 
-    endpoint: str | None = None
-
     def __init__(self, body: bytes) -> None:
+        super().__init__()
         self.body = body
-        self._reader = EventReader()
         self._sent: list[tuple[bytes, tuple[str, ...]]] = []
         self._next = 0  # the event of the present server that comes next
-        self._known: dict[
-            str, str
-        ] = {}  # what the present server calls what the client knows by another name
-        self._failure: BrokenOff | Diverged | None = None
-        self.finished = False
+        self._known: dict[str, str] = {}  # the present server's names for what the client knows by others
 
     @property
     def begun(self) -> bool:
@@ -80,26 +73,9 @@ class Replay:
 
     def restart(self) -> bytes:
         """The body for the next server, whose answer is fed from its beginning."""
-        self._reader, self._failure = EventReader(), None
+        self._hear_another()
         self._next, self._known = 0, {}
         return self.body
-
-    def feed(self, data: bytes) -> bytes:
-        """As `Transcript.feed`. What the client has already is not returned again."""
-        if self._failure is not None:
-            raise self._failure
-        sent: list[bytes] = []
-        for event in self._reader.feed(data):
-            if self.finished:
-                break
-            try:
-                sent.append(self._event(event))
-            except (BrokenOff, Diverged) as exc:
-                self._failure = exc
-                if not any(sent):
-                    raise
-                break
-        return b"".join(sent)
 
     def _event(self, event: bytes) -> bytes:
         data = event_data(event)

@@ -14,6 +14,7 @@ from their beginning (`replay.py`).
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -67,7 +68,7 @@ class Gap:
     text: str
 
 
-class Transcript:
+class KeptAnswer(ABC):
     """One streamed answer: `feed` it what servers send, and pass on what it returns.
 
     Attributes:
@@ -75,20 +76,58 @@ class Transcript:
         finished: the answer is complete; nothing that comes after is missed.
     """
 
+    def __init__(self, endpoint: str | None = None) -> None:
+        self.endpoint = endpoint
+        self.finished = False
+        self._hear_another()
+
+    def _hear_another(self) -> None:
+        """What is fed next is another server's, from its beginning."""
+        self._reader = EventReader()
+        self._failure: BrokenOff | Diverged | None = None
+
+    def feed(self, data: bytes) -> bytes:
+        """What of `data` the client is to be sent: whole events only.
+
+        Raises `BrokenOff` if the server itself says that it cannot go on, `Diverged`, and `sse.EventTooLong`; but where
+        good events came before, these are returned, and it is the next call that raises. So call it once more with
+        nothing.
+        """
+        if self._failure is not None:
+            raise self._failure
+        sent: list[bytes] = []
+        for event in self._reader.feed(data):
+            if self.finished:
+                break
+            try:
+                sent.append(self._event(event))
+            except (BrokenOff, Diverged) as exc:
+                self._failure = exc
+                if not any(sent):
+                    raise
+                break
+        return b"".join(sent)
+
+    @abstractmethod
+    def _event(self, event: bytes) -> bytes:
+        """What of one event the client is to be sent. Raises `BrokenOff` and `Diverged`."""
+
+
+class Transcript(KeptAnswer):
+    """An answer that another server goes on with where it broke off."""
+
     def __init__(
         self, request: Json, *, chat: bool, voice: Voice | None = None, endpoint: str | None = None
     ) -> None:
+        super().__init__(endpoint)
         self._request, self._chat = request, chat
-        self._voice, self.endpoint = voice or Chunks(), endpoint
-        self._reader = EventReader()
+        self._voice = voice or Chunks()
         self._parts: list[int | Gap] = []
         self._ends: list[int] = []  # characters of `_text` after each part
         self._text = ""
         self._shell: Json = {}  # of the first event: id, created, model and so on
         self._strange = False
         self._stopped = False
-        self.finished = False
-        self._failure: BrokenOff | Diverged | None = None
         self._resumed: _Resumed | None = None
 
     # ── what goes to servers ─────────────────────────────────────────────────────────────────────────────────────
@@ -121,7 +160,7 @@ class Transcript:
 
     def restart(self) -> bytes:
         """The body for another server's whole answer. Only while nothing has `begun`."""
-        self._reader, self._failure = EventReader(), None
+        self._hear_another()
         return self.body
 
     def resume(self, prompt: str, spelled: Mapping[str, tuple[list[int], str]]) -> bytes:
@@ -146,7 +185,7 @@ class Transcript:
         self._resumed = _Resumed(base=len(tokens), repeated=self._text[known:])
         self._parts = list(tokens)
         self._ends = [known] * len(tokens)
-        self._reader, self._failure = EventReader(), None
+        self._hear_another()
         head = prompt if self._chat else self._request["prompt"]
         body = {key: value for key, value in self._request.items() if key not in _ONLY_CHAT}
         body["prompt"] = [*([head] if isinstance(head, str) else head), *tokens]
@@ -169,28 +208,6 @@ class Transcript:
         return None
 
     # ── what comes from servers ──────────────────────────────────────────────────────────────────────────────────
-
-    def feed(self, data: bytes) -> bytes:
-        """What of `data` the client is to be sent: whole events only.
-
-        Raises `BrokenOff` if the server itself says that it cannot go on, `Diverged`, and `sse.EventTooLong`; but where
-        good events came before, these are returned, and it is the next call that raises. So call it once more with
-        nothing.
-        """
-        if self._failure is not None:
-            raise self._failure
-        sent: list[bytes] = []
-        for event in self._reader.feed(data):
-            if self.finished:
-                break
-            try:
-                sent.append(self._event(event))
-            except (BrokenOff, Diverged) as exc:
-                self._failure = exc
-                if not any(sent):
-                    raise
-                break
-        return b"".join(sent)
 
     def _event(self, event: bytes) -> bytes:
         data = event_data(event)
