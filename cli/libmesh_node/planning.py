@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from libmesh import PeerState, Scope, View
+from libmesh_node.announced import decode_status
 from libmesh_node.options import NodeOptions
 from libmesh_node.placement.electing import elect
 from libmesh_node.placement.machine import Machine
 from libmesh_node.placement.shape import ModelShape
 from libmesh_node.placement.splitting import Placement, SplitRules, needed
+
+MAX_PROTOCOLS = 4
+"""Versions of llama.cpp's RPC that a bystander makes a plan for, the most spoken ones; a mesh has one, or two in a change."""
 
 
 def plan_json(
@@ -51,6 +56,31 @@ def plan_json(
         "tokens_per_second": round(outcome.tokens_per_second, 2),
         "host": outcome.host,
     }
+
+
+def protocols_of(digest: str, view: View) -> list[str]:
+    """What those who may serve a model speak of llama.cpp's RPC, one of each major version, the most spoken first; `""` if none.
+
+    For a node that has no llama.cpp itself: peers that are gone, or have not the file, say nothing about those that do.
+    """
+    spoken: dict[str, list[str]] = {}
+    for peer in view.peers:
+        status = decode_status(peer.attributes)
+        there = peer.state in (PeerState.ALIVE, PeerState.SUSPECT) and peer.scope >= Scope.WORKER
+        if there and status.rpc_protocol and any(model.digest == digest for model in status.models):
+            spoken.setdefault(status.rpc_protocol.partition(".")[0], []).append(status.rpc_protocol)
+    by_number = sorted(spoken.values(), key=len, reverse=True)
+    return [max(versions) for versions in by_number[:MAX_PROTOCOLS]] or [""]
+
+
+def likeliest(plans: Sequence[dict[str, object]]) -> dict[str, object]:
+    """The fastest of several plans, each of those who can work together; the first if none is possible."""
+    return max(plans, key=_speed)
+
+
+def _speed(plan: dict[str, object]) -> float:
+    speed = plan["tokens_per_second"]
+    return speed if isinstance(speed, float) else 0.0
 
 
 def rules_of(options: NodeOptions) -> SplitRules:

@@ -17,13 +17,13 @@ from dataclasses import replace
 import trio
 
 from libmesh import Mesh, PeerId, Scope
-from libmesh_node.announced import AnnouncedModel, NodeStatus, decode_status
+from libmesh_node.announced import AnnouncedModel, NodeStatus
 from libmesh_node.llama.rpc.lender import Lender, LentModel
 from libmesh_node.models.digest import model_digest
 from libmesh_node.options import NodeOptions
 from libmesh_node.placement.seen import SERVICE, distances, machines_with
 from libmesh_node.placement.shape import ModelShape
-from libmesh_node.planning import plan_json, rules_of
+from libmesh_node.planning import likeliest, plan_json, protocols_of, rules_of
 from libmesh_node.serving import LocalModels
 from libmesh_node.snapshot import Process
 from libmesh_node.split_host import Launch, SplitHost
@@ -79,6 +79,7 @@ class Splits:
 
     def look(self) -> None:
         """Something changed. Never blocks."""
+        self._note_lent()
         self._keep_up()
         for host in self._hosts.values():
             host.look()
@@ -91,21 +92,21 @@ class Splits:
 
     def plan(self, name: str, shape: ModelShape) -> dict[str, object]:
         """How a model would be served now, this node included whether it runs with the model or not, unless it is a client."""
-        me, mine = self._mesh.view.me, self._status()
-        protocol = self._models.equipment.rpc_protocol
-        if self._options.client:  # it has no llama.cpp, and asks what the others do between them
-            theirs = (decode_status(peer.attributes) for peer in self._mesh.view.peers)
-            protocol = next((status.rpc_protocol for status in theirs if status.rpc_protocol), "")
+        view, mine, equipment = self._mesh.view, self._status(), self._models.equipment
+        protocols = [equipment.rpc_protocol]
+        if equipment.engine is None:  # a client, or there is no llama.cpp: what the others do between them
+            protocols = protocols_of(shape.digest, view)
         elif all(model.digest != shape.digest for model in mine.models):
             models = (*mine.models, AnnouncedModel(name=name, digest=shape.digest))
-            far = distances(
-                self._mesh.view, (shape.digest,), ()
-            )  # it announces those to its own models' peers
+            far = distances(view, (shape.digest,), ())  # it announces those to its own models' peers
             mine = replace(mine, models=models, distances=far)
-        machines = machines_with(
-            shape.digest, self._mesh.view, mine, name=name, protocol=protocol, refused={}
+        found = (
+            machines_with(shape.digest, view, mine, name=name, protocol=protocol, refused={})
+            for protocol in protocols
         )
-        return plan_json(name, shape, machines, rules_of(self._options), me)
+        return likeliest(
+            [plan_json(name, shape, machines, rules_of(self._options), view.me) for machines in found]
+        )
 
     async def run(self) -> None:
         """Lend and host until cancelled; then all sessions and servers end."""
@@ -116,6 +117,15 @@ class Splits:
                 await trio.sleep_forever()
             finally:
                 self._tasks = None
+                self._note_lent()
+
+    def _note_lent(self) -> None:
+        """What this machine lends, by its own models, each under one name."""
+        noted: set[str] = set()
+        for entry in self._models.entries.values():
+            lends = self._lender is not None and self._tasks is not None and entry.digest not in noted
+            entry.lent_bytes = self._lender.granted_on(entry.digest) if lends and self._lender else 0
+            noted.add(entry.digest)
 
     def _keep_up(self) -> None:
         """Models come and go while the node runs: host each that takes other nodes, and lend for all."""

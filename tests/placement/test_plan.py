@@ -11,7 +11,7 @@ from libmesh_node.announced import NodeStatus
 from libmesh_node.options import NodeOptions
 from libmesh_node.splits import Splits
 
-from libmesh import PeerView
+from libmesh import PeerState, PeerView, Scope
 from tests.placement.machines import GB, shape
 from tests.placement.test_seen import MODEL, STATUS, peer, view
 
@@ -19,7 +19,8 @@ HAVING = replace(STATUS, memory_bytes=80 * GB, spare_bytes=80 * GB, bandwidth=20
 
 
 def plan(*peers: PeerView, client: bool, mine: NodeStatus, protocol: str = "") -> dict[str, Any]:
-    models: Any = SimpleNamespace(equipment=SimpleNamespace(rpc_protocol=protocol), entries={})
+    equipment = SimpleNamespace(rpc_protocol=protocol, engine=object() if protocol else None)
+    models: Any = SimpleNamespace(equipment=equipment, entries={})
     mesh: Any = SimpleNamespace(view=view(*peers))
     options = NodeOptions(data_dir=Path("/nowhere"), client=client)
     return Splits(mesh, models, options, lambda: mine).plan("m", shape())
@@ -54,3 +55,27 @@ def test_a_node_that_does_not_serve_it_yet_knows_how_far_those_are_that_do() -> 
     found = plan(peer("a", half), client=False, mine=replace(half, models=()), protocol="7.0.0")
     assert (found["possible"], len(found["members"])) == (True, 2)
     assert found["peers"][0]["taken"]
+
+
+def test_a_bystander_asks_those_who_can_serve_not_whoever_is_named_first() -> None:
+    """A dead peer's llama.cpp, and that of one without the file, are nobody's measure."""
+    old = replace(HAVING, rpc_protocol="6.0.0")
+    dead, stranger = peer("a", old, state=PeerState.DEAD), peer("b", replace(old, models=()))
+    client = peer("c", old, scope=Scope.CLIENT)
+    found = plan(dead, stranger, client, peer("d", HAVING), client=True, mine=NodeStatus(client=True))
+    assert (found["possible"], found["host"]) == (True, "d")
+
+
+def test_of_two_kinds_of_llama_cpp_a_bystander_plans_with_the_one_that_can_serve() -> None:
+    small = replace(HAVING, rpc_protocol="8.0.0", spare_bytes=GB)
+    peers = peer("a", small), peer("b", small), peer("c", HAVING)
+    found = plan(*peers, client=True, mine=NodeStatus(client=True))
+    assert (found["possible"], found["host"]) == (True, "c")
+    assert "8.0.0" in found["peers"][0]["why"]
+    assert "7.0.0" in found["peers"][0]["why"]
+
+
+def test_a_node_without_llama_cpp_has_the_plan_of_the_others() -> None:
+    mine = replace(HAVING, models=(), rpc_protocol="")
+    found = plan(peer("a", HAVING), client=False, mine=mine)
+    assert (found["possible"], found["host"], len(found["members"])) == (True, "a", 1)
