@@ -96,6 +96,8 @@ def node_status() -> Iterator[Case]:
         ),
     )  # fmt: skip
     yield Case("a standby", standby)
+    lent = AnnouncedModel(name="Qwen3-8B", digest=DIGEST, split_bytes=6 * 10**9)
+    yield Case("a worker", NodeStatus(memory_bytes=16 * 10**9, spare_bytes=10**10, models=(lent,)))
     unnamed = field(12, field(2, "m") + field(3, 100)) + field(13, field(1, "AB" * 32))
     yield Case("wishes and files without a digest are left out", NodeStatus(), unnamed)
     several = tuple(AnnouncedModel(name=name) for name in ("a", "模型", "x" * 200))

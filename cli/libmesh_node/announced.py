@@ -48,6 +48,7 @@ class AnnouncedModel:
     tools: bool = False
     vision: bool = False
     first: float = 0.0  # seconds
+    split_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,10 @@ class NodeStatus:
     wishes: tuple[Wish, ...] = ()
     on_disk: tuple[OnDisk, ...] = ()
     rests: bool = False
+
+    def given(self, digest: str = "") -> int:
+        """Bytes of its spare ones that splits have which are not of this model."""
+        return sum(model.split_bytes for model in self.models if not digest or model.digest != digest)
 
 
 def encode_status(status: NodeStatus) -> bytes:
@@ -155,6 +160,7 @@ def encode_status(status: NodeStatus) -> bytes:
                 tools=model.tools,
                 vision=model.vision,
                 first_ms=min(round(model.first * 1000), 0xFFFFFFFF),
+                split_bytes=model.split_bytes,
             )
             for model in status.models[:MAX_MODELS]
         ],
@@ -185,6 +191,7 @@ def decode_status(attributes: bytes) -> NodeStatus:
             tools=model.tools,
             vision=model.vision,
             first=model.first_ms / 1000,
+            split_bytes=model.split_bytes,
         )
         for model in message.models[:MAX_MODELS]
         if model.name and model.name == _clean(model.name)

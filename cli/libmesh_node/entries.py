@@ -29,6 +29,7 @@ class Entry:
         servers: the processes that serve it, the one that answers requests first. Two during a change of placement.
         workers: peers that the first one is split over.
         split_bytes: memory of this machine that its splits take, those that are being loaded among them.
+        lent_bytes: memory of this machine that works for splits of it which other nodes host.
         life: ends the server of one that is served alone; `None` while it has none.
         leaving: its server finishes what it is answering, and gets nothing new.
         unloading: it is going to be no model of this node any more.
@@ -48,6 +49,7 @@ class Entry:
     servers: list[LlamaServer] = field(default_factory=list)
     workers: tuple[str, ...] = ()
     split_bytes: int = 0
+    lent_bytes: int = 0
     life: trio.CancelScope | None = None
     leaving: bool = False
     unloading: bool = False
@@ -120,6 +122,7 @@ def announced(entry: Entry) -> AnnouncedModel:
         first=load.first,
         tools=able.tools,
         vision=able.vision,
+        split_bytes=entry.split_bytes + entry.lent_bytes,
     )
 
 

@@ -53,7 +53,7 @@ class Runtime:
         await models.squeeze(need)
         taken = [entry for entry in models.entries.values() if entry.alone and entry.name not in models.named]
         for entry in sorted(taken, key=lambda entry: (not entry.asleep, entry.home_bytes)):
-            if need <= models.spare_bytes:
+            if need <= models.free_bytes:
                 return
             await models.unload(entry.name)
             await models.squeeze(need)

@@ -77,6 +77,15 @@ class LocalModels:
         return max(0, self.equipment.memory_bytes - taken)
 
     @property
+    def free_bytes(self) -> int:
+        """Memory that nothing takes: of the spare, what splits have is not there for a model that is to be served alone."""
+        return max(0, self.spare_bytes - self._split_bytes)
+
+    @property
+    def _split_bytes(self) -> int:
+        return sum(entry.split_bytes + entry.lent_bytes for entry in self.entries.values())
+
+    @property
     def room_bytes(self) -> int:
         """Memory that no such model needs: what `squeeze` can make room for."""
         needed = sum(entry.needed for entry in self.entries.values() if entry.alone)
@@ -206,8 +215,8 @@ class LocalModels:
         """
         tasks = self._running()
         async with self._loading:
-            lacking = need - self.spare_bytes
-            if lacking <= 0 or need > self.room_bytes:
+            lacking = need - self.free_bytes
+            if lacking <= 0 or need > self.room_bytes - self._split_bytes:
                 return
             entries = [entry for entry in self.entries.values() if entry.alone and not entry.leaving]
             waiting = []
@@ -333,9 +342,9 @@ class LocalModels:
             raise NodeError(f"This node has {MAX_ENTRIES} models, which is all it takes; unload one.")
         need = needed(shape_of(headers, "", least_context(model)))
         if budget is None:
-            budget = max(need, self.spare_bytes // 2)
+            budget = max(need, self.free_bytes // 2)
         entry = Entry(model, headers, self.equipment.plan(model, budget), alone=False, needed=need)
-        entry.alone = need <= self.spare_bytes and not self._options.split
+        entry.alone = need <= self.free_bytes and not self._options.split
         if not entry.alone and not named:
             raise NodeError(f"{model.name} does not fit into the memory that is left.")
         self.entries[model.name] = entry
@@ -361,7 +370,7 @@ class LocalModels:
                 "%s needs %s and this machine has %s left for models; it is served by others, or together with them",
                 model.name,
                 bytes_in_words(entry.needed),
-                bytes_in_words(self.spare_bytes),
+                bytes_in_words(self.free_bytes),
             )
 
     def _changed(self, process: Process) -> None:

@@ -9,6 +9,7 @@ do. Requests wait meanwhile in the nodes that took them.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -21,14 +22,14 @@ from libmesh_node.entries import Entry
 from libmesh_node.llama.supervisor import LlamaServer
 from libmesh_node.options import NodeOptions
 from libmesh_node.placement import seen
-from libmesh_node.placement.electing import elect_at, predict
+from libmesh_node.placement.electing import elect_at, hosted_by, predict
 from libmesh_node.placement.heirs import PassedOver
-from libmesh_node.placement.machine import Machine, short
-from libmesh_node.placement.splitting import Placement, Shortage, fit_beside, split_from
+from libmesh_node.placement.machine import Machine, held_of, memory_of, short
+from libmesh_node.placement.splitting import Placement, Shortage
 from libmesh_node.placement.steering import Abandon, Adopt, Broken, Looked, Steering, same
 from libmesh_node.planning import rules_of
 from libmesh_node.serving import LocalModels
-from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting, reckon, setting_of
+from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting, fits_beside, setting_of
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ DRAIN_LIMIT = 120.0
 HEIR_LIMIT = 30.0
 """Seconds without a sign that the peer, which is there, loads what this node ended its split for; then that is taken back."""
 
-Launch = Callable[[SplitSetting, Placement, dict[str, int], Callable[[], None]], SplitRun]
+Launch = Callable[[SplitSetting, Placement, dict[str, int], dict[str, int], Callable[[], None]], SplitRun]
 
 
 class SplitHost:
@@ -138,7 +139,8 @@ class SplitHost:
         shape = self.entry.shape
         best = elect_at(self._mesh.view.me, shape, machines, self._rules)
         if elsewhere is None and isinstance(best, Placement) and best.host in self._no_heirs:
-            best = self._instead_of(best, machines)
+            # Hosted here while nobody serves: the others wait for one of whom this node alone knows better.
+            best = hosted_by(self._mesh.view.me, shape, machines, self._rules) or best
         self.served = elsewhere is not None or (self._run is not None and self._run.ready)
         self._tell(best)
         self._yield_to(best, elsewhere[0] if elsewhere is not None else None, nursery)
@@ -153,14 +155,13 @@ class SplitHost:
             self._steering.current = there = seen.placement_elsewhere(*elsewhere)
             if (running := predict(shape, there, machines)) is None:
                 return  # it says that it serves; if that is over, it will say so, or fall silent
-        lives = self._run is not None
-        for effect in self._steering.handle(Looked(best, running, lives), now):
+        for effect in self._steering.handle(Looked(best, running, lives=self._run is not None), now):
             match effect:
                 case Adopt(placement) if self._may_start(placement, machines):
                     self._start(placement, machines, nursery)
                 case Adopt(placement):  # another one's, or for later; ours ends when that answers, or before
                     self._steering.current = self._run.placement if self._run is not None else None
-                    if self._run is not None and not self._fits_beside(self._run.taken, placement, machines):
+                    if self._run is not None and not self._fits(placement, machines, self._run.taken):
                         if running is None and placement.host == self._mesh.view.me:
                             self._make_room(self._run, now)
                         else:
@@ -198,26 +199,26 @@ class SplitHost:
     def _incarnations(self) -> dict[str, int]:
         return {peer.peer: peer.incarnation for peer in self._mesh.view.peers}
 
-    def _instead_of(self, best: Placement, machines: list[Machine]) -> Placement:
-        """What this node hosts itself while nobody serves: the others wait for one of whom it alone knows better."""
-        mine = next((machine for machine in machines if machine.peer == self._mesh.view.me), None)
-        if mine is None:
-            return best
-        others = [machine for machine in machines if machine is not mine]
-        own = split_from(self.entry.shape, mine, others, self._rules)
-        return own if isinstance(own, Placement) else best
-
     def _may_start(self, placement: Placement, machines: list[Machine]) -> bool:
         """Whether it is this node's to start, and there is room beside what serves, as far as this node knows."""
-        me = self._mesh.view.me
-        if placement.host != me or (self._run is None and not self._elsewhere):
-            return placement.host == me
-        taken = self._run.taken if self._run is not None else {str(me): self._lent(self.entry.digest)}
-        return self._heir is None and self._fits_beside(taken, placement, machines)
+        if placement.host != self._mesh.view.me or (self._run is None and not self._elsewhere):
+            return placement.host == self._mesh.view.me
+        return self._heir is None and self._fits(placement, machines, self._held(machines))
 
-    def _fits_beside(self, taken: dict[str, int], placement: Placement, machines: list[Machine]) -> bool:
-        memory = {machine.peer: machine.memory for machine in machines}
-        return fit_beside(taken, reckon(self._setting(), placement, memory)[1], machines)
+    def _fits(self, placement: Placement, machines: list[Machine], held: dict[str, int]) -> bool:
+        return fits_beside(self.entry.shape, placement, memory_of(machines), held)
+
+    def _held(self, machines: list[Machine]) -> dict[str, int]:
+        """What splits of this model have of each machine: those of this node, drained ones too, and what the others tell of.
+
+        Nothing while none serves: what a dead host had, its workers give to whoever asks them.
+        """
+        if self._run is None and not self._elsewhere:
+            return {}
+        held = Counter({str(self._mesh.view.me): self._lent(self.entry.digest)})
+        for run in (self._run, *self._replaced):
+            held.update(run.taken if run is not None else {})
+        return held_of(self._mesh.view.me, machines, held)
 
     def _ends_for(self, best: Placement | Shortage, run: SplitRun) -> bool:
         """Whether it is still for the best placement that `run` makes room."""
@@ -262,8 +263,8 @@ class SplitHost:
         told = ", ".join(f"{short(share.peer)} ({share.layers} layers)" for share in placement.workers)
         what = f"split over this node ({placement.home.layers} layers) and {told}" if told else "alone"
         log.info("%s: %s; about %.1f tokens per second", self.name, what, placement.tokens_per_second)
-        memory = {machine.peer: machine.memory for machine in machines}
-        self._coming = run = self._launch(self._setting(), placement, memory, partial(self._changed, nursery))
+        about = self._setting(), placement, memory_of(machines), self._held(machines)
+        self._coming = run = self._launch(*about, partial(self._changed, nursery))
         self._note_memory()
         nursery.start_soon(self._live, run, nursery)
 
@@ -378,8 +379,8 @@ class SplitHost:
         self._note_memory()
 
     def _note_memory(self) -> None:
-        runs = (self._run, self._coming, *self._replaced)
-        self.entry.split_bytes = sum(run.home_bytes for run in runs if run is not None)
+        runs = [run for run in (self._run, self._coming, *self._replaced) if run is not None]
+        self.entry.split_bytes = sum(run.home_bytes for run in runs)
 
     async def _drain(self, run: SplitRun) -> None:
         """End a replaced run when it has answered what it was asked, unless it is taken up again."""

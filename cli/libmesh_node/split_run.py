@@ -103,6 +103,7 @@ class SplitRun:
 
     Args:
         memory: for each peer, bytes that it offers; no worker is asked for more.
+        held: bytes of those that splits of this model have, beside which it starts.
         on_change: called when the server's state changed.
 
     Attributes:
@@ -117,6 +118,7 @@ class SplitRun:
         setting: SplitSetting,
         placement: Placement,
         memory: Mapping[str, int],
+        held: Mapping[str, int],
         on_change: Callable[[], None],
     ) -> None:
         self.placement = placement
@@ -124,7 +126,7 @@ class SplitRun:
         self.ready_since: float | None = None
         self.scope = trio.CancelScope()
         self._setting, self._on_change = setting, on_change
-        self._context, self.taken = reckon(setting, placement, memory)
+        self._context, self.taken = reckon(setting, placement, memory, held)
         self._fork = is_fork(read_protocol(setting.binary.rpc_protocol or "0.0.0"))
         self._failure: SplitFailed | None = None
         self._told: int | None = None
@@ -320,20 +322,36 @@ def _memory(share: Share, context: int, shape: ModelShape) -> int:
     return int(share.weights * OVERHEAD) + cache + shape.compute + logits
 
 
+def fits_beside(
+    shape: ModelShape, placement: Placement, memory: Mapping[str, int], held: Mapping[str, int]
+) -> bool:
+    """Whether every machine has, beside the bytes that are `held` of it, what its share takes with the least context.
+
+    The same for every node, whatever its own slots and machine: those of another host are not asked.
+    """
+    return all(
+        _memory(share, shape.context, shape) <= memory.get(share.peer, 0) - held[share.peer]
+        for share in (*placement.workers, placement.home)
+        if held.get(share.peer)
+    )
+
+
 def reckon(
-    setting: SplitSetting, placement: Placement, memory: Mapping[str, int]
+    setting: SplitSetting, placement: Placement, memory: Mapping[str, int], held: Mapping[str, int]
 ) -> tuple[int, dict[str, int]]:
     """Tokens of cache that fit beside the weights on every machine, and for each member the bytes that it then takes.
 
     Where half of a machine's memory is enough it takes no more, so that the split which replaces it one day has room
     beside it, whatever the context. That is so of those that are forced: a model that no machine can hold takes more than half
-    of each.
+    of each. Nor does it take what is `held` of a machine, by a split beside which it starts, as long as that leaves the least.
     """
     shape, shares = setting.shape, (*placement.workers, placement.home)
     offered = {share.peer: memory.get(share.peer, 0) for share in shares}
     for share in shares:
         if _memory(share, shape.context, shape) <= offered[share.peer] // 2:
             offered[share.peer] //= 2
+        if held.get(share.peer):
+            offered[share.peer] = min(offered[share.peer], memory.get(share.peer, 0) - held[share.peer])
     most = (setting.model.header.context_length or shape.context) * setting.slots
     for share in shares:
         if share.kv_per_token:

@@ -1,4 +1,4 @@
-"""Nodes that host one model between them, in virtual time: everything real but the mesh, and llama.cpp.
+"""Nodes that host one model between them, or several, in virtual time: everything real but the mesh, and llama.cpp.
 
 A split takes `LOAD` seconds to load, holds memory of its members for as long as it lives, and ends when one of them is gone.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,18 +31,19 @@ from libmesh import MeshId, PathKind, PeerId, PeerState, PeerView, Scope, Servic
 from libmesh import Path as Way
 from tests.placement.machines import GB
 
-DIGEST = "ab" * 32
+DIGESTS = {"m": "ab" * 32, "n": "cd" * 32}
 LAYERS, LAYER = 40, GB
 LOAD = 5.0
 
 
 @dataclass
 class Machine:
-    """What a node has: GB of memory, its bandwidth in GB/s, and seconds to everybody."""
+    """What a node has: GB of memory, its bandwidth in GB/s, seconds to everybody, and models."""
 
     memory: float
     bandwidth: float = 20.0
     rtt: float = 0.002
+    models: tuple[str, ...] = ("m",)
 
 
 class Run:
@@ -53,9 +55,11 @@ class Run:
         setting: SplitSetting,
         placement: Placement,
         memory: dict[str, int],
+        held: dict[str, int],
         on_change: Callable[[], None],
     ) -> None:
-        _, self.taken = reckon(setting, placement, memory)
+        self.context, self.taken = reckon(setting, placement, memory, held)
+        self.digest = setting.shape.digest
         self.placement, self.scope = placement, trio.CancelScope()
         self.ready_since: float | None = None
         self.server: Any = None
@@ -81,6 +85,7 @@ class Run:
                 if self._world.free(share.peer) < self.taken[share.peer]:
                     return SplitFailed("its memory is taken", share.peer, later=True)
             self._world.runs.append(self)
+            self._world.news()
             self._world.crowded |= {peer for peer in self.taken if self._world.free(peer) < 0}
             broken = self.placement.host in self._world.broken
             self._world.most = max(self._world.most, len(self._world.runs))
@@ -123,15 +128,11 @@ class Node:
         self.world, self.name, self.machine = world, name, machine
         self.life = trio.CancelScope()
         self.incarnation = 1
-        header = _header(world.heads)
-        model = ModelFile(name="m", parts=(Path("/m.gguf"),), size_bytes=LAYERS * LAYER, header=header)
-        self.entry = Entry(
-            model, (header,), ServerPlan(model=model, context=4096), alone=False, digest=DIGEST
-        )
-        self.entry.identified.set()
+        self.entries = {model: _entry(model, world.heads) for model in machine.models}
+        self.entry = self.entries[machine.models[0]]
         engine = SimpleNamespace(rpc_server=None, require_llama_server=lambda: SimpleNamespace())
         models: Any = SimpleNamespace(
-            entries={"m": self.entry},
+            entries=self.entries,
             equipment=SimpleNamespace(rpc_protocol="7.0.0", engine=engine, own_devices=("CUDA0",)),
             on_change=world.news,
             log_of=lambda _: Path("/dev/null"),
@@ -140,7 +141,8 @@ class Node:
         options = NodeOptions(data_dir=Path("/nowhere"), split=world.force)
         mesh: Any = self
         self.splits = splits.Splits(mesh, models, options, self.status, self._launch)  # type: ignore[arg-type]
-        lender: Any = SimpleNamespace(models={}, lent_on=lambda digest: world.lent_by(name))
+        lent = partial(world.lent_by, name)
+        lender: Any = SimpleNamespace(models={}, lent_on=lent, granted_on=lent)
         self.splits._lender = lender
 
     @property
@@ -159,7 +161,7 @@ class Node:
             if name != self.name
         )
         return NodeStatus(
-            memory_bytes=int(machine.memory * GB), spare_bytes=0 if self.splits.unable else int(machine.memory * GB), models=(announced(self.entry),),
+            memory_bytes=int(machine.memory * GB), spare_bytes=0 if self.splits.unable else int(machine.memory * GB), models=tuple(map(announced, self.entries.values())),
             bandwidth=int(machine.bandwidth * GB), accelerated=True, rpc_protocol="7.0.0", distances=far,
         )  # fmt: skip
 
@@ -226,9 +228,10 @@ class World:
         taken = sum(run.taken.get(name, 0) for run in self.runs)
         return int((self.nodes[name].machine.memory - self.lent.get(name, 0)) * GB) - taken
 
-    def lent_by(self, name: str) -> int:
-        """Bytes that work for other hosts."""
-        return sum(run.taken.get(name, 0) for run in self.runs if run.placement.host != name)
+    def lent_by(self, name: str, digest: str) -> int:
+        """Bytes that work for other hosts of a model."""
+        runs = (run for run in self.runs if run.digest == digest and run.placement.host != name)
+        return sum(run.taken.get(name, 0) for run in runs)
 
     @property
     def serving(self) -> list[Run]:
@@ -269,6 +272,15 @@ async def world(*, force: bool, heads: int = 0) -> AsyncIterator[World]:
     async with trio.open_nursery() as nursery:
         yield World(nursery, force=force, heads=heads)
         nursery.cancel_scope.cancel()
+
+
+def _entry(name: str, heads: int) -> Entry:
+    header = _header(heads)
+    model = ModelFile(name=name, parts=(Path(f"/{name}.gguf"),), size_bytes=LAYERS * LAYER, header=header)
+    plan = ServerPlan(model=model, context=4096)
+    entry = Entry(model, (header,), plan, alone=False, digest=DIGESTS[name])
+    entry.identified.set()
+    return entry
 
 
 def _header(heads: int) -> GgufHeader:

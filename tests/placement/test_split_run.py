@@ -57,7 +57,7 @@ async def test_split_that_gets_no_port_fails_and_says_why(
     )
     home, worker = (Share(peer=peer, layers=2, weights=1, granted=1 << 30) for peer in ("home", "worker"))
     placement = Placement(host="home", home=home, workers=(worker,), tokens_per_second=1.0)
-    run = SplitRun(setting, placement, {"home": 1 << 30, "worker": 1 << 30}, lambda: None)
+    run = SplitRun(setting, placement, {"home": 1 << 30, "worker": 1 << 30}, {}, lambda: None)
     failure = await run.run()
     assert isinstance(failure, SplitFailed)
     assert "Too many open files" in str(failure)
@@ -74,7 +74,7 @@ def test_a_long_context_has_room_for_what_llama_server_computes_with_it(tmp_path
     asked = split_run._memory(share, context, shape)
     assert asked >= share.weights + cache * context + 44_314_624
     setting, placement = split_of(path, shape, share)
-    context_of = partial(split_run.reckon, setting, placement)
+    context_of = partial(split_run.reckon, setting, placement, held={})
     assert context_of({"home": 1 << 40, "worker": 2 * asked})[1]["worker"] == asked
     assert context_of({"home": 1 << 40, "worker": 2 * asked})[0] == context
     assert context_of({"home": 1 << 40, "worker": 2 * asked - 2})[0] == context - 256
@@ -87,9 +87,9 @@ def test_a_split_for_which_half_of_a_machine_is_enough_leaves_the_other_half(tmp
     share = Share(peer="worker", layers=4, weights=1, granted=0, kv_per_token=sum(shape.kv_per_token[:4]))
     least = split_run._memory(share, 4096, shape)
     setting, placement = split_of(path, shape, share)
-    context, taken = split_run.reckon(setting, placement, {"home": 1 << 40, "worker": 2 * least})
+    context, taken = split_run.reckon(setting, placement, {"home": 1 << 40, "worker": 2 * least}, {})
     assert (context, taken["worker"]) == (4096, least)
-    context, taken = split_run.reckon(setting, placement, {"home": 1 << 40, "worker": 2 * least - 2})
+    context, taken = split_run.reckon(setting, placement, {"home": 1 << 40, "worker": 2 * least - 2}, {})
     assert context > 6144
     assert 1.5 * least < taken["worker"] < 2 * least
 

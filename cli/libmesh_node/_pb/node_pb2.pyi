@@ -53,7 +53,7 @@ class NodeStatus(_message.Message):
     node_status: _builtins.str
     """Client, Serving, Serving (split), Worker (split), Standby or Idle"""
     spare_bytes: _builtins.int
-    """of memory_bytes, what another model, or its part in a split, can have"""
+    """of memory_bytes, what another model, or its part in a split, can have: all splits' split_bytes included"""
     bandwidth: _builtins.int
     """of that memory, in bytes per second; 0 if unknown"""
     accelerated: _builtins.bool
@@ -259,6 +259,7 @@ class ModelStatus(_message.Message):
     TOOLS_FIELD_NUMBER: _builtins.int
     VISION_FIELD_NUMBER: _builtins.int
     FIRST_MS_FIELD_NUMBER: _builtins.int
+    SPLIT_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """what requests call it; the part after "api/" in the service's name"""
     digest: _builtins.str
@@ -282,6 +283,8 @@ class ModelStatus(_message.Message):
     """it takes pictures; not set: it takes none, or that is not known yet"""
     first_ms: _builtins.int
     """milliseconds from a request's turn to its first token, smoothed and coarse; 0 if unknown"""
+    split_bytes: _builtins.int
+    """of the node's spare_bytes, what its parts in splits of this model have now, hosted here or elsewhere"""
     @_builtins.property
     def workers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """peer ids, in the order of a token's way, of those it is split over; at most 16"""
@@ -302,10 +305,11 @@ class ModelStatus(_message.Message):
         tools: _builtins.bool = ...,
         vision: _builtins.bool = ...,
         first_ms: _builtins.int = ...,
+        split_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "coming", b"coming", "context_length", b"context_length", "digest", b"digest", "first_ms", b"first_ms", "milli_speed", b"milli_speed", "name", b"name", "ready", b"ready", "size_bytes", b"size_bytes", "slots", b"slots", "tools", b"tools", "vision", b"vision", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "coming", b"coming", "context_length", b"context_length", "digest", b"digest", "first_ms", b"first_ms", "milli_speed", b"milli_speed", "name", b"name", "ready", b"ready", "size_bytes", b"size_bytes", "slots", b"slots", "split_bytes", b"split_bytes", "tools", b"tools", "vision", b"vision", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -62,13 +62,21 @@ def elect_at(
     if any(machine.private for machine in present):
         known = [replace(machine, excluded="") if machine.private else machine for machine in present]
         common = elect(shape, known, rules)
-        mine = next((machine for machine in present if machine.peer == me), None)
-        if isinstance(common, Placement) and common.host == me and mine is not None:
-            others = [machine for machine in present if machine is not mine]
-            own = split_from(shape, mine, others, rules or SplitRules())
-            if isinstance(own, Placement):
+        if isinstance(common, Placement) and common.host == me:
+            own = hosted_by(me, shape, present, rules)
+            if own is not None:
                 return own
     return elect(shape, present, rules)
+
+
+def hosted_by(
+    peer: str, shape: ModelShape, machines: Iterable[Machine], rules: SplitRules | None = None
+) -> Placement | None:
+    """What a node would host, elected or not; `None` if it cannot."""
+    present = unique(machines)
+    host = present.pop(peer, None)
+    own = split_from(shape, host, list(present.values()), rules or SplitRules()) if host is not None else None
+    return own if isinstance(own, Placement) else None
 
 
 def predict(shape: ModelShape, placed: Placement, machines: Iterable[Machine]) -> float | None:

@@ -18,7 +18,8 @@ class Machine:
 
     Attributes:
         peer: its id.
-        memory: bytes that it offers for models.
+        memory: bytes that it offers for the model: what splits of other models have of it is not there.
+        given: bytes that those have. held: bytes of `memory` that splits of this very model have now.
         bandwidth: of that memory, in bytes per second; 0 if it does not say.
         accelerated: that memory is a GPU's. A processor's is no device to llama-server when it is the host.
         lends: it may be a worker: it has the scope and a working rpc-server.
@@ -30,6 +31,8 @@ class Machine:
 
     peer: str
     memory: int
+    given: int = 0
+    held: int = 0
     bandwidth: float = 0.0
     accelerated: bool = False
     lends: bool = True
@@ -53,6 +56,17 @@ def rtt_between(one: Machine, other: Machine) -> float | None:
 def relayed_between(one: Machine, other: Machine) -> bool:
     """Whether either says that only a relay joins them."""
     return other.peer in one.relayed or one.peer in other.relayed
+
+
+def memory_of(machines: Iterable[Machine]) -> dict[str, int]:
+    """Bytes that each offers, by peer."""
+    return {machine.peer: machine.memory for machine in machines}
+
+
+def held_of(me: str, machines: Iterable[Machine], known: Mapping[str, int]) -> dict[str, int]:
+    """Bytes that splits of the model have, by peer: those that the node `me` knows of, or what the others tell, if it is more."""
+    told = {machine.peer: machine.held for machine in machines if machine.peer != me}
+    return {peer: max(known.get(peer, 0), told.get(peer, 0)) for peer in {*known, *told}}
 
 
 def short(peer: str) -> str:

@@ -41,7 +41,7 @@ def row_of(peer: str, status: NodeStatus, *, works: bool) -> Row:
         wants=frozenset(wish.digest for wish in wishes if wish.named),
         serves=frozenset(model.digest for model in served) if works else frozenset(),
         has={held.digest: held.needed_bytes for held in on_disk},
-        spare=status.spare_bytes if works else 0,
+        spare=max(0, status.spare_bytes - status.given()) if works else 0,
         standby=bool(on_disk),
         rests=status.rests,
         refused=frozenset(held.digest for held in on_disk if held.refused),

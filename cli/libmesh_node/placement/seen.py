@@ -31,7 +31,8 @@ def machines_with(
         protocol: of this node's own llama.cpp, to tell who speaks another.
         refused: peers that have refused this node lately, and why.
     """
-    own = _machine(view.me, mine, lends=view.scope >= Scope.WORKER and bool(mine.rpc_protocol), why="")
+    lends = view.scope >= Scope.WORKER and bool(mine.rpc_protocol)
+    own = _machine(view.me, mine, digest, lends=lends, why="")
     found = {view.me: own} if _has(mine, digest) else {}
     for peer in view.peers:
         if peer.state not in _BELIEVED:
@@ -39,13 +40,13 @@ def machines_with(
         status = decode_status(peer.attributes)
         if _has(status, digest):
             why, known = _why_not(peer, status, protocol), refused.get(peer.peer, "")
-            machine = _machine(peer.peer, status, lends=_lends(peer, status), why=known or why)
+            machine = _machine(peer.peer, status, digest, lends=_lends(peer, status), why=known or why)
             found[peer.peer] = replace(machine, private=bool(known) and not why)
         elif other := next((model for model in status.models if model.name == name), None):
             why = (
                 f"it has another file named {name}" if other.digest else "its file is still being identified"
             )
-            found[peer.peer] = _machine(peer.peer, status, lends=False, why=why)
+            found[peer.peer] = _machine(peer.peer, status, digest, lends=False, why=why)
     return [found[peer] for peer in sorted(found)]
 
 
@@ -129,10 +130,13 @@ def _why_not(peer: PeerView, status: NodeStatus, protocol: str) -> str:
     return ""
 
 
-def _machine(peer: str, status: NodeStatus, *, lends: bool, why: str) -> Machine:
+def _machine(peer: str, status: NodeStatus, digest: str, *, lends: bool, why: str) -> Machine:
+    given = min(status.given(digest), status.spare_bytes)
     return Machine(
         peer=peer,
-        memory=status.spare_bytes,
+        memory=status.spare_bytes - given,
+        given=given,
+        held=sum(model.split_bytes for model in status.models if model.digest == digest),
         bandwidth=float(status.bandwidth),
         accelerated=status.accelerated,
         lends=lends,

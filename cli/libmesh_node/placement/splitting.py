@@ -6,7 +6,7 @@ its bandwidth, and of one round trip for each worker. More workers never make a 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -97,13 +97,14 @@ class Placement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shortage:
-    """Nobody can serve it now. `str` says what is missing."""
+    """Nobody can serve it now. `str` says what is missing. `given`: bytes that these have, but for splits of other models."""
 
     needed: int
     have: int
     peers: int
     verdicts: tuple[Verdict, ...] = ()
     waiting: str = ""
+    given: int = 0
 
     def __str__(self) -> str:
         if self.waiting:
@@ -111,6 +112,8 @@ class Shortage:
         what = (
             f"need {_gb(self.needed)}, have {_gb(self.have)} from {self.peers} peer{'s' * (self.peers != 1)}"
         )
+        if self.given:
+            what += f", where splits of other models have {_gb(self.given)}"
         refused = [
             f"peer {short(entry.peer)} refused: {entry.why}" for entry in self.verdicts if not entry.taken
         ]
@@ -126,13 +129,6 @@ def needed(shape: ModelShape) -> int:
 def fits_alone(shape: ModelShape, machine: Machine) -> bool:
     """Whether one machine can hold all of it."""
     return not machine.excluded and machine.memory >= needed(shape)
-
-
-def fit_beside(taken: Mapping[str, int], asked: Mapping[str, int], machines: Iterable[Machine]) -> bool:
-    """Whether every machine has, beside the bytes that are `taken` of it, those that are `asked` for."""
-    return all(
-        taken.get(machine.peer, 0) + asked.get(machine.peer, 0) <= machine.memory for machine in machines
-    )
 
 
 def split_from(
@@ -155,7 +151,8 @@ def split_from(
         verdicts[machine.peer] = Verdict(machine.peer, True, f"{_ms(rtt)}, {_gb(machine.memory)}")
     told = tuple(verdict for _, verdict in sorted(verdicts.items()))
     if memory < need or (rules.force and not taken):
-        return Shortage(needed=need, have=memory, peers=len(taken), verdicts=told)
+        given = host.given + sum(machine.given for _, machine in taken)
+        return Shortage(needed=need, have=memory, peers=len(taken), verdicts=told, given=given)
     return replace(_share(shape, host, taken, rules), verdicts=told)
 
 

@@ -104,8 +104,12 @@ class Lender:
         """What running sessions were granted, all together."""
         return sum(lent.granted for lent in self._sessions.values())
 
+    def granted_on(self, digest: str) -> int:
+        """What those of one model were granted, all together."""
+        return sum(lent.granted for lent in self._sessions.values() if lent.digest == digest)
+
     def lent_on(self, digest: str) -> int:
-        """What those of one model were granted, all together, whose hosts can be reached."""
+        """The same of those whose hosts can be reached."""
         sessions = [lent for lent in self._sessions.values() if lent.digest == digest]
         return sum(lent.granted for lent in sessions if not lent.stream.connection_lost)
 
@@ -139,6 +143,7 @@ class Lender:
         token, model = object(), self.models[request.digest]
         process = Process(name="rpc-server", pid=None, port=0, model=model.name, status="starting")
         lent = self._sessions[token] = _Lent(stream, request, process)
+        self._on_change()
         try:
             with lent.scope:
                 await self._run(stream, request, rest, model, lent)
