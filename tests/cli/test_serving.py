@@ -237,6 +237,22 @@ async def test_loading_never_takes_more_than_there_is(
         assert len(models.entries) == len(Server.running) == 4
 
 
+async def test_what_splits_have_of_a_machine_is_not_there_for_a_model_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Whoever hosts them. It is taken by nobody again when they have ended."""
+    async with sixteen_gb(tmp_path, monkeypatch) as models:
+        shared = await models.load(large("shared", 20 * GB), named=True)
+        shared.split_bytes, shared.lent_bytes = 6 * GB, 4 * GB
+        await models.squeeze(7 * GB)
+        with pytest.raises(NodeError, match="does not fit into the memory that is left"):
+            await models.load(large("m", 7 * GB), named=False)
+        assert not (await models.load(large("named", 7 * GB), named=True)).alone
+        assert (await models.load(large("less", 5 * GB), named=False)).alone
+        shared.split_bytes = shared.lent_bytes = 0
+        assert (await models.load(large("m", 7 * GB), named=False)).alone
+
+
 def operator(models: LocalModels, *on_disk: ModelFile) -> tuple[Standby, Runtime]:
     """Who takes models for the mesh, and who does as the operator says; both know the models of the disk."""
 

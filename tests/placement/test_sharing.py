@@ -167,3 +167,55 @@ async def test_two_splits_share_machines_that_have_room_for_both(
             await trio.sleep(TURN)
             assert parts(place) == dict.fromkeys(DIGESTS.values(), 1)
     assert (place.launched, place.outages, place.crowded) == (2, [], set())
+
+
+# ── a split beside the one that it replaces ──────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_split_that_needs_more_than_half_of_a_machine_starts_beside_one_that_leaves_so_much(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """With the context that there is memory for."""
+    async with world(force=True, heads=27) as place:
+        place.join("a", Machine(60))
+        place.join("b", Machine(60))
+        await trio.sleep(TURN)
+        (old,) = place.serving
+        assert max(old.taken.values()) < 30 * GB
+        place.join("c", Machine(24, bandwidth=1000, rtt=0.0005))
+        await trio.sleep(TURN)
+        (new,) = place.serving
+        assert "c" in new.placement.members
+        assert 30 * GB < max(new.taken.values()) < 60 * GB - min(old.taken.values())
+        assert 4096 < new.context < old.context
+    assert (place.launched, place.outages, place.crowded) == (2, [], set())
+
+
+async def test_a_split_that_finishes_its_last_answers_still_has_its_memory(
+    autojump_clock: trio.testing.MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is room for two, and a third one waits until the first has ended; the second goes on meanwhile."""
+    busy: list[object] = []
+
+    async def is_busy(server: object) -> bool:
+        return any(server is one for one in busy)
+
+    monkeypatch.setattr(split_host, "_is_busy", is_busy)
+    async with world(force=True) as place:
+        place.join("a", Machine(60, bandwidth=100, rtt=0.0001))
+        place.join("b", Machine(60))
+        await trio.sleep(TURN)
+        busy.append(place.serving[0].server)
+        place.join("c", Machine(60, bandwidth=100, rtt=0.0005))
+        await trio.sleep(TURN)
+        assert len(place.serving) == 2
+        second = place.serving[1]
+        place.join("d", Machine(60, bandwidth=1000, rtt=0.0003))
+        await trio.sleep(TURN)
+        assert second in place.serving
+        assert place.launched == 2
+        busy.clear()
+        await trio.sleep(2 * TURN)
+        assert place.launched == 3
+        assert "d" in place.serving[0].placement.members
+    assert (place.outages, place.crowded) == ([], set())

@@ -99,3 +99,23 @@ def split_of(path: Path, shape: ModelShape, share: Share) -> tuple[Any, Placemen
     setting = SimpleNamespace(model=SimpleNamespace(header=read_header(path)), shape=shape, slots=4)
     home = replace(share, peer="home")
     return setting, Placement(host="home", home=home, workers=(share,), tokens_per_second=1.0)
+
+
+def test_a_split_beside_another_has_what_that_leaves_or_waits(tmp_path: Path) -> None:
+    """It does with a shorter context, but not with less than the least one."""
+    write_model(path := tmp_path / "small.gguf", SMALL, 7)
+    shape = shape_of([read_header(path)], "", 4096)
+    share = Share(peer="worker", layers=4, weights=1, granted=0, kv_per_token=sum(shape.kv_per_token[:4]))
+    least = split_run._memory(share, 4096, shape)
+    setting, placement = split_of(path, shape, share)
+    memory = {"home": 1 << 40, "worker": 8 * least}
+    room = partial(split_run.fits_beside, shape, placement, memory)
+    whole, taken = split_run.reckon(setting, placement, memory, {})
+    assert 3 * least < taken["worker"] <= 4 * least
+    squeezed, taken = split_run.reckon(setting, placement, memory, {"worker": 6 * least})
+    assert 4096 < squeezed < whole
+    assert taken["worker"] <= 2 * least
+    assert room({})
+    assert room({"worker": 7 * least, "another": 1 << 50})
+    assert split_run.reckon(setting, placement, memory, {"worker": 7 * least})[1]["worker"] == least
+    assert not room({"worker": 7 * least + 1})

@@ -64,6 +64,19 @@ def test_better_only_now_and_then_is_not_better() -> None:
         assert steering.handle(Looked(placement("a"), 10.0), second + 10.0) == []
 
 
+def test_better_ones_that_take_turns_are_better_all_the_same() -> None:
+    """The one that is the best when the time has come, and stays so for a moment."""
+    steering = running()
+    for second in range(0, 40, 2):
+        best = placement("c" if second % 4 else "d", 20)
+        assert steering.handle(Looked(best, 10.0), second + 0.5) == []
+        assert steering.handle(Looked(best, 10.0), second + 1.4) == []
+        assert steering.deadline() == max(30.5, second + 1.5)
+        if second >= 30:
+            assert steering.handle(Looked(best, 10.0), second + 1.5) == [Adopt(best)]
+            return
+
+
 def test_a_broken_placement_is_replaced_at_once() -> None:
     assert running().handle(Looked(placement("c"), None), 5.0) == [Adopt(placement("c"))]
 

@@ -17,8 +17,9 @@ class SteeringConfig:
 
     Attributes:
         margin: part by which a placement must be predicted faster than the running one. Predictions are that good.
-        patience: seconds for which it must be. Longer than a peer's restart.
-        settle: seconds for which a first placement must be the same, so that it is not made in the middle of a join.
+        patience: seconds for which it must be, the same one or another. Longer than a peer's restart.
+        settle: seconds for which a placement must be the same, so that it is not made in the middle of a join. Two that are
+            alike may take turns at being the best for ever.
     """
 
     margin: float = 0.2
@@ -73,13 +74,13 @@ class Steering:
         self._config = config or SteeringConfig()
         self.current: Placement | None = None
         self._wanted: Placement | None = None
-        self._since = 0.0
+        self._since = self._better_since = 0.0
 
     def deadline(self) -> float | None:
         """When to look again at the latest; `None` if only news matter."""
         if self._wanted is None:
             return None
-        return self._since + (self._config.settle if self.current is None else self._config.patience)
+        return self._due()
 
     def handle(self, event: Event, now: float) -> list[Effect]:
         """Take notice. A `Looked` is due whenever the view changed, and at the deadline."""
@@ -104,10 +105,15 @@ class Steering:
         if self.current is not None and (same(best, self.current) or best.tokens_per_second < enough):
             self._wanted = None
             return []
+        if self._wanted is None:
+            self._better_since = now
         if self._wanted is None or not same(best, self._wanted):
             self._wanted, self._since = best, now
-        due = self._since + (self._config.settle if self.current is None else self._config.patience)
-        return self._adopt(best) if now >= due else []
+        return self._adopt(best) if now >= self._due() else []
+
+    def _due(self) -> float:
+        same_for = self._since + self._config.settle
+        return same_for if self.current is None else max(same_for, self._better_since + self._config.patience)
 
     def _adopt(self, best: Placement) -> list[Effect]:
         self.current, self._wanted = best, None
