@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from libmesh_node.http.plain import track
 from libmesh_node.http.sse import EventReader, data_event, event_data
-from libmesh_node.http.transcript import BrokenOff, Transcript, track
+from libmesh_node.http.transcript import BrokenOff, Transcript
 from libmesh_node.http.voices import MessageEvents, ResponseEvents
 
 from tests.http.test_transcript import SHELL, Llama, chunk, generations, spelled

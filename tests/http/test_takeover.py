@@ -17,12 +17,14 @@ import openai
 import pytest
 from libmesh_node.http import continuing
 from libmesh_node.http.continuing import NobodyGoesOn, Succession
-from libmesh_node.http.transcript import track
+from libmesh_node.http.plain import track
 from libmesh_node.snapshot import Model, Server
 
 from tests.http.conftest import Llama, Node, call, llama_server, running_node
 
 pytestmark = pytest.mark.llama
+
+Json = dict[str, Any]
 
 PATH = "/v1/chat/completions"
 
@@ -101,6 +103,49 @@ def test_all_that_a_takeover_asks_goes_over_one_connection(llamas: dict[str, Lla
     assert body.rstrip().endswith(b"data: [DONE]")
     assert b"error" not in body
     assert good.taken == 1
+
+
+def test_text_goes_on_rightly_after_tokens_that_their_server_did_not_tell(llamas: dict[str, Llama]) -> None:
+    """It tells the last only of those whose text it held back, as they might have become a stop string."""
+    llama = llamas["small"]
+    plain: Json = {
+        "model": "small",
+        "stream": True,
+        "temperature": 0,
+        "max_tokens": 40,
+        "messages": [{"role": "user", "content": "Hello?"}],
+        "stream_options": {"include_usage": True},
+    }
+    pieces = said(call(llama.port, "POST", PATH, plain)[2])[0]
+    request = plain | {"stop": [f"{piece}##" for piece in pieces[2:12:3]]}
+    whole = call(llama.port, "POST", PATH, request)[2]
+    held, usage = said(whole)
+    assert len(held) < len(pieces)
+    with way(llama.port, len(whole)) as dying, way(llama.port) as good:
+        servers = (
+            llama.server("dying", base_url=dying.url, digest="d", rtt=0.001, local=False),
+            llama.server("good", base_url=good.url, digest="d", rtt=9.0, local=False),
+        )
+        with running_node(llama.served(*servers)) as node:
+            status, _, body = call(node.api_port, "POST", PATH, request)
+    assert (status, good.taken) == (200, 1)
+    text, counted = said(body)
+    assert "".join(text) == "".join(held)
+    assert [counted[key] for key in ("completion_tokens", "prompt_tokens")] == [
+        usage[key] for key in ("completion_tokens", "prompt_tokens")
+    ]
+
+
+def said(stream: bytes) -> tuple[list[str], Json]:
+    """The pieces of text, and the usage, of a streamed chat completion."""
+    pieces: list[str] = []
+    usage: Json = {}
+    for line in stream.splitlines():
+        if line.startswith(b"data: {"):
+            value = json.loads(line.removeprefix(b"data: "))
+            usage = value.get("usage") or usage
+            pieces += [choice["delta"].get("content") or "" for choice in value["choices"]]
+    return [piece for piece in pieces if piece], usage
 
 
 class Killed:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from libmesh_node.http.plain import track
 from libmesh_node.http.sse import MAX_EVENT, EventReader, EventTooLong, comment, data_event, event_data
-from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript, track
+from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript
 from libmesh_node.http.voices import DONE
 
 Json = dict[str, Any]
@@ -23,7 +24,7 @@ ASK: Json = {
 }
 SHELL = {"created": 1, "id": "chatcmpl-1", "model": "demo", "object": "chat.completion.chunk"}
 
-VOCABULARY = ["a", " b", "c d", "\n", "é".encode()[:1], "é".encode()[1:], "end", '"', "data:"]
+VOCABULARY: list[str | bytes] = ["a", " b", "c d", "\n", "é".encode()[:1], "é".encode()[1:], "end", '"', "data:"]
 PROMPT_TOKENS = 7
 
 
@@ -34,15 +35,15 @@ def asked(**changes: object) -> Transcript:
 
 
 class Llama:
-    """What llama-server would send for a given generation: half characters are held back, with their tokens."""
+    """What llama-server would send for a given generation: of a character in halves it tells the last token only."""
 
     def __init__(self, tokens: list[int]) -> None:
         self.tokens = tokens
 
     def chat(self) -> list[bytes]:
         events = [chunk({"role": "assistant", "content": None})]
-        for token, raw, text in self._said(self.tokens):
-            told = {"id": token, "token": text, "bytes": list(raw), "prob": 1.0, "top_probs": []}
+        for token, text in self._said(self.tokens):
+            told = {"id": token, "token": text, "bytes": list(text.encode()), "prob": 1.0, "top_probs": []}
             events.append(chunk({"content": text}, logprobs={"content": [told]}))
         usage = self._usage(len(self.tokens))
         return [
@@ -61,7 +62,7 @@ class Llama:
             left = left[: asked["n_predict"]]
         evaluated = PROMPT_TOKENS + len(known)
         events, count = [], 0
-        for token, _, text in self._said(left):
+        for token, text in self._said(left):
             count = self._count(left, count, token)
             events.append(
                 native(content=text, tokens=[token], tokens_predicted=count, tokens_evaluated=evaluated)
@@ -80,14 +81,12 @@ class Llama:
         return next(i + 1 for i in range(before, len(tokens)) if tokens[i] == token)
 
     @staticmethod
-    def _said(tokens: list[int]) -> list[tuple[int, bytes, str]]:
+    def _said(tokens: list[int]) -> list[tuple[int, str]]:
         said, held = [], b""
         for token in tokens:
-            piece = VOCABULARY[token]
-            raw = piece if isinstance(piece, bytes) else piece.encode()
-            held += raw
+            held += piece(token)
             try:
-                said.append((token, raw, held.decode()))
+                said.append((token, held.decode()))
             except UnicodeDecodeError:
                 continue
             held = b""
@@ -112,8 +111,14 @@ def native(**fields: object) -> bytes:
     return data_event({"index": 0, "stop": False, **fields})
 
 
+def piece(token: int) -> bytes:
+    spelled = VOCABULARY[token]
+    return spelled if isinstance(spelled, bytes) else spelled.encode()
+
+
 def spelled(transcript: Transcript) -> dict[str, tuple[list[int], str]]:
-    """What a tokeniser says that knows `é` as the two tokens it was made of."""
+    """What a tokeniser says that knows `é` as the two tokens it was made of, once it has said what the tokens spell."""
+    transcript.doubt([told for told in transcript.told if b"".join(map(piece, told[0])) != told[1].encode()])
     known = {"é": ([4, 5], "é")}
     return {text: known.get(text, ([], "")) for text in transcript.gaps}
 
@@ -199,15 +204,45 @@ def test_text_that_was_ended_is_not_gone_on_with() -> None:
 def test_gap_that_cannot_be_spelled_is_generated_again_and_compared() -> None:
     llama, transcript = Llama([0, 4, 5, 1]), asked()
     sent = transcript.feed(b"".join(llama.chat()[:4]))
+    spelled(transcript)
     body = transcript.resume("prompt", {"é": ([9], " é")})
     assert json.loads(body)["prompt"] == ["prompt", 0]
     sent += transcript.feed(b"".join(llama.completion(body)))
     assert read(sent)[0] == "aé b"
 
 
+def test_spelling_that_does_not_end_with_the_token_that_was_told_is_not_believed() -> None:
+    transcript = asked()
+    transcript.feed(b"".join(Llama([0, 4, 5, 1]).chat()[:4]))
+    spelled(transcript)
+    assert json.loads(transcript.resume("prompt", {"é": ([9], "é")}))["prompt"] == ["prompt", 0]
+
+
+def told(text: str | None, token: int, **more: object) -> bytes:
+    return chunk({"content": text, **more}, logprobs={"content": [{"id": token, "bytes": []}]})
+
+
+def test_token_whose_text_was_held_back_is_known_where_it_was_told() -> None:
+    """As of the first one, with which the role comes: it may be the beginning of a stop string."""
+    transcript = asked()
+    transcript.feed(told(None, 0, role="assistant") + told("a b", 1))
+    assert transcript.told == [((0, 1), "a b")]
+    body = transcript.resume("prompt", spelled(transcript))
+    assert json.loads(body)["prompt"] == ["prompt", 0, 1]
+
+
+def test_answer_with_a_token_that_is_in_no_text_is_not_gone_on_with() -> None:
+    """The mark before thinking of which nothing came, for one."""
+    transcript = asked()
+    transcript.feed(told(None, 6, role="assistant") + told("a", 0))
+    with pytest.raises(Diverged):
+        spelled(transcript)
+
+
 def test_server_that_generates_something_else_is_found_out() -> None:
     transcript = asked()
     transcript.feed(b"".join(Llama([0, 4, 5]).chat()[:3]))
+    spelled(transcript)
     transcript.resume("prompt", {"é": ([9], " é")})
     with pytest.raises(Diverged):
         transcript.feed(native(content="x", tokens=[3], tokens_predicted=1))
@@ -314,7 +349,8 @@ def test_event_without_end_is_given_up() -> None:
         {"choices": 7},
         {"choices": [{"delta": 3}]},
         {"choices": [{"delta": {"content": 3}}]},
-        {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [{"bytes": [999], "id": 1}]}}]},
+        {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [{"bytes": [97], "id": "1"}]}}]},
+        {"choices": [{"delta": {"content": "a"}, "logprobs": {"content": [{"bytes": [97], "id": [1]}]}}]},
         {"choices": [{"delta": {"content": "a"}, "logprobs": 4}]},
     ],
 )

@@ -12,7 +12,7 @@ import aiohttp
 
 from libmesh_node.http.errors import ApiError
 from libmesh_node.http.replay import Replay
-from libmesh_node.http.transcript import Transcript
+from libmesh_node.http.transcript import Told, Transcript
 from libmesh_node.snapshot import Model, Server
 
 log = logging.getLogger("libmesh_node.http")
@@ -131,6 +131,7 @@ class Succession:
             prompt = ""
             if (request := transcript.template_request) is not None:
                 prompt = (await self._call(server, "/apply-template", request))["prompt"]
+            transcript.doubt(await self._wrong(server, transcript.told))
             spelled = {text: await self._tokens(server, text) for text in transcript.gaps}
         body = transcript.resume(prompt, spelled)
         return await self._post(server, "/completion", body)
@@ -151,8 +152,24 @@ class Succession:
         body = json.dumps({"content": text, "add_special": False, "with_pieces": True}).encode()
         told = (await self._call(server, "/tokenize", body))["tokens"]
         pieces = [piece["piece"] for piece in told]
-        raw = b"".join(bytes(p) if isinstance(p, list) else str(p).encode() for p in pieces)
-        return [int(piece["id"]) for piece in told], raw.decode(errors="replace")
+        raw = [bytes(p) if isinstance(p, list) else str(p).encode() for p in pieces]
+        tokens, spelled = [int(piece["id"]) for piece in told], b"".join(raw).decode(errors="replace")
+        if spelled == f" {text}" and raw[0] == b" ":  # SentencePiece begins every text with a space
+            return tokens[1:], text
+        return tokens, spelled
+
+    async def _wrong(self, server: Server, told: list[Told]) -> frozenset[Told]:
+        """Those of `told` whose tokens do not spell their text. Each at most ends its text, so none hides another's lack."""
+        if not told:
+            return frozenset()
+        tokens = [token for ids, _ in told for token in ids]
+        body = json.dumps({"tokens": tokens}).encode()
+        if (await self._call(server, "/detokenize", body))["content"] == "".join(text for _, text in told):
+            return frozenset()
+        if len(told) == 1:
+            return frozenset(told)
+        half = len(told) // 2
+        return await self._wrong(server, told[:half]) | await self._wrong(server, told[half:])
 
     async def _call(self, server: Server, path: str, body: bytes) -> Any:
         async with self._session.post(server.base_url + path, data=body, headers=_JSON) as answer:

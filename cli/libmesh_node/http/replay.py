@@ -15,8 +15,9 @@ import json
 from hashlib import blake2b
 from typing import Any
 
+from libmesh_node.http.plain import track
 from libmesh_node.http.sse import data_event, event_data
-from libmesh_node.http.transcript import BrokenOff, Diverged, KeptAnswer, Transcript, track
+from libmesh_node.http.transcript import BrokenOff, Diverged, KeptAnswer, Transcript
 
 Json = dict[str, Any]
 

@@ -3,52 +3,27 @@
 A language model's state after n tokens is a function of the prompt and those n tokens. So a stream that broke off is
 continued by a completion whose prompt is the first one's and then the very tokens that were generated: with temperature
 0 the joined text is that of an unbroken run. To know the tokens and not only their text, the server is asked for token
-probabilities, of which its events then carry the ids; they are taken out again before the client sees them. Plain talk in
-other protocols than OpenAI's completions is put into these and back (`dialects.py`, `voices.py`).
+probabilities, of which its events then carry the ids; they are taken out again before the client sees them. An event tells one
+token, and its text may be that of several: of the bytes of one character, or of what might have become a stop string
+(llama.cpp, tools/server: `process_token`). So the next server is asked what the tokens spell before it goes on with them. Plain
+talk in other protocols than OpenAI's completions is put into these and back (`dialects.py`, `voices.py`).
 
-Where this is not provably right, nothing is continued: tool calls, constrained grammars, several choices, requests that
-want probabilities themselves, and answers with reasoning, whose marks' tokens are not told. Some of these can be given again
-from their beginning (`replay.py`).
+Where this is not provably right, nothing is continued: answers to requests that ask for more than text (`plain.py`), and
+answers with reasoning, whose marks' tokens are not told. Some of these can be given again from their beginning (`replay.py`).
 """
 
 from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from libmesh_node.http.dialects import TRANSLATED, translate
 from libmesh_node.http.sse import EventReader, encode_json, event_data
 from libmesh_node.http.voices import Chunks, Voice
 
 Json = dict[str, Any]
-
-_CHAT = ("/v1/chat/completions", "/chat/completions")
-_TEXT = ("/v1/completions",)
-
-_CHANGES_THE_ANSWER = {
-    "tools": ([],),
-    "functions": ([],),
-    "grammar": ("",),
-    "json_schema": ({},),
-    "response_format": ({"type": "text"},),
-    "logprobs": (False, 0),
-    "top_logprobs": (0,),
-    "n_probs": (0,),
-    "post_sampling_probs": (False,),
-    "n": (1,),
-    "n_cmpl": (1,),
-    "best_of": (1,),
-    "echo": (False,),
-    "suffix": ("",),
-    "lora": ([],),
-    "return_progress": (False,),
-    "timings_per_token": (False,),
-    "return_tokens": (False,),
-}
-"""Fields with which nothing is continued, and the values at which they change nothing. Null never does."""
 
 _ONLY_CHAT = ("messages", "stream_options", "max_tokens", "max_completion_tokens", "n_predict", "n_probs")
 
@@ -61,11 +36,16 @@ class Diverged(Exception):
     """What the next server generates is not what the client was sent already."""
 
 
+Told = tuple[tuple[int, ...], str]
+"""Tokens as a server told them, and the text that came with the last of them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Text whose tokens the server did not tell: bytes of one character, or what might have become a stop string."""
+    """Text of which not all tokens are known: at most the `last`."""
 
     text: str
+    last: int | None = None
 
 
 class KeptAnswer(ABC):
@@ -122,7 +102,8 @@ class Transcript(KeptAnswer):
         super().__init__(endpoint)
         self._request, self._chat = request, chat
         self._voice = voice or Chunks()
-        self._parts: list[int | Gap] = []
+        self._parts: list[int | Told | Gap] = []
+        self._untold: list[int] = []  # tokens that came without text, since some came
         self._ends: list[int] = []  # characters of `_text` after each part
         self._text = ""
         self._shell: Json = {}  # of the first event: id, created, model and so on
@@ -154,6 +135,23 @@ class Transcript(KeptAnswer):
         return encode_json(self._request) if self._chat else None
 
     @property
+    def told(self) -> list[Told]:
+        """What is to be asked of the next server: whether these tokens spell these texts. Each once."""
+        return list(dict.fromkeys(part for part in self._parts if isinstance(part, tuple)))
+
+    def doubt(self, wrong: Collection[Told]) -> None:
+        """Of what was `told`, these tokens spell something else: others came before them, whose text was held back.
+
+        Raises `Diverged` if a token was told whose text the client has not been sent: a mark, of thinking or of a channel.
+        """
+        if any(len(tokens) > 1 for tokens, _ in wrong):
+            raise Diverged("a token of it is in no text")
+        self._parts = [
+            Gap(part[1], part[0][-1]) if isinstance(part, tuple) and part in wrong else part
+            for part in self._parts
+        ]
+
+    @property
     def gaps(self) -> tuple[str, ...]:
         """Texts to have tokenised for `resume`."""
         return tuple(part.text for part in self._parts if isinstance(part, Gap))
@@ -176,8 +174,12 @@ class Transcript(KeptAnswer):
             if isinstance(part, int):
                 tokens.append(part)
                 continue
+            if isinstance(part, tuple):
+                tokens += part[0]
+                continue
             ids, text = spelled[part.text]
-            if text != part.text and self._is_greedy:
+            is_sure = text == part.text and part.last in (None, *ids[-1:])
+            if not is_sure and self._is_greedy:
                 kept = index  # from here it is generated once more, and held against what was sent
                 break
             tokens += ids
@@ -185,6 +187,7 @@ class Transcript(KeptAnswer):
         self._resumed = _Resumed(base=len(tokens), repeated=self._text[known:])
         self._parts = list(tokens)
         self._ends = [known] * len(tokens)
+        self._untold = []
         self._hear_another()
         head = prompt if self._chat else self._request["prompt"]
         body = {key: value for key, value in self._request.items() if key not in _ONLY_CHAT}
@@ -246,22 +249,22 @@ class Transcript(KeptAnswer):
         text = delta.get("content")
         if delta.get("tool_calls") or delta.get("reasoning_content"):
             self._strange = True
-        if not text:
-            return
-        if told is None:
-            self._append(Gap(text), text)
-            return
-        spelled = told.get("bytes")
-        token = bytes(spelled if isinstance(spelled, list) else ()).decode(errors="replace")
-        if text == token:
-            self._append(told["id"], text)
-        elif token and text.endswith(token):
-            self._append(Gap(text[: -len(token)]), text[: -len(token)])
-            self._append(told["id"], token)
-        else:
+        if told is not None:
+            part = self._tell(told["id"], text)
+            if part is not None and text:
+                self._append(part, text)
+        elif text:
             self._append(Gap(text), text)
 
-    def _append(self, part: int | Gap, text: str) -> None:
+    def _tell(self, token: int, text: str | None) -> Told | None:
+        """A token came, and its text if it was not held back. Raises `TypeError`."""
+        self._untold.append(token + 0)
+        if not text:
+            return None
+        told, self._untold = (tuple(self._untold), text), []
+        return told
+
+    def _append(self, part: Told | Gap, text: str) -> None:
         self._text += text
         self._parts.append(part)
         self._ends.append(len(self._text))
@@ -279,13 +282,15 @@ class Transcript(KeptAnswer):
         told = value.get("tokens") or []
         new = resumed.fresh(text)
         if len(told) == 1 and count == resumed.predicted + 1:
-            self._extend(told[0], text, new)
+            if (part := self._tell(told[0], text)) is not None:
+                self._extend(part, text, new)
         elif text:
+            self._untold = []
             self._extend(Gap(text), text, new)
         resumed.predicted = count
         return self._piece(new)
 
-    def _extend(self, part: int | Gap, text: str, new: str) -> None:
+    def _extend(self, part: Told | Gap, text: str, new: str) -> None:
         self._text += new
         self._parts.append(part)
         self._ends.append((self._ends[-1] if self._ends else 0) + len(text))
@@ -342,50 +347,3 @@ class _Resumed:
             raise Diverged
         self.repeated = self.repeated[known:]
         return text[known:]
-
-
-def track(path: str, body: bytes) -> Transcript | None:
-    """A transcript for a request whose answer could be continued; `None` for every other."""
-    if path not in _CHAT + _TEXT + TRANSLATED or b'"stream"' not in body:
-        return None
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(request, dict) or request.get("stream") is not True:
-        return None
-    voice: Voice | None = None
-    if path in TRANSLATED:
-        if (translation := translate(path, request)) is None:
-            return None
-        request, voice = translation.request, translation.voice
-    for key, harmless in _CHANGES_THE_ANSWER.items():
-        value = request.get(key)
-        if value is not None and value not in harmless:
-            return None
-    chat = path not in _TEXT
-    if chat and not _is_plain_talk(request.get("messages")):
-        return None
-    if not chat and not _is_prompt(request.get("prompt")):
-        return None
-    return Transcript(request, chat=chat, voice=voice, endpoint=_CHAT[0] if voice else None)
-
-
-def _is_plain_talk(messages: object) -> bool:
-    """Whether messages consist of text: pictures and sound are not part of a rendered prompt."""
-    if not isinstance(messages, list):
-        return False
-    for message in messages:
-        content = message.get("content") if isinstance(message, dict) else message
-        parts = content if isinstance(content, list) else []
-        if any(not isinstance(part, dict) or part.get("type") != "text" for part in parts):
-            return False
-        if content is not None and not isinstance(content, str | list):
-            return False
-    return True
-
-
-def _is_prompt(prompt: object) -> bool:
-    if isinstance(prompt, str):
-        return True
-    return isinstance(prompt, list) and bool(prompt) and all(type(token) is int for token in prompt)
