@@ -16,12 +16,12 @@ What is exported here is the public API; everything else may change without noti
 """
 
 from libmesh.admission import AdmissionConfig
+from libmesh.config import MeshConfig
 from libmesh.core.intercept import FrameRewriter, Interceptor, PassThrough
 from libmesh.core.liveness import LivenessConfig
 from libmesh.core.membership_io import MembershipConfig
 from libmesh.core.paths_io import PathsConfig
 from libmesh.core.relay_desk import RelayLimits
-from libmesh.driver import MeshConfig
 from libmesh.errors import (
     AddressUnavailable,
     AdmissionRefused,
@@ -29,6 +29,7 @@ from libmesh.errors import (
     InviteError,
     InviteExpired,
     InviteMalformed,
+    MeshClosed,
     MeshError,
     NetworkError,
     PeerUnreachable,
@@ -37,7 +38,7 @@ from libmesh.errors import (
 from libmesh.identity import SecretKey
 from libmesh.invites import InviteInfo, read_invite
 from libmesh.lan import Nearby, look_around
-from libmesh.mesh import Mesh, ServiceHandler
+from libmesh.mesh import Mesh
 from libmesh.net.base import Network, Stream, StreamReset
 from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
 from libmesh.opening import open_mesh
@@ -57,7 +58,7 @@ from libmesh.peers import (
 )
 from libmesh.posts import Post
 from libmesh.relays import RelayUse
-from libmesh.tunnel import Door, expose, serve_tunnel
+from libmesh.tunnel import Door, ServiceHandler, expose, serve_tunnel
 
 __version__ = "0.1.0"
 
@@ -79,6 +80,7 @@ __all__ = [
     "LivenessConfig",
     "MembershipConfig",
     "Mesh",
+    "MeshClosed",
     "MeshConfig",
     "MeshError",
     "MeshId",

@@ -18,6 +18,7 @@ from libmesh.alarm import Alarm
 from libmesh.core import membership_io as io
 from libmesh.core.credentials import Credential
 from libmesh.core.membership import Membership
+from libmesh.core.ranges import check_counts, check_numbers
 from libmesh.core.ways import is_private
 from libmesh.errors import AdmissionRefused, MeshError, PeerUnreachable, ServiceRefused
 from libmesh.net.base import Network, Stream
@@ -50,9 +51,8 @@ class AdmissionConfig:
 
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the field, when a value cannot work."""
-        for name in ("hello_limit", "seek_min", "seek_max"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name}={getattr(self, name)}: greater than 0")
+        check_numbers(self, "hello_limit", "seek_min", "seek_max")
+        check_counts(self, "max_followers", least=0)
 
 
 class Admission:
@@ -135,6 +135,8 @@ class Admission:
     def add_contacts(self, contacts: Sequence[tuple[PeerId, tuple[str, ...]]], *, given: bool = True) -> None:
         """Remember ways into the mesh. `given`: by a person, so that they may be dialled whatever they are."""
         for peer, addresses in contacts:
+            if isinstance(addresses, str):
+                raise TypeError(f"addresses are a tuple of texts, not the text {addresses!r}")
             if peer != self._network.peer:
                 addresses = addresses if given else self.allowed(peer, addresses)
                 self._contacts[peer] = addresses

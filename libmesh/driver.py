@@ -10,21 +10,20 @@ import logging
 import random
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 
 import trio
 
 from libmesh import following, hello, probing, syncing, wire
-from libmesh.admission import Admission, AdmissionConfig
+from libmesh.admission import Admission
 from libmesh.alarm import Alarm
 from libmesh.clock import Clock
+from libmesh.config import MeshConfig
 from libmesh.core import membership as core
 from libmesh.core import membership_io as io
 from libmesh.core.announcement import Announcement, Record
 from libmesh.core.credentials import Authority, Credential, Revocation
-from libmesh.core.liveness import LivenessConfig
-from libmesh.core.paths_io import PathsConfig
 from libmesh.core.ways import is_circuit, to_announce
 from libmesh.errors import AdmissionRefused, PeerUnreachable, ServiceRefused
 from libmesh.following import Following, Herald
@@ -35,7 +34,6 @@ from libmesh.pathing import Pathing
 from libmesh.peers import PeerId, PeerState, Service, View
 from libmesh.posts import Posts
 from libmesh.probing import Prober
-from libmesh.relays import RelayUse
 from libmesh.resuming import Resumption
 from libmesh.syncing import Syncing
 from libmesh.watching import Watchers
@@ -45,37 +43,6 @@ log = logging.getLogger(__name__)
 
 _MAX_FOREIGN = 256
 """Relays that are remembered not to be members; then they are asked anew."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MeshConfig:
-    """How a mesh behaves. The defaults suit a handful to some dozens of peers on a LAN or a WAN.
-
-    Attributes:
-        agent: name and version of the application, shown to peers; at most 128 bytes.
-        farewell: seconds given to our goodbye to get out before connections are closed.
-        sync_interval: seconds between digest exchanges with a peer chosen at random, which repair what gossip lost.
-        admission: times of hellos and of seeking the first peer.
-        membership: times of the membership machine.
-        liveness: times of probes.
-        paths: times of the search for paths.
-        relays: which relays are used, and whether this node is one.
-        lan: find members on the LAN, and be found by them, by multicast DNS. What is told there names the mesh to those who
-            know its id only.
-        resume: seconds for which the TCP connections in tunnels outlive the connection to their peer, waiting for
-            another one; 0 to let them end with it.
-    """
-
-    agent: str = "libmesh"
-    farewell: float = 0.3
-    sync_interval: float = 10.0
-    admission: AdmissionConfig = field(default_factory=AdmissionConfig)
-    membership: io.MembershipConfig = field(default_factory=io.MembershipConfig)
-    liveness: LivenessConfig = field(default_factory=LivenessConfig)
-    paths: PathsConfig = field(default_factory=PathsConfig)
-    relays: RelayUse = field(default_factory=RelayUse)
-    lan: bool = False
-    resume: float = 15.0
 
 
 class Driver:

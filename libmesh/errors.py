@@ -8,6 +8,7 @@
     ├── AdmissionRefused       the other side will not have us (or we will not have it); `.reason` says why
     ├── PeerUnreachable        no path worked; `.attempts` says why for each
     ├── ServiceRefused         the peer answered, but not with that service; `.reason` says why
+    ├── MeshClosed             the context of `open_mesh` is over
     └── NetworkError           the transport beneath failed
         ├── AddressUnavailable a port is taken or an address is not ours
         └── StreamReset        a stream ended abruptly (in `net/base.py`, as it is trio's error too)
@@ -66,6 +67,15 @@ class ServiceRefused(MeshError):
     def __init__(self, message: str, *, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
+
+
+class MeshClosed(MeshError):
+    """This node has left the mesh: the context of `open_mesh` is over."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "this node has left the mesh; what is asked of it belongs inside `async with open_mesh(...)`"
+        )
 
 
 class NetworkError(MeshError):

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
@@ -13,24 +14,24 @@ import trio
 
 from libmesh import keys, tokens, tunnel, wire
 from libmesh.core import membership_io as io
+from libmesh.core.announcement import check_said
 from libmesh.core.credentials import Authority, Invite, Link
 from libmesh.driver import Driver
-from libmesh.errors import AdmissionRefused, InviteDenied, InviteMalformed, PeerUnreachable, ServiceRefused
+from libmesh.errors import (
+    AdmissionRefused,
+    InviteDenied,
+    MeshClosed,
+    PeerUnreachable,
+    ServiceRefused,
+)
 from libmesh.invites import InviteInfo, check_invite, invites_in, ways_in
 from libmesh.net.base import Stream
 from libmesh.peers import MeshId, PathKind, PeerId, Reaching, Scope, Service, View
 from libmesh.posts import Post, check_topic
 from libmesh.resuming import NearTunnel, Resumption
-from libmesh.wire_pieces import WireError, valid_service_name
+from libmesh.tunnel import ServiceHandler
 
 log = logging.getLogger(__name__)
-
-_MAX_SAID = 56 * 1024  # leaves 4 KiB of an announcement's 60 for the credential, addresses and numbers
-_SERVICE_BYTES = 8  # protobuf's own for each service
-
-ServiceHandler = Callable[[Stream], Awaitable[None]]
-"""Called in its own task for each stream that a member opened to a service. The stream is closed when it returns, and
-reset if it raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +41,17 @@ class _Offer:
 
 
 class Mesh:
-    """A mesh that this process is a member of. Obtained from `open_mesh`; use from its trio thread only."""
+    """A mesh that this process is a member of. Obtained from `open_mesh`; use from its trio thread only.
+
+    Once that context is over, it is `closed`: what was known last can still be read, everything else raises `MeshClosed`.
+    """
 
     def __init__(self, driver: Driver, authority: Authority) -> None:
         self._driver, self._authority = driver, authority
         self._offers: dict[str, _Offer] = {}
         self._attributes = b""
         self._tunnelled: Counter[tuple[PathKind, str]] = Counter()
+        self.closed = False
         driver.network.set_handler(tunnel.PROTOCOL, self._answer_open)
 
     # ── what applications ask ────────────────────────────────────────────────────────────────────────────────────
@@ -103,9 +108,9 @@ class Mesh:
             async with mesh.watch() as views:
                 async for view in views: ...
 
-        Keeps the newest view only: a slow reader skips, never lags.
+        Keeps the newest view only: a slow reader skips, never lags. Ends when the mesh is closed.
         """
-        async with self._driver.watchers.watch() as views:
+        async with self._open.watchers.watch() as views:
             yield views
 
     def announce(self, attributes: bytes) -> None:
@@ -119,7 +124,7 @@ class Mesh:
         attributes = bytes(memoryview(attributes))  # what is no bytes must not get into announcements
         if (size := len(attributes)) > wire.MAX_ATTRIBUTES:
             raise ValueError(f"attributes of {size} bytes; at most {wire.MAX_ATTRIBUTES} are allowed")
-        self._check_size(attributes, self._offers)
+        check_said(attributes, self._offers)
         self._attributes = attributes
         self._announce()
 
@@ -130,25 +135,11 @@ class Mesh:
         """Offer the service `name` to members with `scope`, for as long as the context lasts.
 
         Streams that are open then live on until their handlers return. With `lasting`, those whose opener wants it outlive
-        their connection: see `open_service`. Raises `ValueError` for a bad name or one that is offered already.
+        their connection: see `open_service`. Raises `ValueError` for a bad name or one that is offered already, and
+        `TypeError` for what is no handler.
         """
-
-        async def accept_first(stream: Stream, accept: tunnel.Accept) -> None:
-            lifeline = self.resumption.far(stream.peer, accept.session) if lasting else None
-            if lifeline is None:
-                await accept()
-                await handler(stream)
-                return
-            lifeline.carried_by(stream)
-            kept = self.resumption.lasting(stream, lifeline)
-            try:
-                await accept(resumable=True)
-                await handler(kept)
-                await kept.aclose()
-            finally:
-                kept.reset()
-
-        with self.offer_raw(name, accept_first, scope=scope):
+        accepting = tunnel.accepting(handler, self.resumption if lasting else None)
+        with self.offer_raw(name, accepting, scope=scope):
             yield
 
     @contextmanager
@@ -156,21 +147,22 @@ class Mesh:
         self, name: str, handler: tunnel.RawHandler, *, scope: Scope = Scope.CLIENT
     ) -> Iterator[None]:
         """As `offer`, for handlers that decide themselves: they call `accept()`, or raise `ServiceRefused` first."""
-        if not valid_service_name(name):
-            raise ValueError(f"{name!r} is no service name: 1 to 255 bytes, without control characters")
+        tunnel.check_service(name)
         if name in self._offers:
             raise ValueError(f"the service {name!r} is offered already")
         if len(self._offers) >= wire.MAX_SERVICES:
             raise ValueError(f"at most {wire.MAX_SERVICES} services can be offered")
-        self._check_size(self._attributes, (*self._offers, name))
-        self._offers[name] = _Offer(Service(name=name, scope=Scope(scope)), handler)
-        self._driver.take_part()
+        check_said(self._attributes, (*self._offers, name))
+        offer = _Offer(Service(name=name, scope=Scope(scope)), handler)
+        self._open.take_part()
+        self._offers[name] = offer
         self._announce()
         try:
             yield
         finally:
             del self._offers[name]
-            self._announce()
+            if not self.closed:
+                self._announce()
 
     async def publish(self, topic: str, data: bytes) -> None:
         """Send `data`, at most 56 KiB, to all members that subscribe to `topic` (1 to 255 bytes of text).
@@ -182,7 +174,7 @@ class Mesh:
         if len(data := bytes(memoryview(data))) > wire.MAX_POST_DATA:
             raise ValueError(f"a message of {len(data)} bytes; at most {wire.MAX_POST_DATA} are allowed")
         await trio.lowlevel.checkpoint()  # py-libp2p may have none: a loop of these would starve all
-        await self._driver.take_part_now()
+        await self._open.take_part_now()
         await self._driver.posts.publish(topic, data)
 
     @asynccontextmanager
@@ -192,10 +184,11 @@ class Mesh:
             async with mesh.subscribe("chat") as posts:
                 async for post in posts: print(post.author, post.data)
 
-        Holds up to 256 messages for a slow reader; the oldest go first when it falls behind. Raises as `publish`.
+        Holds up to 256 messages for a slow reader; the oldest go first when it falls behind. Ends when the mesh is closed.
+        Raises as `publish`.
         """
         check_topic(topic)
-        await self._driver.take_part_now()
+        await self._open.take_part_now()
         async with self._driver.posts.subscribe(topic) as posts:
             yield posts
 
@@ -221,9 +214,13 @@ class Mesh:
             if lifeline is not None:
                 lifeline.end()
             return stream
-        await self._driver.reach(peer)
-        stream = await self._driver.network.open_stream(peer, tunnel.PROTOCOL)
+        stream = await self._open_stream(peer, service)
         return await tunnel.request(stream, service, wait=wait)
+
+    async def _open_stream(self, peer: PeerId, service: str) -> Stream:
+        tunnel.check_service(service)
+        await self._open.reach(peer)
+        return await self._driver.network.open_stream(peer, tunnel.PROTOCOL)
 
     @property
     def resumption(self) -> Resumption:
@@ -234,8 +231,7 @@ class Mesh:
         self, peer: PeerId, service: str, *, wait: bool = False
     ) -> tuple[Stream, NearTunnel | None]:
         """As `open_service`, and with what the tunnel goes on by if its connection is lost."""
-        await self._driver.reach(peer)
-        stream = await self._driver.network.open_stream(peer, tunnel.PROTOCOL)
+        stream = await self._open_stream(peer, service)
         lifeline = self.resumption.near(peer)
         try:
             return await tunnel.request(stream, service, wait=wait, lifeline=lifeline), lifeline
@@ -268,14 +264,14 @@ class Mesh:
 
         It names this node's addresses, and up to two connected peers', as ways in. Raises `InviteDenied` or `ValueError`.
         """
-        if self._driver.membership.me.announcement.leaving:
-            raise InviteDenied("this node is leaving the mesh")
+        if not_after_unix is not None and not math.isfinite(not_after_unix):
+            raise ValueError(f"not_after_unix: {not_after_unix} is no time; `None` is for ever")
         end = None if not_after_unix is None else int(not_after_unix)
         authority = self._authority.delegate(scope=Scope(scope), not_after_unix=end, seed=os.urandom(32))
         return tokens.encode_invite(Invite(authority=authority, contacts=self._ways_in()))
 
     def _ways_in(self) -> tuple[tuple[PeerId, tuple[str, ...]], ...]:
-        return ways_in(self.view, self.addresses, following=self.following)
+        return ways_in(self._open.view, self.addresses, following=self.following)
 
     def admission_of(self, peer: PeerId) -> tuple[tuple[str, ...], int | None] | None:
         """How a peer came in: the ids of the invites from the mesh's key down to it, and when its membership ends.
@@ -303,25 +299,21 @@ class Mesh:
         if `chain` is none, `InviteDenied` unless this node made the invite or one that it came from, and when that many
         are kept already: 1,024, of which 64 by each inviter.
         """
-        try:
-            links = tokens.decode_chain(chain).links
-        except WireError as exc:
-            raise InviteMalformed(f"this names no invite: {exc}") from exc
-        self._revoke(links)
+        self._revoke(tokens.decode_chain(chain).links)
 
     def revoke_peer(self, peer: PeerId) -> None:
         """Take back the membership of one peer, under the invite that it came with. Another one lets it in again.
 
         Raises `InviteDenied` unless this node let it in, or whoever did; `PeerUnreachable` if the peer is not known.
         """
-        credential = self._driver.credential_of(peer)
+        credential = self._open.credential_of(peer)
         if credential is None:
             raise PeerUnreachable(f"nothing is known of a peer {peer}")
         self._revoke(credential.links)
 
     def _revoke(self, links: tuple[Link, ...]) -> None:
         revocation = self._authority.revoke(links)
-        self._driver.handle(io.RevocationHeard(revocation, gossiped=False))
+        self._open.handle(io.RevocationHeard(revocation, gossiped=False))
         if revocation not in self._driver.membership.revoked:
             raise InviteDenied("it is not of this mesh, or the mesh keeps no more revocations by this node")
 
@@ -332,7 +324,7 @@ class Mesh:
 
     def add_contacts(self, contacts: Iterable[tuple[PeerId, tuple[str, ...]]]) -> None:
         """Remember ways into the mesh (peers and their multiaddrs), tried whenever this node knows nobody."""
-        self._driver.admission.add_contacts(tuple(contacts), given=False)
+        self._open.admission.add_contacts(tuple(contacts), given=False)
 
     async def join(self, token: str) -> None:
         """Reach one of the contacts of an invite to *this* mesh. Returns when the first one has admitted us.
@@ -358,7 +350,7 @@ class Mesh:
         await self.enter(invite, wait=not self._driver.admission.anybody)
 
     def _checked(self, token: str) -> Invite:
-        invite = check_invite(token, now_unix=self._driver.now())
+        invite = check_invite(token, now_unix=self._open.now())
         if invite.authority.mesh_id != self.mesh_id:
             words = f"the invite is for the mesh {invite.authority.mesh_id}, this is {self.mesh_id}"
             raise AdmissionRefused(words, reason="wrong_mesh", peer="")
@@ -369,6 +361,18 @@ class Mesh:
         self._driver.admission.add_contacts(invite.contacts)
         if wait:
             await self._driver.admission.seek()
+
+    @property
+    def _open(self) -> Driver:
+        if self.closed:
+            raise MeshClosed
+        return self._driver
+
+    def close(self) -> None:
+        """For `open_mesh`, as it ends."""
+        self.closed = True
+        self._driver.watchers.close()
+        self._driver.posts.close()
 
     # ── services ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -388,13 +392,5 @@ class Mesh:
 
         await tunnel.answer(stream, choose)
 
-    @staticmethod
-    def _check_size(attributes: bytes, services: Iterable[str]) -> None:
-        size = len(attributes) + sum(len(name.encode()) + _SERVICE_BYTES for name in services)
-        if size > _MAX_SAID:
-            raise ValueError(
-                f"attributes and services take {size} bytes together; at most {_MAX_SAID} are allowed"
-            )
-
     def _announce(self) -> None:
-        self._driver.say(tuple(offer.service for offer in self._offers.values()), self._attributes)
+        self._open.say(tuple(offer.service for offer in self._offers.values()), self._attributes)

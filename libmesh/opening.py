@@ -9,8 +9,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 
 import trio
 
+from libmesh.config import MeshConfig
 from libmesh.core.credentials import Authority
-from libmesh.driver import Driver, MeshConfig
+from libmesh.driver import Driver
 from libmesh.errors import MeshError
 from libmesh.identity import SecretKey
 from libmesh.invites import check_invite
@@ -59,10 +60,13 @@ async def open_mesh(
         AdmissionRefused, PeerUnreachable: with `wait`, no contact let us in.
 
     Leaving says goodbye, then ends all streams and connections. There is a trio nursery inside, so an error of the body
-    comes out in an exception group; the errors above do not.
+    comes out in an exception group; the errors above do not. From then on the mesh raises `MeshClosed`.
     """
     if (mesh_key is None) == (invite is None):
         raise ValueError("exactly one of mesh_key and invite is needed")
+    _check_kinds(key=(key, SecretKey), mesh_key=(mesh_key, SecretKey), listen=(listen, Libp2pConfig))
+    _check_kinds(network=(network, Network), config=(config, MeshConfig))
+    revocations = [bytes(memoryview(revocation)) for revocation in revocations]
     opened = check_invite(invite, now_unix=wall_clock()) if invite is not None else None
     authority = opened.authority if opened is not None else Authority.of_mesh(_seed_of(mesh_key))
     config, rng = config or MeshConfig(), rng or random.Random()
@@ -88,6 +92,7 @@ async def open_mesh(
                     await stack.enter_async_context(driver.running())
                     driver.recall(revocations)
                     mesh = Mesh(driver, authority)
+                    stack.callback(mesh.close)
                     await stack.enter_async_context(relays_of(mesh, driver, config.relays))
                     await stack.enter_async_context(lan_of(mesh, driver, config.lan))
                     opening.set()
@@ -113,6 +118,12 @@ async def open_mesh(
             leave.set()
     if kept_out is not None:
         raise kept_out
+
+
+def _check_kinds(**given: tuple[object, type]) -> None:
+    for name, (value, kind) in given.items():
+        if not isinstance(value, kind) and (value is not None or name == "key"):
+            raise TypeError(f"{name} is a {kind.__name__}, not {type(value).__name__}")
 
 
 def _seed_of(key: SecretKey | None) -> bytes:

@@ -69,8 +69,13 @@ class Posts:
             async with receive:
                 yield receive
         finally:
-            del self._subscribers[send]
+            self._subscribers.pop(send, None)
             send.close()
+
+    def close(self) -> None:
+        """Nothing comes any more: subscribers read what there is, and then the end."""
+        while self._subscribers:
+            self._subscribers.popitem()[0].close()
 
     def deliver(self, author: PeerId, data: bytes) -> None:
         """Hand a message from gossip to whoever subscribes to its topic."""

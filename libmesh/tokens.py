@@ -50,6 +50,8 @@ def encode_invite(invite: Invite) -> str:
 
 def decode_invite(token: str) -> Invite:
     """The inverse of `encode_invite`. Raises `InviteMalformed`; does not check times or signatures."""
+    if not isinstance(token, str):
+        raise TypeError(f"an invite is a text, not {type(token).__name__}")
     text = "".join(token.split())
     if not text.startswith("lm"):
         raise InviteMalformed(f"this is no invite: a token starts with '{TOKEN_PREFIX}'")
@@ -96,5 +98,8 @@ def encode_chain(mesh_key: bytes, links: tuple[Link, ...]) -> bytes:
 
 
 def decode_chain(data: bytes) -> Credential:
-    """The inverse of `encode_chain`; its last link may be an invite's or a peer's. Raises `WireError`."""
-    return credential_from_pb(parse(pb.Credential(), data, MAX_INVITE))
+    """The inverse of `encode_chain`; its last link may be an invite's or a peer's. Raises `InviteMalformed`."""
+    try:
+        return credential_from_pb(parse(pb.Credential(), data, MAX_INVITE))
+    except WireError as exc:
+        raise InviteMalformed(f"this names no invite: {exc}") from exc

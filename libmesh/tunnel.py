@@ -19,15 +19,15 @@ from typing import TYPE_CHECKING
 import trio
 
 from libmesh import wire
-from libmesh.errors import AddressUnavailable, MeshError, PeerUnreachable, ServiceRefused
+from libmesh.errors import AddressUnavailable, MeshClosed, MeshError, PeerUnreachable, ServiceRefused
 from libmesh.framing import FrameReader, frame
 from libmesh.net.base import Stream, StreamReset
 from libmesh.net.splice import splice
 from libmesh.net.tcp import connect
 from libmesh.peers import PeerId, Scope
 from libmesh.resume_wire import is_resumable, session_of_open
-from libmesh.resuming import NearTunnel
-from libmesh.wire_pieces import WireError
+from libmesh.resuming import NearTunnel, Resumption
+from libmesh.wire_pieces import WireError, valid_service_name
 
 if TYPE_CHECKING:
     from libmesh.mesh import Mesh
@@ -59,6 +59,10 @@ class Acceptance:
         if not self._stream.post(said):
             await self._stream.send_all(said)
 
+
+ServiceHandler = Callable[[Stream], Awaitable[None]]
+"""Called in its own task for each stream that a member opened to a service. The stream is closed when it returns, and
+reset if it raises."""
 
 Accept = Acceptance
 RawHandler = Callable[[Stream, Accept], Awaitable[None]]
@@ -114,6 +118,35 @@ async def answer(stream: Stream, choose: Callable[[str], RawHandler]) -> None:
             await stream.aclose()
     except trio.BrokenResourceError:
         stream.reset()
+
+
+def check_service(name: str) -> None:
+    """Raise `ValueError` for what names no service."""
+    if not valid_service_name(name):
+        raise ValueError(f"{name!r} is no service name: 1 to 255 bytes, without control characters")
+
+
+def accepting(handler: ServiceHandler, resumption: Resumption | None) -> RawHandler:
+    """Accepts each stream and has `handler` serve it; with `resumption` as one that lasts, if its opener wants that."""
+    if not callable(handler):
+        raise TypeError(f"a handler is an async function that takes a stream, not {handler!r}")
+
+    async def serve(stream: Stream, accept: Accept) -> None:
+        lifeline = None if resumption is None else resumption.far(stream.peer, accept.session)
+        if resumption is None or lifeline is None:
+            await accept()
+            await handler(stream)
+            return
+        lifeline.carried_by(stream)
+        kept = resumption.lasting(stream, lifeline)
+        try:
+            await accept(resumable=True)
+            await handler(kept)
+            await kept.aclose()
+        finally:
+            kept.reset()
+
+    return serve
 
 
 async def request(stream: Stream, service: str, *, wait: bool, lifeline: NearTunnel | None = None) -> Stream:
@@ -225,6 +258,10 @@ async def expose(
     """
     if not 0 < port <= 65535:
         raise ValueError(f"port {port}: from 1 to 65535")
+    if not isinstance(host, str):
+        raise TypeError(f"a host is a text, not {host!r}")
+    if door is not None and not callable(door):
+        raise TypeError(f"a door is a function that takes a peer and returns a context manager, not {door!r}")
     idle: set[trio.CancelScope] = set()
 
     async def serve(stream: Stream, accept: Accept) -> None:
@@ -298,10 +335,14 @@ async def serve_tunnel(
     Reports the port through `task_status`; 0 takes a free one. It stays the same however often the path to the peer
     changes. A connection that cannot be carried is reset, and what was wrong is logged. Connections end with the call, or
     live in `handler_nursery` if there is one (as with `trio.serve_listeners`), and go on until they end by themselves.
-    Raises `AddressUnavailable` if the port is taken, and `ValueError` for what is none.
+    Raises `AddressUnavailable` if the port is taken, `ValueError` for what is none or names no service, and
+    `MeshClosed`.
     """
     if not 0 <= port <= 65535:
         raise ValueError(f"port {port}: from 0 to 65535")
+    check_service(service)
+    if mesh.closed:
+        raise MeshClosed
     try:
         listeners = await trio.open_tcp_listeners(port, host=host)
     except OSError as exc:

@@ -31,8 +31,13 @@ class Watchers:
             async with receive:
                 yield receive
         finally:
-            del self._watchers[send]
+            self._watchers.pop(send, None)
             send.close()
+
+    def close(self) -> None:
+        """Nothing changes any more: whoever watches reads the last view, and then the end."""
+        while self._watchers:
+            self._watchers.popitem()[0].close()
 
     def tell(self) -> None:
         """The mesh is another one now."""

@@ -136,7 +136,7 @@ def valid_service_name(name: str) -> bool:
     Python, and peers must agree.
     """
     try:
-        return 1 <= len(name.encode()) <= 255 and not _REFUSED.search(name)
+        return isinstance(name, str) and 1 <= len(name.encode()) <= 255 and not _REFUSED.search(name)
     except UnicodeEncodeError:
         return False
 

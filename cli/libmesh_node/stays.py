@@ -187,28 +187,31 @@ class Stays:
             follow=self._options.client and membership.token is not None,
             revocations=kept.revocations,
         )
-        async with opened as mesh, trio.open_nursery() as nursery:
-            self._scope = nursery.cancel_scope
-            if self._switch is not None and self._switch.to is not membership:
-                self._scope.cancel()  # wished for while this mesh was being opened
-                await trio.lowlevel.checkpoint()
-            self._remember_port(mesh.addresses)
-            mesh.add_contacts(kept.contacts)
-            self._opened(mesh, membership, nursery)
+        async with opened as mesh:
             try:
-                if membership.token is not None:
-                    await mesh.join(membership.token)
-            except MeshError as exc:
-                if must_enter:
-                    failure = exc
-                    nursery.cancel_scope.cancel()
-                else:
-                    log.warning("nobody in the mesh answers yet, trying on: %s", exc)
-                    nursery.start_soon(self._settle_later, mesh, membership)
-            else:
-                entered()
-                self._settle(mesh, membership)
-        self._closed()
+                async with trio.open_nursery() as nursery:
+                    self._scope = nursery.cancel_scope
+                    if self._switch is not None and self._switch.to is not membership:
+                        self._scope.cancel()  # wished for while this mesh was being opened
+                        await trio.lowlevel.checkpoint()
+                    self._remember_port(mesh.addresses)
+                    mesh.add_contacts(kept.contacts)
+                    self._opened(mesh, membership, nursery)
+                    try:
+                        if membership.token is not None:
+                            await mesh.join(membership.token)
+                    except MeshError as exc:
+                        if must_enter:
+                            failure = exc
+                            nursery.cancel_scope.cancel()
+                        else:
+                            log.warning("nobody in the mesh answers yet, trying on: %s", exc)
+                            nursery.start_soon(self._settle_later, mesh, membership)
+                    else:
+                        entered()
+                        self._settle(mesh, membership)
+            finally:
+                self._closed()  # while the mesh can still be asked
         if failure is not None:
             raise failure
 

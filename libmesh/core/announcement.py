@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,9 @@ from libmesh.peers import MeshId, PeerId, Service
 
 SIGNING_CONTEXT = b"libmesh announcement 1\0"
 """What an announcement's signature covers, before its body."""
+
+_MAX_SAID = 56 * 1024  # leaves 4 KiB of an announcement's 60 for the credential, addresses and numbers
+_SERVICE_BYTES = 8  # protobuf's own for each service
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,15 @@ class Record:
 
 Seal = Callable[[Announcement], Record]
 """Encodes and signs an announcement of our own. Pure."""
+
+
+def check_said(attributes: bytes, services: Iterable[str]) -> None:
+    """Raise `ValueError` if an announcement has no room for these attributes and names of services."""
+    size = len(attributes) + sum(len(name.encode()) + _SERVICE_BYTES for name in services)
+    if size > _MAX_SAID:
+        raise ValueError(
+            f"attributes and services take {size} bytes together; at most {_MAX_SAID} are allowed"
+        )
 
 
 class Authentic(Protocol):

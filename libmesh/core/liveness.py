@@ -30,6 +30,7 @@ import random
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 
+from libmesh.core.ranges import check_counts, check_numbers
 from libmesh.peers import PeerId
 
 
@@ -51,9 +52,9 @@ class LivenessConfig:
     helpers: int = 3
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
+        """Raise `ValueError`, naming the field, when a value cannot work."""
+        check_numbers(self, "interval", "timeout", "indirect_timeout")
+        check_counts(self, "helpers")
 
     @classmethod
     def lan(cls) -> LivenessConfig:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from libmesh.core.announcement import Record
 from libmesh.core.credentials import Credential, Revocation
+from libmesh.core.ranges import check_counts, check_numbers
 from libmesh.core.summary import Digest
 from libmesh.peers import PeerId, PeerState, Service
 
@@ -70,12 +71,10 @@ class MembershipConfig:
     seek: float = 30.0
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be greater than 0, not {getattr(self, name)}")
-        for name in ("connections", "followed"):
-            if getattr(self, name) < 4:
-                raise ValueError(f"{name} must be at least 4, not {getattr(self, name)}")
+        """Raise `ValueError`, naming the field, when a value cannot work."""
+        check_numbers(self, *self.__slots__)
+        check_counts(self, "full_mesh")
+        check_counts(self, "connections", "followed", least=4)
 
     def respite(self, *, connected: bool, alone: bool) -> float:
         """How long a suspect has, with or without a connection, and with nobody else who could be asked about it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from libmesh.core.timers import INFINITY
+from libmesh.core.ranges import check_numbers
 from libmesh.peers import Attempt, PathKind, PeerId
 
 
@@ -36,9 +36,8 @@ class PathsConfig:
     doubt_gap: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if not 0 < getattr(self, name) < INFINITY:
-                raise ValueError(f"{name} must be greater than 0 and finite, not {getattr(self, name)}")
+        """Raise `ValueError`, naming the field, when a value cannot work."""
+        check_numbers(self, *self.__slots__)
         if self.retry_min > self.retry_max:
             raise ValueError(f"retry_min is {self.retry_min}, more than retry_max, {self.retry_max}")
 

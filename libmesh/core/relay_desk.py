@@ -20,6 +20,7 @@ from collections import Counter
 from dataclasses import dataclass
 from enum import Enum
 
+from libmesh.core.ranges import check_counts, check_numbers
 from libmesh.peers import PeerId
 
 
@@ -52,14 +53,11 @@ class RelayLimits:
 
     def __post_init__(self) -> None:
         """Raise `ValueError`, naming the field, when a value cannot work."""
-        for name in ("reservations", "circuits", "circuits_per_peer", "pending_per_peer"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1")
-        for name in ("duration", "data", "bandwidth", "bandwidth_per_peer"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 0, which is no limit")
-        if not self.reservation_time >= 10:
-            raise ValueError(f"reservation_time={self.reservation_time}: at least 10 seconds")
+        check_counts(self, "reservations", "circuits", "circuits_per_peer", "pending_per_peer")
+        check_numbers(self, "duration", "data", "bandwidth", "bandwidth_per_peer", zero=True)
+        check_numbers(self, "reservation_time")
+        if self.reservation_time < 10:
+            raise ValueError(f"reservation_time must be at least 10, not {self.reservation_time}")
 
 
 class Refusal(Enum):

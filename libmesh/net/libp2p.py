@@ -217,6 +217,8 @@ class Libp2pNetwork(Network):
         kind: PathKind,
     ) -> Path:
         """See `Underlay.make`."""
+        if self._tasks is None:
+            raise NetworkError("this network is closed")
         return await self._connections.make(bytes_to, peer=peer, address=address, kind=kind)
 
     async def adopt(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from ipaddress import ip_address
 
 from multiaddr import Multiaddr
 
+from libmesh.core.ranges import check_counts, check_numbers
 from libmesh.core.relay_desk import RelayLimits
 
 
@@ -57,11 +59,19 @@ class Libp2pConfig:
         """Raise `ValueError`, naming the field, when a value cannot work."""
         for name in ("port", "websocket_port"):
             port = getattr(self, name)
-            if not (port is None or (isinstance(port, int) and 0 <= port <= 65535)):
+            none = port is None and name == "websocket_port"
+            if not (none or (isinstance(port, int) and 0 <= port <= 65535)):
                 raise ValueError(f"{name}={port!r}: from 0 to 65535")
         for name in ("hosts", "announce"):
             if isinstance(getattr(self, name), str):
                 raise ValueError(f"{name}={getattr(self, name)!r}: a tuple of texts, not one text")
+        if not self.hosts:
+            raise ValueError("hosts: there must be at least one")
+        for host in self.hosts:
+            try:
+                ip_address(host)
+            except ValueError as exc:
+                raise ValueError(f"hosts: {host!r} is no IP address, like 127.0.0.1") from exc
         for address in self.announce:
             try:
                 Multiaddr(address)
@@ -69,3 +79,6 @@ class Libp2pConfig:
                 raise ValueError(
                     f"announce: {address!r} is no multiaddr, like /ip4/192.0.2.1/tcp/4001"
                 ) from exc
+        check_counts(self, "max_connections", "max_handshakes", "max_waiting", "max_events")
+        check_numbers(self, "handshake_limit", "ping_interval", "ping_timeout")
+        check_numbers(self, "admission_limit", zero=True)

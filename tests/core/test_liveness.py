@@ -189,7 +189,7 @@ def test_who_is_not_watched_is_nobodys_ward() -> None:
 
 @pytest.mark.parametrize("field", ["interval", "timeout", "indirect_timeout", "helpers"])
 def test_times_must_be_positive(field: str) -> None:
-    with pytest.raises(ValueError, match=f"{field} must be greater than 0"):
+    with pytest.raises(ValueError, match=f"{field} must be (greater than 0|at least 1)"):
         LivenessConfig(**{field: 0})
 
 
