@@ -101,24 +101,26 @@ def test_a_standby_has_nothing_to_spare_of_what_splits_have() -> None:
 
 
 @pytest.mark.parametrize(
-    ("asked", "why"),
+    ("asked", "why", "told"),
     [
-        (11 * GB, "its memory is taken: 11.00 GB are asked for, 10.00 GB are left"),
-        (10 * GB, "its rpc-server does not run: "),
+        (11 * GB, "its memory is taken: 11.00 GB are asked for, 10.00 GB are left", []),
+        (10 * GB, "its rpc-server does not run: ", [10 * GB, 0]),
     ],
 )
 async def test_a_worker_lends_nothing_of_what_its_own_splits_have(
-    tmp_path: Path, asked: int, why: str
+    tmp_path: Path, asked: int, why: str, told: list[int]
 ) -> None:
+    """What it lends it tells as soon as it has promised it."""
+    news: list[int] = []
     rpc_server = Binary(path=tmp_path / "none", version="", rpc_protocol="7.0.0", origin="here")
     entry = SimpleNamespace(split_bytes=30 * GB)
     models: Any = SimpleNamespace(
         equipment=SimpleNamespace(engine=SimpleNamespace(rpc_server=rpc_server), own_devices=()),
-        entries={"m": entry}, spare_bytes=40 * GB, on_change=lambda: None,
+        entries={"m": entry}, spare_bytes=40 * GB,
+        on_change=lambda: news.append(lender.granted_on(DIGESTS["n"])),
     )  # fmt: skip
     mesh: Any = None
-    lender = splits._lender(mesh, models, NodeOptions(data_dir=tmp_path))
-    assert lender is not None
+    lender: Any = splits._lender(mesh, models, NodeOptions(data_dir=tmp_path))
     lender._identify = None
     lender.models[DIGESTS["n"]] = splits.LentModel(name="n", digest=DIGESTS["n"], parts=())
     request = SessionRequest(digest=DIGESTS["n"], memory_bytes=asked, protocol=(7, 0, 0), model="n")
@@ -128,6 +130,7 @@ async def test_a_worker_lends_nothing_of_what_its_own_splits_have(
     refusal = decode_answer(answer.payload)
     assert isinstance(refusal, Refusal)
     assert refusal.reason.startswith(why)
+    assert news == told
 
 
 # ── two models over the same machines ────────────────────────────────────────────────────────────────────────────────
