@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 from libmesh_node.bridge import CommandFailed
+from libmesh_node.http import console
 from libmesh_node.http.console import MAX_WATCHERS
 
 from tests.http.conftest import PATIENCE, Node, call, get_json, running_node, wait_until
@@ -235,8 +236,34 @@ def test_what_is_not_there_is_not_found(node: Node) -> None:
         ("GET", "/static/../console.py"),
     ]:
         assert call(node.console_port, method, path)[0] == 404
-    assert call(node.console_port, "POST", "/api/status", {})[0] == 405
-    assert call(node.console_port, "DELETE", "/api/join", {})[0] == 404
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("POST", "/api/status", "GET, HEAD"),
+        ("DELETE", "/", "GET, HEAD"),
+        ("POST", "/metrics", "GET, HEAD"),
+        ("GET", "/api/join", "POST"),
+        ("DELETE", "/api/join", "POST"),
+        ("PUT", "/api/runtime/models", "GET, HEAD, POST, DELETE"),
+        ("OPTIONS", "/api/stop", "POST"),
+    ],
+)
+def test_another_method_is_told_which_there_are(node: Node, method: str, path: str, allowed: str) -> None:
+    status, headers, body = call(node.console_port, method, path, None if method == "GET" else {})
+    assert status == 405
+    assert headers["allow"] == allowed
+    assert json.loads(body)["error"] == f"{path} takes {allowed} only."
+
+
+def test_a_command_that_does_not_arrive_is_given_up(node: Node, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "BODY_LIMIT", 0.05)
+    with socket.create_connection(("127.0.0.1", node.console_port), timeout=PATIENCE) as client:
+        head = "POST /api/stop HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 9\r\n"
+        client.sendall(f"{head}\r\n{{".encode())
+        with client.makefile("rb") as answer:
+            assert answer.read().startswith(b"HTTP/1.1 408 ")  # to the end: the connection is closed
 
 
 def test_long_command_is_refused(node: Node) -> None:

@@ -31,6 +31,9 @@ log = logging.getLogger("libmesh_node.http")
 MAX_COMMAND_BODY = 64 << 10
 """Bytes of a command. The longest is a token of a few KiB."""
 
+BODY_LIMIT = 10.0
+"""Seconds that a command may take to arrive."""
+
 MAX_WATCHERS = 64
 """Event streams at once; one more gets 503. A browser tab is one."""
 
@@ -99,21 +102,23 @@ class Console:
                 )
             if (table := _TABLES.get(request.method)) is not None and path in table:
                 return await self._command(request, table[path])
-            if request.method not in ("GET", "HEAD"):
-                raise Refusal(
-                    405 if path in self._reads or path in _ASSETS else 404,
-                    "unknown",
-                    "There is no such command.",
-                )
-            if path in _ASSETS:
-                return _asset(path)
-            if path in self._reads:
-                return await self._reads[path](request)
-            raise Refusal(404, "unknown", "There is no such page.")
+            allowed = self._methods(path)
+            if not allowed:
+                raise Refusal(404, "unknown", "There is no such page or command.")
+            if request.method not in allowed:
+                raise Refusal(405, "method_not_allowed", f"{path} takes {', '.join(allowed)} only.")
+            return _asset(path) if path in _ASSETS else await self._reads[path](request)
         except Refusal as refusal:
-            return _reply(refusal.status, {"ok": False, "error": str(refusal), "code": refusal.code})
+            response = _reply(refusal.status, {"ok": False, "error": str(refusal), "code": refusal.code})
+            if refusal.status == 405:
+                response.headers["Allow"] = ", ".join(self._methods(path))
+            return response
         except ApiError as error:
             return refuse(error, path, {})
+
+    def _methods(self, path: str) -> list[str]:
+        reads = ["GET", "HEAD"] if path in self._reads or path in _ASSETS else []
+        return reads + [method for method, table in _TABLES.items() if path in table]
 
     async def _status(self, request: web.BaseRequest) -> web.StreamResponse:
         return _reply(200, self._document(request))
@@ -199,11 +204,14 @@ class Console:
 
 async def _short_body(request: web.BaseRequest) -> bytes:
     body = bytearray()
-    async with asyncio.timeout(10):
-        while chunk := await request.content.readany():
-            body += chunk
-            if len(body) > MAX_COMMAND_BODY:
-                raise Refusal(413, "invalid", f"A command has at most {MAX_COMMAND_BODY >> 10} KiB.")
+    try:
+        async with asyncio.timeout(BODY_LIMIT):
+            while chunk := await request.content.readany():
+                body += chunk
+                if len(body) > MAX_COMMAND_BODY:
+                    raise Refusal(413, "invalid", f"A command has at most {MAX_COMMAND_BODY >> 10} KiB.")
+    except TimeoutError:
+        raise Refusal(408, "invalid", f"The command did not arrive within {BODY_LIMIT:.0f} s.") from None
     return bytes(body)
 
 
@@ -212,8 +220,8 @@ def _reply(status: int, value: object) -> web.Response:
     response = web.Response(
         status=status, body=_encode(value), content_type="application/json", headers=headers
     )
-    if status == 413:
-        response.force_close()
+    if status in (408, 413):
+        response.force_close()  # the rest of the request is not read
     return response
 
 
