@@ -117,8 +117,7 @@ class SplitHost:
         times = [self._steering.deadline(), self._no_heirs.deadline()]
         times += [until for _, until in self._refused.values()]
         times += [] if self._heir is None else [self._heir[1]]
-        if self._not_before > trio.current_time():
-            times.append(self._not_before)
+        times += [self._not_before] if self._not_before > trio.current_time() else []
         known = [time for time in times if time is not None]
         return max(min(known, default=float("inf")), trio.current_time() + 0.05)
 
@@ -206,7 +205,8 @@ class SplitHost:
         return self._heir is None and self._fits(placement, machines, self._held(machines))
 
     def _fits(self, placement: Placement, machines: list[Machine], held: dict[str, int]) -> bool:
-        return fits_beside(self.entry.shape, placement, memory_of(machines), held)
+        context = seen.context_now(self.entry.digest, self._mesh.view, self._status())
+        return fits_beside(self.entry.shape, placement, memory_of(machines), held, context)
 
     def _held(self, machines: list[Machine]) -> dict[str, int]:
         """What splits of this model have of each machine: those of this node, drained ones too, and what the others tell of.

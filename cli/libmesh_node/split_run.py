@@ -323,14 +323,17 @@ def _memory(share: Share, context: int, shape: ModelShape) -> int:
 
 
 def fits_beside(
-    shape: ModelShape, placement: Placement, memory: Mapping[str, int], held: Mapping[str, int]
+    shape: ModelShape, placement: Placement, memory: Mapping[str, int], held: Mapping[str, int], context: int
 ) -> bool:
-    """Whether every machine has, beside the bytes that are `held` of it, what its share takes with the least context.
+    """Whether a split may start beside those that have what is `held` of each machine, without loss.
 
-    The same for every node, whatever its own slots and machine: those of another host are not asked.
+    That is, whether every machine has room for its share with the least context, and for one as long as a request may have now,
+    `context`, unless the split would not have that anyway. The same for every node, whatever its own machine and slots.
     """
+    possible = _tokens(shape, placement, _offered(shape, placement, memory, {}))
+    wanted = max(shape.context, min(context, possible))
     return all(
-        _memory(share, shape.context, shape) <= memory.get(share.peer, 0) - held[share.peer]
+        _memory(share, wanted, shape) <= memory.get(share.peer, 0) - held[share.peer]
         for share in (*placement.workers, placement.home)
         if held.get(share.peer)
     )
@@ -345,17 +348,30 @@ def reckon(
     beside it, whatever the context. That is so of those that are forced: a model that no machine can hold takes more than half
     of each. Nor does it take what is `held` of a machine, by a split beside which it starts, as long as that leaves the least.
     """
-    shape, shares = setting.shape, (*placement.workers, placement.home)
-    offered = {share.peer: memory.get(share.peer, 0) for share in shares}
-    for share in shares:
-        if _memory(share, shape.context, shape) <= offered[share.peer] // 2:
-            offered[share.peer] //= 2
-        if held.get(share.peer):
-            offered[share.peer] = min(offered[share.peer], memory.get(share.peer, 0) - held[share.peer])
-    most = (setting.model.header.context_length or shape.context) * setting.slots
-    for share in shares:
-        if share.kv_per_token:
-            left = offered[share.peer] - _memory(share, 0, shape)
-            most = min(most, left // (share.kv_per_token + MASK))
-    context = max(shape.context, min(most, 65536) // _STEP * _STEP)
+    shape, offered = setting.shape, _offered(setting.shape, placement, memory, held)
+    most = min((setting.model.header.context_length or shape.context) * setting.slots, 65536)
+    context = max(shape.context, min(most, _tokens(shape, placement, offered)) // _STEP * _STEP)
+    shares = (*placement.workers, placement.home)
     return context, {share.peer: min(_memory(share, context, shape), offered[share.peer]) for share in shares}
+
+
+def _offered(
+    shape: ModelShape, placement: Placement, memory: Mapping[str, int], held: Mapping[str, int]
+) -> dict[str, int]:
+    """What each member may take."""
+    offered: dict[str, int] = {}
+    for share in (*placement.workers, placement.home):
+        whole = memory.get(share.peer, 0)
+        enough = _memory(share, shape.context, shape) <= whole // 2
+        offered[share.peer] = min(whole // 2 if enough else whole, max(0, whole - held.get(share.peer, 0)))
+    return offered
+
+
+def _tokens(shape: ModelShape, placement: Placement, offered: Mapping[str, int]) -> int:
+    """Of cache, for which all shares that have a part of it have room."""
+    room = [
+        (offered[share.peer] - _memory(share, 0, shape)) // (share.kv_per_token + MASK)
+        for share in (*placement.workers, placement.home)
+        if share.kv_per_token
+    ]
+    return max(0, min(room, default=1 << 62))

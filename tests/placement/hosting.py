@@ -35,6 +35,9 @@ DIGESTS = {"m": "ab" * 32, "n": "cd" * 32}
 LAYERS, LAYER = 40, GB
 LOAD = 5.0
 
+TRAINED = 16384
+"""Tokens of context that the models know; four requests at once may have so much, each."""
+
 
 @dataclass
 class Machine:
@@ -118,7 +121,7 @@ def _server(run: Run, setting: SplitSetting) -> SimpleNamespace:
             status = "ready" if run.loaded else "loading"
             return Process(name="llama-server", pid=1, port=1, model=setting.model.name, status=status)
 
-    return Server(plan=ServerPlan(model=setting.model, context=4096), load=IDLE, abilities=UNABLE)
+    return Server(plan=ServerPlan(model=setting.model, context=run.context), load=IDLE, abilities=UNABLE)
 
 
 class Node:
@@ -286,7 +289,7 @@ def _entry(name: str, heads: int) -> Entry:
 def _header(heads: int) -> GgufHeader:
     tensors = tuple(TensorInfo(f"blk.{layer}.w", (1,), 0, 0, LAYER) for layer in range(LAYERS))
     return GgufHeader(
-        architecture="llama", name="m", context_length=16384, n_layers=LAYERS, embedding_length=64, vocabulary=100,
+        architecture="llama", name="m", context_length=TRAINED, n_layers=LAYERS, embedding_length=64, vocabulary=100,
         heads=1, kv_heads=(heads,) * LAYERS, key_length=64, value_length=64, quantisation="F16", expert_count=0,
         pooling=None, has_chat_template=True, split_no=0, split_count=0, tensors=tensors, values={},
     )  # fmt: skip

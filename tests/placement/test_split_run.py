@@ -102,7 +102,7 @@ def split_of(path: Path, shape: ModelShape, share: Share) -> tuple[Any, Placemen
 
 
 def test_a_split_beside_another_has_what_that_leaves_or_waits(tmp_path: Path) -> None:
-    """It does with a shorter context, but not with less than the least one."""
+    """It waits unless a request may have as long a context as now, or as it would have with all memory."""
     write_model(path := tmp_path / "small.gguf", SMALL, 7)
     shape = shape_of([read_header(path)], "", 4096)
     share = Share(peer="worker", layers=4, weights=1, granted=0, kv_per_token=sum(shape.kv_per_token[:4]))
@@ -115,7 +115,11 @@ def test_a_split_beside_another_has_what_that_leaves_or_waits(tmp_path: Path) ->
     squeezed, taken = split_run.reckon(setting, placement, memory, {"worker": 6 * least})
     assert 4096 < squeezed < whole
     assert taken["worker"] <= 2 * least
-    assert room({})
-    assert room({"worker": 7 * least, "another": 1 << 50})
+    assert room({}, whole)
+    assert room({"worker": 7 * least, "another": 1 << 50}, 4096)
     assert split_run.reckon(setting, placement, memory, {"worker": 7 * least})[1]["worker"] == least
-    assert not room({"worker": 7 * least + 1})
+    assert not room({"worker": 7 * least + 1}, 4096)
+    assert room({"worker": 6 * least}, squeezed)
+    assert not room({"worker": 6 * least}, whole)
+    assert not room({"worker": 6 * least}, 1 << 40)
+    assert room({"worker": 4 * least}, 1 << 40)

@@ -60,6 +60,15 @@ def host_elsewhere(digest: str, view: View) -> tuple[str, AnnouncedModel] | None
     return None
 
 
+def context_now(digest: str, view: View, mine: NodeStatus) -> int:
+    """Tokens that a request for the model may have now, wherever it is served; 0 if it is not."""
+    statuses = [mine] + [decode_status(peer.attributes) for peer in view.peers if peer.state in _BELIEVED]
+    models = (model for status in statuses for model in status.models)
+    return max(
+        (model.context_length for model in models if model.digest == digest and model.ready), default=0
+    )
+
+
 def is_coming(host: str, digest: str, view: View) -> bool:
     """Whether a peer says that it will answer for the model soon."""
     return any(
