@@ -9,6 +9,7 @@ from functools import partial
 
 from libmesh_node.llama.rpc import worker
 from libmesh_node.llama.rpc.ahead import Chain, Foreseen
+from libmesh_node.llama.rpc.armour import tensor_bytes
 from libmesh_node.llama.rpc.facts import Device, WorkerFacts
 from libmesh_node.llama.rpc.frames import (
     ANSWER_SIZES,
@@ -104,6 +105,7 @@ class _Server:
         assert _u64(about, 12) == BUFFER
         data = _u64(about, 220)
         assert BASE <= data <= data + offset + size <= BASE + SIZE, "bytes outside of their buffer"
+        assert offset + size <= (tensor_bytes(about[:TENSOR]) or 0), "bytes outside of their tensor"
 
     def answers(self, lots: Lots) -> bytes:
         """The next answer, honest as a rule; the one buffer that there is lies at `BASE`."""

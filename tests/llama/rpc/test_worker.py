@@ -87,6 +87,9 @@ HOSTILE = {
     "large upload beyond its buffer": messages.set_tensor(
         bytes(70_000), tensor(kind=24, data=BASE + SIZE - 8)
     ),
+    "upload beyond its tensor": messages.set_tensor(bytes(65), tensor()),
+    "read beyond its tensor": messages.get_tensor(4, offset=61),
+    "fill beyond its tensor": frame(Command.MEMSET_TENSOR, tensor() + struct.pack("<QQB", 0, 65, 0)),
     "read beyond the buffer": messages.get_tensor(SIZE + 1),
     "read of 2^63": messages.get_tensor(1 << 63),
     "read of a tensor larger than its buffer": messages.get_tensor(4, tensor(shape=(SIZE, 1, 1, 1))),
@@ -109,6 +112,7 @@ HOSTILE = {
     "command of the fork": frame(19, bytes(612)),
     "reference beyond the file": reference(Place(0, 901, 100)),
     "reference to another file": reference(Place(1, 0, 1)),
+    "reference beyond its tensor": reference(Place(0, 0, 1000), tensor()),
     "reference beyond the buffer": reference(Place(0, 0, 1000), tensor(kind=24, data=BASE + SIZE - 999)),
     "a second opening": frame(Link.OPEN),
 }

@@ -94,7 +94,7 @@ class Armour:
             raise ProtocolError("a buffer that was not allocated")
 
     def check_range(self, tensor: bytes, offset: int, size: int) -> None:
-        """`size` bytes from `offset` on in a tensor that lies in a buffer, and end there as well."""
+        """`size` bytes from `offset` on in a tensor that lies in a buffer, and end there as well: rpc-server aborts if not."""
         whole, pointer, op = (
             tensor_bytes(tensor),
             _U64.unpack_from(tensor, 12)[0],
@@ -104,8 +104,10 @@ class Armour:
         if whole is None or op >= OPERATIONS or held is None:
             raise ProtocolError("a tensor of unknown type, of an unknown operation or in no buffer")
         data, end = int.from_bytes(tensor[220:228], "little"), held.base + held.size
-        if data < held.base or data + whole > end or data + offset >= end or data + offset + size > end:
+        if data < held.base or data + whole > end or data + offset >= end:
             raise ProtocolError("bytes outside of their buffer")
+        if offset + size > whole:
+            raise ProtocolError("bytes outside of their tensor")
 
     def check_tensors(self, tensors: bytes, count: int) -> None:
         """`count` tensors, each either in a buffer and wholly inside, or nowhere."""
