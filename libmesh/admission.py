@@ -23,12 +23,10 @@ from libmesh.core.ways import is_private
 from libmesh.errors import AdmissionRefused, MeshError, PeerUnreachable, ServiceRefused
 from libmesh.net.base import Network, Stream
 from libmesh.peers import Path, PeerId, PeerState, PeerView
+from libmesh.refusals import Refusals
 from libmesh.wire_pieces import WireError
 
 log = logging.getLogger(__name__)
-
-MAX_REFUSED = 256
-"""Refused peers of whom it is remembered what was logged; with more, all are forgotten, and logged once more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +92,7 @@ class Admission:
         self._ending = Alarm()
         self.attributes = b""
         self.refusal: AdmissionRefused | None = None
-        self._refused: dict[PeerId, str] = {}
+        self._refusals = Refusals()
         self._lonely = trio.Event()
         self._answering: dict[PeerId, trio.Lock] = {}
         self._waiting: dict[PeerId, trio.CancelScope] = {}
@@ -149,10 +147,12 @@ class Admission:
 
     def renew(self, credential: Credential) -> None:
         """Show this one from now on."""
+        self._refusals.ask_again()
         self._credential = credential
 
     def learned(self, peer: PeerId, credential: Credential) -> None:
         """`peer` announces itself with `credential` now, which is good: it may be another one than it came in with."""
+        self._refusals.admitted(peer)
         if peer in self._admitted:
             self._admitted[peer] = credential
             self._ending.moved()
@@ -192,11 +192,12 @@ class Admission:
 
         Whoever asks while that is under way waits for its outcome: the other side takes one hello of a peer at a time, and
         a second one would end the connection for the first. If cancelled within a hello, the connection is closed.
-        Once our own membership has ended, nobody is bothered any more.
+        Once our own membership has ended, nobody is bothered any more; nor is, for a while, who has told us that it is revoked.
         """
         if peer == self._network.peer:
             raise PeerUnreachable(f"the peer {peer} is this node itself")
         self._check_not_ended(peer)
+        self._refusals.check(peer, self._now())
         async with _turn(self._connecting, peer):
             await self._find_path(peer, self.allowed(peer, addresses))
             if peer not in self._admitted:
@@ -210,13 +211,15 @@ class Admission:
             )
 
     async def _say_hello(self, peer: PeerId) -> None:
-        known, opened = peer in self._admitted, None
+        known, opened, shown = peer in self._admitted, None, self._credential
         try:
             with trio.fail_after(self._config.hello_limit):
                 opened = await self._network.open_stream(peer, hello.PROTOCOL)
                 async with opened as stream:
                     await self._admit(stream, await hello.greet(stream, self._greeting(peer)), dialled=True)
-        except AdmissionRefused:
+        except AdmissionRefused as exc:
+            if shown is self._credential:
+                self._refusals.refused_by(peer, exc, self._now())
             await self._network.disconnect(peer)
             raise
         except trio.Cancelled:
@@ -251,26 +254,19 @@ class Admission:
                     stream, await hello.answer(stream, self._greeting(stream.peer)), dialled=False
                 )
         except AdmissionRefused as exc:
-            self._log_refused(stream.peer, str(exc))
+            self._refusals.refused(stream.peer, str(exc))
             await self._network.disconnect(stream.peer)
         except (WireError, trio.BrokenResourceError, trio.TooSlowError) as exc:
             log.info("the peer %s failed to say hello: %s", stream.peer, str(exc) or "too slow")
             if not (known and stream.connection_lost):
                 await self._network.disconnect(stream.peer)
 
-    def _log_refused(self, peer: PeerId, why: str) -> None:
-        """Say it once: whoever does not know better comes again every few seconds, for ever."""
-        log.log(logging.DEBUG if self._refused.get(peer) == why else logging.INFO, "%s", why)
-        if len(self._refused) >= MAX_REFUSED:
-            self._refused.clear()
-        self._refused[peer] = why
-
     async def _admit(self, stream: Stream, said: hello.Greeted, *, dialled: bool) -> None:
         peer = stream.peer
         if peer not in self._admitted and (path := self._network.path(peer)) is not None:
             log.info("path to %s: %s %s", peer, path.kind.value, path.address)
         self._admitted[peer] = said.credential
-        self._refused.pop(peer, None)
+        self._refusals.admitted(peer)
         self.refusal = None
         if said.following:
             self._followers[peer] = (said, self._now())
@@ -338,6 +334,10 @@ class Admission:
 
     async def seek(self) -> None:
         """Try each contact once, until one admits us. Raises what `join` raises if none does."""
+        self._refusals.ask_again()
+        await self._seek()
+
+    async def _seek(self) -> None:
         refused: MeshError | None = None
         for peer, addresses in list(self._contacts.items()):
             try:
@@ -367,7 +367,7 @@ class Admission:
             if self._admitted:
                 continue
             try:
-                await self.seek()
+                await self._seek()
             except MeshError as exc:
                 log.log(logging.DEBUG if str(exc) == told else logging.INFO, "still alone: %s", exc)
                 told = str(exc)

@@ -12,6 +12,8 @@ from libmesh import (
     InviteDenied,
     InviteMalformed,
     Mesh,
+    Path,
+    PeerId,
     PeerState,
     PeerUnreachable,
     Scope,
@@ -22,6 +24,7 @@ from libmesh import (
     read_invite,
 )
 from libmesh.core import credentials
+from libmesh.refusals import REST
 from libmesh.testing.memory import MemoryHub
 
 FOUNDER, GUEST, OTHER = (SecretKey(bytes([n]) * 32) for n in range(1, 4))
@@ -97,6 +100,49 @@ async def test_who_is_kept_out_knows_why_and_is_logged_once(
             await guest.renew(other)
             assert guest.refusal is None
             assert f"path to {GUEST.peer}" in caplog.text
+
+
+async def test_who_is_revoked_asks_nobody_again_for_minutes(
+    autojump_clock: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub = MemoryHub()
+    async with (
+        hub.open_network(FOUNDER.seed) as at_founder,
+        hub.open_network(GUEST.seed) as at_guest,
+        hub.open_network(OTHER.seed) as at_other,
+        open_mesh(FOUNDER, mesh_key=MESH_KEY, network=at_founder) as founder,
+    ):
+        token = founder.invite(scope=Scope.WORKER, not_after_unix=None)
+        kept = founder.invite(scope=Scope.WORKER, not_after_unix=None)
+        async with (
+            open_mesh(OTHER, invite=kept, network=at_other) as other,
+            open_mesh(GUEST, invite=token, network=at_guest) as guest,
+        ):
+            await until(other, GUEST, PeerState.ALIVE)
+            founder.revoke(read_invite(token).chain)
+            await trio.sleep(30)  # virtual: everybody has told it
+            asked: list[PeerId] = []
+            dial = at_guest.dial
+
+            async def counted(peer: PeerId, address: str) -> Path:
+                asked.append(peer)
+                return await dial(peer, address)
+
+            monkeypatch.setattr(at_guest, "dial", counted)
+            await trio.sleep(REST - 60)
+            assert asked == []
+            await trio.sleep(2 * REST)
+            assert set(asked) == {FOUNDER.peer, OTHER.peer}
+            assert len(asked) <= 6
+            asked.clear()
+            with pytest.raises(AdmissionRefused, match="the invite was revoked"):
+                await guest.join(token)
+            assert asked == [FOUNDER.peer]
+            with pytest.raises(AdmissionRefused, match="the invite was revoked"):
+                await guest.open_service(FOUNDER.peer, "any")
+            assert asked == [FOUNDER.peer]
+            await guest.renew(founder.invite(scope=Scope.CLIENT, not_after_unix=None))
+            await until(other, GUEST, PeerState.ALIVE)
 
 
 async def test_a_kept_revocation_holds_after_a_restart(autojump_clock: object) -> None:
