@@ -113,11 +113,11 @@ class Yamux:
         self.table.answer(stream)
         self._control.stream(ACK, stream_id, self._windows.first_grant(stream))
 
-    def data(self, stream_id: int, size: int) -> tuple[bytes, int]:
+    def data(self, stream_id: int, size: int, *, before: int = 0) -> tuple[bytes, int]:
         """The header of a DATA frame for the next bytes of a stream, and how many (1 to `size`) it covers.
 
-        `(b"", 0)` when the window is shut, and then `Writable` follows; also when the stream cannot send at all.
-        The frame must be sent: the window has been charged.
+        It also covers `before` bytes of a frame that has not left, whose place it takes. `(b"", 0)` when the window is
+        shut, and then `Writable` follows; also when the stream cannot send at all. What is given must be sent.
         """
         stream = self._streams.get(stream_id)
         if stream is None or stream.state not in MAY_SEND:
@@ -127,7 +127,7 @@ class Yamux:
             stream.starved = True
             return b"", 0
         stream.send_window -= count
-        return HEADER.pack(0, DATA, 0, stream_id, count), count
+        return HEADER.pack(0, DATA, 0, stream_id, before + count), count
 
     def writable(self, stream_id: int) -> bool:
         """Whether `data` would give anything; if not, and the stream lives, `Writable` follows."""

@@ -21,7 +21,7 @@ from libp2p.protocol_muxer.exceptions import MultiselectClientError, Multiselect
 from libp2p.protocol_muxer.multiselect_client import MultiselectClient
 from libp2p.security.exceptions import HandshakeFailure
 
-from libmesh.net.negotiate import HEADER, encode_line
+from libmesh.net.lines import HEADER, encode_line
 
 
 class ProposalRefused(HandshakeFailure):

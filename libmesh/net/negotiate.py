@@ -1,8 +1,7 @@
 """multistream-select 1.0 on streams: which protocol a stream speaks, agreed without waiting.
 
-Source: libp2p/specs `connections` ("multistream-select") and multiformats/multistream-select. Each line is a varint
-length, the text and a newline. Both sides say `/multistream/1.0.0`; the opener proposes a protocol; the other side
-repeats it, or says `na`.
+Source: libp2p/specs `connections` ("multistream-select") and multiformats/multistream-select. Both sides say
+`/multistream/1.0.0`; the opener proposes a protocol; the other side repeats it, or says `na`. The lines are in `lines.py`.
 
 The opener need not wait for any of it: header, proposal and the first bytes of the request leave together, and the
 answer is looked at when the first byte of the response is wanted. A peer that refuses reads the request as a further
@@ -13,7 +12,6 @@ and saves every other one two round trips (opens a second, measured: 660 without
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 
 import trio
 from libp2p.abc import IMuxedConn, IMuxedStream
@@ -22,87 +20,24 @@ from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamErro
 
 from libmesh.errors import PeerUnreachable, ServiceRefused
 from libmesh.net.base import Stream, StreamReset
+from libmesh.net.lines import (
+    HEADER,
+    HEADER_LINE,
+    NOT_AVAILABLE,
+    NOT_AVAILABLE_LINE,
+    LineReader,
+    encode_line,
+    opening_of,
+)
 from libmesh.net.muxed_stream import Sink, YamuxStream
 from libmesh.net.stock import StockStream
 from libmesh.peers import PeerId
-
-HEADER = "/multistream/1.0.0"
-NOT_AVAILABLE = "na"
-
-MAX_LINE_BYTES = 1024
-"""Longest line that is read. go-multistream has the same."""
 
 MAX_PROPOSALS = 64
 """Proposals that are answered on one stream; then it is reset."""
 
 NEGOTIATION_TIME = 10.0
 """Seconds that a peer has to name a protocol that we know; then the stream is reset."""
-
-
-@lru_cache(maxsize=256)
-def encode_line(text: str) -> bytes:
-    """One line of the negotiation. `text` must be shorter than 1023 bytes."""
-    data = text.encode() + b"\n"
-    size = len(data)
-    if size > MAX_LINE_BYTES:
-        raise ValueError(f"a protocol id of {size - 1} bytes; at most {MAX_LINE_BYTES - 1}")
-    prefix = bytes([size]) if size < 0x80 else bytes([size & 0x7F | 0x80, size >> 7])
-    return prefix + data
-
-
-_HEADER_LINE = encode_line(HEADER)
-_NOT_AVAILABLE_LINE = encode_line(NOT_AVAILABLE)
-
-
-class _LineReader:
-    """Reads one line at a time off a stream, and not a byte more, whatever is cancelled."""
-
-    def __init__(self, inner: YamuxStream | StockStream) -> None:
-        self._inner = inner
-        self._partial = b""
-
-    def skip_nowait(self, expected: bytes) -> bool:
-        """Read over exactly `expected` if that is what has arrived next, in one piece; as it usually is."""
-        if self._partial or not self._inner.peek().startswith(expected):
-            return False
-        self._inner.receive_nowait(len(expected))
-        return True
-
-    def _wanted(self) -> int:
-        """How many bytes are certainly missing from the line; 0 when it is complete."""
-        have = self._partial
-        if not have:
-            return 1
-        if have[0] < 0x80:
-            return have[0] + 1 - len(have)
-        if len(have) < 2:
-            return 1
-        size = (have[0] & 0x7F) | (have[1] << 7)
-        if have[1] >= 0x80 or size > MAX_LINE_BYTES:
-            raise StreamReset("the peer sent too long a line in the negotiation of a protocol")
-        return size + 2 - len(have)
-
-    def read_nowait(self) -> str | None:
-        """The next line if it has arrived."""
-        while wanted := self._wanted():
-            data = self._inner.receive_nowait(wanted)
-            if data is None:
-                return None
-            if not data:
-                raise StreamReset("the peer ended the stream in the negotiation of a protocol")
-            self._partial += data
-        line, self._partial = self._partial, b""
-        body = line[1:] if line[0] < 0x80 else line[2:]
-        if body[-1:] != b"\n":
-            raise StreamReset("the peer sent no line in the negotiation of a protocol")
-        return body[:-1].decode("utf-8", "replace")
-
-    async def read(self) -> str:
-        """The next line. If cancelled, nothing was lost."""
-        while (line := self.read_nowait()) is None:
-            await self._inner.wait_receivable()
-        return line
-
 
 TOGETHER_BYTES = 512
 """A first message up to this waits a turn of the scheduler for what its sender does next, which mostly is to end the stream:
@@ -123,7 +58,7 @@ class Libp2pStream(Stream):
         self.protocol = protocol
         self._inner = inner
         self._proposed = agreed
-        self._answers: _LineReader | None = None if agreed else _LineReader(inner)
+        self._answers: LineReader | None = None if agreed else LineReader(inner)
         self._header_seen = False
         self._refused = False
         self._closed: trio.Event | None = None  # for whoever waits for it
@@ -164,7 +99,7 @@ class Libp2pStream(Stream):
         else:
             await self._inner.wait_receivable()
 
-    async def _await_answer(self, answers: _LineReader) -> None:
+    async def _await_answer(self, answers: LineReader) -> None:
         self._propose()
         await trio.lowlevel.checkpoint_if_cancelled()
         while not self._check_answer(answers):
@@ -175,13 +110,13 @@ class Libp2pStream(Stream):
         if self._answers is not None:
             await self._await_answer(self._answers)
 
-    def _check_answer(self, answers: _LineReader) -> bool:
+    def _check_answer(self, answers: LineReader) -> bool:
         """Whether the peer has agreed. Raises `ServiceRefused`, or `StreamReset` for nonsense."""
         self._propose()
         if self._refused:
             raise self._refusal()
         try:
-            if not self._header_seen and answers.skip_nowait(_HEADER_LINE + encode_line(self.protocol)):
+            if not self._header_seen and answers.skip_nowait(opening_of(self.protocol)):
                 self._answers = None
                 return True
             while (line := answers.read_nowait()) is not None:
@@ -209,11 +144,7 @@ class Libp2pStream(Stream):
     def _propose(self) -> None:
         if not self._proposed:
             self._proposed = True
-            self._inner.post(self._proposal)
-
-    @property
-    def _proposal(self) -> bytes:
-        return _HEADER_LINE + encode_line(self.protocol)
+            self._inner.post(opening_of(self.protocol))
 
     # ---- sending ----------------------------------------------------------------------------------------------
 
@@ -224,7 +155,7 @@ class Libp2pStream(Stream):
                 await trio.lowlevel.checkpoint_if_cancelled()
                 self._proposed = True
                 try:
-                    await self._inner.send_all(self._proposal + bytes(data), soon=True)
+                    await self._inner.send_all(opening_of(self.protocol) + bytes(data), soon=True)
                 except trio.BusyResourceError:
                     self._proposed = False  # nothing of it was sent
                     raise
@@ -330,7 +261,7 @@ class Answerer:
     def __init__(self, inner: YamuxStream | StockStream, known: Callable[[str], bool]) -> None:
         self._inner = inner
         self._known = known
-        self._lines = _LineReader(inner)
+        self._lines = LineReader(inner)
         self._header_seen = False
         self._refused = 0
 
@@ -342,17 +273,17 @@ class Answerer:
         proposals; the stream must then be reset.
         """
         lines, inner = self._lines, self._inner
-        answers = b""
-        if not self._header_seen and lines.skip_nowait(_HEADER_LINE):
-            self._header_seen = True
-            answers = _HEADER_LINE
+        answers, line = b"", None
         try:
-            while (line := lines.read_nowait()) is not None:
+            if not self._header_seen and (line := lines.behind_nowait(HEADER_LINE)) is not None:
+                self._header_seen = True
+                answers = HEADER_LINE
+            while line is not None or (line := lines.read_nowait()) is not None:
                 if not self._header_seen:
                     if line != HEADER:
                         raise StreamReset("the peer does not speak multistream-select 1.0")
                     self._header_seen = True
-                    answers = _HEADER_LINE
+                    answers = HEADER_LINE
                 elif self._known(line):
                     inner.post(answers + encode_line(line), hurry=not inner.unread)
                     return line
@@ -360,7 +291,8 @@ class Answerer:
                     raise StreamReset(f"none of {MAX_PROPOSALS} proposed protocols is known")
                 else:
                     self._refused += 1
-                    answers += _NOT_AVAILABLE_LINE
+                    answers += NOT_AVAILABLE_LINE
+                line = None
         except StreamReset:
             if answers:
                 inner.post(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from math import inf
 
 import trio
 
@@ -33,6 +34,9 @@ The kernel asks for more when it has half of `pipes.NOT_SENT_BYTES` left: 1 ms a
 
 SMALL_BYTES = 16 * 1024
 """A message below this is copied and may go ahead of bulk."""
+
+POSTED_BYTES = 1024
+"""What is posted one after the other for a stream becomes one frame up to this."""
 
 OUTBOX_BYTES = 128 * 1024
 """Small messages that wait for the socket. When full, their senders queue like bulk."""
@@ -74,7 +78,7 @@ class Outbound:
         self._channel = channel
         self._fail = fail
         self.batches = 0
-        self._outbox: list[bytes | memoryview] = []
+        self._outbox: list[bytes] = []
         self._outbox_size = 0
         self._ready: deque[YamuxStream] = deque()
         self._batch_bytes = BATCH_RECORDS // 4 * MAX_PLAINTEXT
@@ -82,9 +86,10 @@ class Outbound:
         self._stopped = False
         self._flusher = Wakeup()
         self._late_at: float | None = None  # when what may wait for company has waited long enough
-        self._latecomer = Wakeup()
+        self._late_sleep = trio.CancelScope()  # of `run_late`; ends then, or earlier
         self._drained = trio.lowlevel.ParkingLot()
         self._posted: YamuxStream | None = None  # whose message was queued last
+        self._posted_end = 0  # where in the outbox it ends
         self._last_small: YamuxStream | None = None
         self._last_small_at = 0.0
 
@@ -148,9 +153,18 @@ class Outbound:
         known = self._machine.table.states.get(stream.stream_id)
         if known is not None and known.send_window < len(data):
             return False
-        header, count = self._machine.data(stream.stream_id, len(data))
-        self.append(header, data[:count])
-        self._posted = stream
+        outbox, before = self._outbox, b""
+        if self._posted is stream and 0 < self._posted_end == len(outbox):
+            before = outbox[-1]  # what was posted just now: one frame with this costs the peer less than two
+            if len(before) + len(data) > POSTED_BYTES:
+                before = b""
+        header, count = self._machine.data(stream.stream_id, len(data), before=len(before))
+        if not count:
+            return True
+        if before:
+            self._outbox_size -= len(outbox.pop()) + len(outbox.pop())
+        self.append(header, before + data[:count])
+        self._posted, self._posted_end = stream, len(outbox)
         if hurry:
             self.flush_soon()
         else:
@@ -159,8 +173,8 @@ class Outbound:
 
     @property
     def is_free(self) -> bool:
-        """Whether nothing waits for the socket, so that what is posted leaves soon."""
-        return not (self._blocked or self._outbox)
+        """Whether little waits to be sent, and the socket takes it, so that what is posted leaves soon."""
+        return not self._blocked and self._outbox_size < SMALL_BYTES
 
     def end(self, stream: YamuxStream) -> None:
         """The end of a stream was queued. It is what a message that was just posted has waited for."""
@@ -213,18 +227,22 @@ class Outbound:
     def flush_later(self) -> None:
         """Send what is queued when something else leaves, but within `COMPANY_TIME`."""
         if self._late_at is None:
-            self._late_at = trio.current_time() + COMPANY_TIME
-            self._latecomer.wake()
+            now = trio.current_time()
+            self._late_at = late_at = now + COMPANY_TIME
+            # Mostly it leaves before that. So the end of the sleep is put off before it comes: to wake up in vain costs as
+            # much as a third of a short stream. But not each time, as that costs something, too.
+            if not now + COMPANY_TIME / 2 < self._late_sleep.deadline <= late_at:
+                self._late_sleep.deadline = late_at
 
     async def run_late(self) -> None:
         """Keep the promise of `flush_later`, until cancelled."""
         while True:
-            while self._late_at is None:
-                await self._latecomer.wait()
-            await trio.sleep_until(self._late_at)
+            with self._late_sleep:
+                await trio.sleep_forever()
             if self._late_at is not None and self._late_at <= trio.current_time():
                 self._late_at = None
                 self.flush_soon()
+            self._late_sleep = trio.CancelScope(deadline=inf if self._late_at is None else self._late_at)
 
     def pump(self) -> bool:
         """Send what the socket takes, a batch at most: others want their turn. True when nothing is left to send."""

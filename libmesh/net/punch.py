@@ -32,7 +32,7 @@ from libmesh.framing import receive_frame
 from libmesh.net import relay_wire as wire
 from libmesh.net import tcp
 from libmesh.net.base import Stream
-from libmesh.net.negotiate import HEADER, encode_line
+from libmesh.net.lines import HEADER, encode_line
 from libmesh.net.relay_wire import PunchAddresses, PunchNow
 from libmesh.net.underlay import Underlay
 from libmesh.peers import Path, PathKind, PeerId

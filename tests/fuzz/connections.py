@@ -26,9 +26,10 @@ from libmesh.core.yamux_frames import (
 from libmesh.errors import PeerUnreachable, ServiceRefused
 from libmesh.framing import frame
 from libmesh.net.base import Stream
+from libmesh.net.lines import HEADER as MULTISTREAM
+from libmesh.net.lines import encode_line
 from libmesh.net.muxer import YamuxConnection
-from libmesh.net.negotiate import HEADER as MULTISTREAM
-from libmesh.net.negotiate import accept_stream, encode_line, open_lazy_stream
+from libmesh.net.negotiate import accept_stream, open_lazy_stream
 from libmesh.peers import PeerId
 from tests.fuzz.channels import in_virtual_time
 from tests.fuzz.target import Lots, Target

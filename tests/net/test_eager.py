@@ -14,7 +14,7 @@ from libmesh.errors import NetworkError
 from libmesh.net import swarm
 from libmesh.net.eager import HEADER, EagerClient, ProposalRefused, Proposed, was_refused
 from libmesh.net.libp2p import open_libp2p_network
-from libmesh.net.negotiate import encode_line
+from libmesh.net.lines import encode_line
 from libmesh.net.tls import PROTOCOL_ID as TLS_ID
 from libmesh.peers import PathKind
 from tests.members import peer, seed

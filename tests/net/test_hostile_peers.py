@@ -16,7 +16,7 @@ from libp2p.network.connection.raw_connection import RawConnection
 from libmesh.core.yamux_frames import ACK, DATA, PING, RST, SPEC_WINDOW, SYN, WINDOW_UPDATE
 from libmesh.net.base import Stream, StreamReset
 from libmesh.net.libp2p import Libp2pConfig, Libp2pNetwork, open_libp2p_network
-from libmesh.net.negotiate import HEADER, encode_line
+from libmesh.net.lines import HEADER, encode_line
 from libmesh.net.noise import PROTOCOL_ID, Noise, NoiseSession
 from libmesh.net.swarm import libp2p_id
 from tests.core.yamux_by_hand import frame

@@ -13,7 +13,7 @@ from libmesh.errors import AddressUnavailable, PeerUnreachable
 from libmesh.net.base import NetworkEvent, PeerConnected, PeerDisconnected, Stream, StreamReset
 from libmesh.net.gossip import PROTOCOLS as GOSSIP_PROTOCOLS
 from libmesh.net.libp2p import Libp2pConfig, open_libp2p_network
-from libmesh.net.negotiate import encode_line
+from libmesh.net.lines import encode_line
 from libmesh.net.tcp import multiaddr_of
 from libmesh.peers import PathKind, PeerId
 from tests.members import peer, seed

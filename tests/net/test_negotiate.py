@@ -12,9 +12,10 @@ import trio.testing
 from libmesh.errors import PeerUnreachable, ServiceRefused
 from libmesh.net import negotiate
 from libmesh.net.base import Stream, StreamReset
+from libmesh.net.lines import encode_line
 from libmesh.net.muxed_stream import YamuxStream
 from libmesh.net.muxer import YamuxConnection
-from libmesh.net.negotiate import Libp2pStream, accept_stream, encode_line, open_lazy_stream
+from libmesh.net.negotiate import Libp2pStream, accept_stream, open_lazy_stream
 from libmesh.peers import PeerId
 from tests.net.hosts import join, networks
 from tests.net.pairs import drain, fill, muxed_pair, stream_pair

@@ -8,8 +8,8 @@ import trio
 from libmesh.net import serving
 from libmesh.net.base import Stream, StreamReset
 from libmesh.net.libp2p import Libp2pNetwork
+from libmesh.net.lines import encode_line
 from libmesh.net.muxed_stream import YamuxStream
-from libmesh.net.negotiate import encode_line
 from tests.net.hosts import PROTOCOL, answers, echo, join, networks, until
 
 HEADER = encode_line("/multistream/1.0.0")

@@ -17,7 +17,8 @@ import trio.testing
 from libmesh.errors import ServiceRefused
 from libmesh.net import splice as splicing
 from libmesh.net.base import Stream
-from libmesh.net.negotiate import Libp2pStream, accept_stream, encode_line, open_lazy_stream
+from libmesh.net.lines import encode_line
+from libmesh.net.negotiate import Libp2pStream, accept_stream, open_lazy_stream
 from libmesh.net.pipes import TAKE_BYTES, BufferPool
 from libmesh.net.splice import LEAST_TAKE_BYTES, NOT_READ_BYTES, SpliceResult, splice
 from libmesh.peers import PeerId
