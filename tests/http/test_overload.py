@@ -50,6 +50,7 @@ def test_ten_times_too_many_are_answered_or_told_when_to_come_back() -> None:
         waits = [int(headers["retry-after"]) for status, headers, _ in answers if status == 429]
     assert counted == {200: let_in, 429: asked - let_in}
     assert min(waits) >= 1
+    assert {headers["x-libmesh-model"] for _, headers, _ in answers} == {"m"}
 
 
 OVERLOADED = whole("429 Too Many Requests\r\nRetry-After: 9", b'{"error":{"message":"too many"}}')

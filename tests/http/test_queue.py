@@ -170,7 +170,7 @@ def test_who_would_be_refused_anyway_is_refused_before_anything_is_known_of_its_
 
         async with asyncio.TaskGroup() as tasks:
             check()  # nobody waits
-            waiting = [tasks.create_task(server.ask(str(index), batch=True)) for index in range(PER_SLOT - 1)]
+            waiting = [tasks.create_task(server.ask(str(index))) for index in range(PER_SLOT - 1)]
             await settle()
             check()  # there is one place left in line
             waiting.append(tasks.create_task(server.ask("last")))
@@ -183,6 +183,30 @@ def test_who_would_be_refused_anyway_is_refused_before_anything_is_known_of_its_
             server.room += 1  # whether one that goes before batches is let in is for `turn` to say
             check()
             for task in waiting:
+                task.cancel()
+
+    run(test)
+
+
+def test_line_that_batches_have_filled_takes_interactive_requests_and_no_further_batch() -> None:
+    async def test() -> None:
+        server = Server(room=0)
+        async with asyncio.TaskGroup() as tasks:
+            batches = [tasks.create_task(server.ask(str(index), batch=True)) for index in range(PER_SLOT)]
+            await settle()
+            with pytest.raises(ApiError):
+                await server.ask("batch too many", batch=True)
+            server.queues.check("m", has_room=lambda: False, slots=lambda: 1)
+            first = [tasks.create_task(server.ask(f"first {index}")) for index in range(PER_SLOT)]
+            await settle()
+            with pytest.raises(ApiError):
+                await server.ask("too many")
+            assert server.queues.lengths == {"m": 2 * PER_SLOT}
+            for _ in range(PER_SLOT):
+                server.leave()
+                await settle()
+            assert all(task.done() for task in first)
+            for task in batches:
                 task.cancel()
 
     run(test)

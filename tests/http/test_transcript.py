@@ -24,7 +24,8 @@ ASK: Json = {
 }
 SHELL = {"created": 1, "id": "chatcmpl-1", "model": "demo", "object": "chat.completion.chunk"}
 
-VOCABULARY: list[str | bytes] = ["a", " b", "c d", "\n", "é".encode()[:1], "é".encode()[1:], "end", '"', "data:"]
+HALVES = "é".encode()
+VOCABULARY: list[str | bytes] = ["a", " b", "c d", "\n", HALVES[:1], HALVES[1:], "end", '"', "data:"]
 PROMPT_TOKENS = 7
 
 

@@ -179,7 +179,9 @@ class Api:
                 name = await self._pick(exchange)
             if method != "POST":
                 return await self._proxy.forward(exchange, lambda: self._find(name, reads_only=True))
-            with self._asking.counted(exchange, self._find(name, reads_only=False)):
+            model = self._find(name, reads_only=False)
+            exchange.model = model.name
+            with self._asking.counted(exchange, model):
                 return await self._proxy.forward(exchange, lambda: self._find(name, reads_only=False))
 
     async def _pick(self, exchange: Exchange) -> str:

@@ -12,7 +12,8 @@ from dataclasses import dataclass, field
 from libmesh_node.http.errors import ApiError
 
 PER_SLOT = 8
-"""Requests that may wait for each slot of a model's servers. When full, further ones get 429."""
+"""Requests that may wait for each slot of a model's servers. When full, further ones get 429. Batches are none of them for an
+interactive one, which goes before them: however many there are, it is taken. So as many may wait besides."""
 
 LOOK = 0.25
 """Seconds after which a waiting request looks again by itself: servers come without telling."""
@@ -31,6 +32,10 @@ class _Line:
 
     def __len__(self) -> int:
         return len(self.interactive) + len(self.batch)
+
+    def ahead(self, batch: bool) -> int:
+        """Requests that go before a new one."""
+        return len(self) if batch else len(self.interactive)
 
     def first(self) -> asyncio.Future[None] | None:
         return next(iter(self.interactive or self.batch), None)
@@ -62,11 +67,11 @@ class Queues:
         waits before its equals and is never refused. Cancelling leaves the line.
         """
         line = self._lines.setdefault(model, _Line())
-        ahead = 0 if again else len(line) if batch else len(line.interactive)
+        ahead = 0 if again else line.ahead(batch)
         if not ahead and has_room():
             return
         if not again:
-            self._check_length(model, line, slots())
+            self._check_length(model, ahead, line.seconds, slots())
         mine = line.batch if batch else line.interactive
         try:
             with self._place(mine, again) as place:
@@ -81,8 +86,8 @@ class Queues:
     def check(self, model: str, *, has_room: Callable[[], bool], slots: Callable[[], int]) -> None:
         """Raise what `turn` would for any request, without knowing more of it: those refused are many, and are to cost little."""
         line = self._lines.get(model)
-        if line is not None and len(line) >= PER_SLOT and not has_room():
-            self._check_length(model, line, slots())
+        if line is not None and (ahead := line.ahead(batch=False)) >= PER_SLOT and not has_room():
+            self._check_length(model, ahead, line.seconds, slots())
 
     @property
     def lengths(self) -> dict[str, int]:
@@ -115,12 +120,12 @@ class Queues:
             line.remove(place[0])
 
     @staticmethod
-    def _check_length(model: str, line: _Line, slots: int) -> None:
-        if len(line) < PER_SLOT * max(slots, 1):
+    def _check_length(model: str, ahead: int, seconds: float, slots: int) -> None:
+        if ahead < PER_SLOT * max(slots, 1):
             return
-        wait = math.ceil((len(line) + 1) * line.seconds / max(slots, 1))
+        wait = math.ceil((ahead + 1) * seconds / max(slots, 1))
         message = (
-            f"All servers of `{model}` are busy and {len(line)} requests wait already; "
+            f"All servers of `{model}` are busy and {ahead} requests wait already; "
             f"by the present rate there is room in about {wait} s."
         )
         raise ApiError(429, "overloaded", message, retry_after=max(wait, 1))
