@@ -8,9 +8,9 @@ from libmesh import PeerState, Scope, View
 from libmesh_node.announced import decode_status
 from libmesh_node.options import NodeOptions
 from libmesh_node.placement.electing import elect
-from libmesh_node.placement.machine import Machine
+from libmesh_node.placement.machine import Machine, short
 from libmesh_node.placement.shape import ModelShape
-from libmesh_node.placement.splitting import Placement, SplitRules, needed
+from libmesh_node.placement.splitting import Placement, SplitRules, heeds, needed
 
 MAX_PROTOCOLS = 4
 """Versions of llama.cpp's RPC that a bystander makes a plan for, the most spoken ones; a mesh has one, or two in a change."""
@@ -37,7 +37,14 @@ def plan_json(
         ],
     }
     if not isinstance(outcome, Placement):
-        return {**plan, "missing": str(outcome), "members": [], "tokens_per_second": None, "host": None}
+        return {
+            **plan,
+            "missing": str(outcome),
+            "members": [],
+            "tokens_per_second": None,
+            "host": None,
+            "note": "",
+        }
     members = [
         {
             "peer": share.peer,
@@ -55,7 +62,26 @@ def plan_json(
         "members": members,
         "tokens_per_second": round(outcome.tokens_per_second, 2),
         "host": outcome.host,
+        "note": unheeded(outcome, rules),
     }
+
+
+def in_words(placement: Placement, rules: SplitRules) -> str:
+    """For the log of the placement's host."""
+    told = ", ".join(f"{short(share.peer)} ({share.layers} layers)" for share in placement.workers)
+    what = f"split over this node ({placement.home.layers} layers) and {told}" if told else "alone"
+    note = unheeded(placement, rules)
+    return f"{what}; about {placement.tokens_per_second:.1f} tokens per second" + (
+        f"; {note}" if note else ""
+    )
+
+
+def unheeded(placement: Placement, rules: SplitRules) -> str:
+    """That the operator's shares do not count, and why; empty if they do, or none were given."""
+    machines = 1 + sum(verdict.taken for verdict in placement.verdicts)
+    if rules.ratios is None or heeds(rules, machines):
+        return ""
+    return f"--tensor-split has {len(rules.ratios)} shares for {machines} machines, so shares follow memory"
 
 
 def protocols_of(digest: str, view: View) -> list[str]:

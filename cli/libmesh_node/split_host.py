@@ -27,7 +27,7 @@ from libmesh_node.placement.heirs import PassedOver
 from libmesh_node.placement.machine import Machine, held_of, memory_of, short
 from libmesh_node.placement.splitting import Placement, Shortage
 from libmesh_node.placement.steering import Abandon, Adopt, Broken, Looked, Steering, same
-from libmesh_node.planning import rules_of
+from libmesh_node.planning import in_words, rules_of
 from libmesh_node.serving import LocalModels
 from libmesh_node.split_run import SplitFailed, SplitRun, SplitSetting, fits_beside, setting_of
 
@@ -260,9 +260,7 @@ class SplitHost:
     # ── acting ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _start(self, placement: Placement, machines: list[Machine], nursery: trio.Nursery) -> None:
-        told = ", ".join(f"{short(share.peer)} ({share.layers} layers)" for share in placement.workers)
-        what = f"split over this node ({placement.home.layers} layers) and {told}" if told else "alone"
-        log.info("%s: %s; about %.1f tokens per second", self.name, what, placement.tokens_per_second)
+        log.info("%s: %s", self.name, in_words(placement, self._rules))
         about = self._setting(), placement, memory_of(machines), self._held(machines)
         self._coming = run = self._launch(*about, partial(self._changed, nursery))
         self._note_memory()

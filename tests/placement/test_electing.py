@@ -16,6 +16,7 @@ from libmesh_node.placement.splitting import (
     cut_layers,
     needed,
 )
+from libmesh_node.planning import unheeded
 
 from tests.placement.machines import GB, machine, shape
 
@@ -102,6 +103,33 @@ def test_ratios_are_honoured_in_the_order_of_members() -> None:
     best = placed(elect(shape(), machines, SplitRules(ratios=(1, 3))))
     assert best.members == ("b", "a")
     assert (best.workers[0].layers, best.home.layers) == (10, 31)
+
+
+def test_ratios_that_do_not_fit_are_refused_with_what_is_too_much() -> None:
+    """They were tried again and again."""
+    outcome = elect(shape(), [machine("a", 30), machine("b", 30)], SplitRules(ratios=(9, 1)))
+    assert isinstance(outcome, Shortage)
+    assert str(outcome) == "--tensor-split gives peer b 36.0 GB of the model, and it has 30.0 GB"
+
+
+def test_ratios_for_another_number_of_machines_leave_it_to_memory() -> None:
+    machines = [machine("a", 28), machine("b", 14), machine("c", 14)]
+    for ratios in ((3, 1), (1, 1, 1, 1)):
+        best = placed(elect(shape(), machines, SplitRules(ratios=ratios)))
+        assert {share.peer: share.layers for share in (*best.workers, best.home)}["a"] > 16
+        assert all(share.granted < 14 * GB for share in (*best.workers, best.home) if share.peer != "a")
+        assert unheeded(best, SplitRules(ratios=ratios))
+    assert not unheeded(best, SplitRules(ratios=(1, 1, 1)))
+    assert not unheeded(best, SplitRules())
+
+
+def test_the_host_is_one_whose_llama_cpp_takes_its_workers() -> None:
+    """A newer minor version takes an older one, and not the other way round."""
+    older, newer = machine("a", 30, protocol="7.0.0"), machine("b", 30, protocol="7.1.0")
+    best = placed(elect(shape(), [older, newer]))
+    assert (best.host, [share.peer for share in best.workers]) == ("b", ["a"])
+    alien = elect(shape(), [older, machine("b", 30, protocol="8.0.0")])
+    assert "it speaks llama.cpp's RPC protocol 8.0.0, its host would speak 7.0.0" in str(alien)
 
 
 def test_shares_follow_memory() -> None:

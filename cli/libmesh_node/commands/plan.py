@@ -51,6 +51,8 @@ def _show(plan: dict[str, Any]) -> None:
     how = "alone" if len(members) == 1 else f"split over {len(members)} machines"
     speed = plan.get("tokens_per_second")
     say(f"{harmless(str(plan.get('model')))}: {how}, about {speed} tokens per second")
+    if note := plan.get("note"):
+        say(f"{harmless(str(note))}.")
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("peer", "role", "layers", "weights", "memory", "round trip"):
         table.add_column(heading)

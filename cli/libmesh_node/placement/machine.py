@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
@@ -10,6 +11,8 @@ DEFAULT_BANDWIDTH = 20e9
 
 DEFAULT_GPU_BANDWIDTH = 300e9
 """The same for a GPU whose driver does not tell, as AMD's: what a card of the middle class has."""
+
+_VERSION = re.compile(r"(\d{1,3})\.(\d{1,3})\.", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +28,7 @@ class Machine:
         lends: it may be a worker: it has the scope and a working rpc-server.
         rtts: seconds to other peers, as it measured them.
         relayed: peers that it reaches over a relay only.
+        protocol: `major.minor.patch` that its llama.cpp speaks between host and worker; empty if it does not say.
         excluded: why it cannot take part, in words; empty if it can.
         private: only this node knows that it cannot, as it was refused; the others still reckon with it.
     """
@@ -38,6 +42,7 @@ class Machine:
     lends: bool = True
     rtts: Mapping[str, float] = field(default_factory=dict)
     relayed: frozenset[str] = frozenset()
+    protocol: str = ""
     excluded: str = ""
     private: bool = False
 
@@ -56,6 +61,12 @@ def rtt_between(one: Machine, other: Machine) -> float | None:
 def relayed_between(one: Machine, other: Machine) -> bool:
     """Whether either says that only a relay joins them."""
     return other.peer in one.relayed or one.peer in other.relayed
+
+
+def understands(host: Machine, worker: Machine) -> bool:
+    """Whether the host's llama.cpp takes the worker's: the same major version, and no newer minor one (ggml-rpc.cpp)."""
+    ours, theirs = (_VERSION.match(machine.protocol) for machine in (host, worker))
+    return ours is None or theirs is None or (ours[1] == theirs[1] and int(theirs[2]) <= int(ours[2]))
 
 
 def memory_of(machines: Iterable[Machine]) -> dict[str, int]:

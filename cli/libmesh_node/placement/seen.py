@@ -151,5 +151,6 @@ def _machine(peer: str, status: NodeStatus, digest: str, *, lends: bool, why: st
         lends=lends,
         rtts={far.peer: far.rtt for far in status.distances},
         relayed=frozenset(far.peer for far in status.distances if far.relayed),
+        protocol=status.rpc_protocol,
         excluded=why,
     )

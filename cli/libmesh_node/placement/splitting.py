@@ -6,11 +6,19 @@ its bandwidth, and of one round trip for each worker. More workers never make a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from libmesh_node.placement.machine import Machine, relayed_between, rtt_between, short, unique
+from libmesh_node.placement.machine import (
+    Machine,
+    memory_of,
+    relayed_between,
+    rtt_between,
+    short,
+    understands,
+    unique,
+)
 from libmesh_node.placement.shape import ModelShape
 
 OVERHEAD = 1.1
@@ -153,7 +161,25 @@ def split_from(
     if memory < need or (rules.force and not taken):
         given = host.given + sum(machine.given for _, machine in taken)
         return Shortage(needed=need, have=memory, peers=len(taken), verdicts=told, given=given)
-    return replace(_share(shape, host, taken, rules), verdicts=told)
+    placed = _share(shape, host, taken, rules)
+    if heeds(rules, len(taken) + 1) and (full := _overfull(shape, placed, memory_of([host, *others]))):
+        return Shortage(needed=need, have=memory, peers=len(taken), verdicts=told, waiting=full)
+    return replace(placed, verdicts=told)
+
+
+def heeds(rules: SplitRules, machines: int) -> bool:
+    """Whether the operator's shares are for so many machines. With more or fewer, shares follow memory, rather than that nobody serves."""
+    return rules.ratios is not None and len(rules.ratios) == machines
+
+
+def _overfull(shape: ModelShape, placed: Placement, memory: Mapping[str, int]) -> str:
+    """Who is given more than it has, in words; empty if nobody is. What llama.cpp needs besides is not reckoned."""
+    for share in (*placed.workers, placed.home):
+        least = share.weights + share.kv_per_token * shape.context
+        if least > memory[share.peer]:
+            given, has = _gb(least), _gb(memory[share.peer])
+            return f"--tensor-split gives peer {short(share.peer)} {given} of the model, and it has {has}"
+    return ""
 
 
 def _rank(
@@ -168,6 +194,10 @@ def _rank(
             why = machine.excluded or "it lends nothing"
         elif relayed_between(host, machine):
             why = "reached over a relay only"
+        elif not understands(host, machine):
+            why = (
+                f"it speaks llama.cpp's RPC protocol {machine.protocol}, its host would speak {host.protocol}"
+            )
         elif rtt is None:
             why = "its distance is not known yet"
         elif rtt > rules.max_rtt:
@@ -190,8 +220,9 @@ def _share(
     logits_home = bool(taken) and not host.accelerated and _saves_time(shape, host, machines[last - 1])
     if logits_home:
         pieces[-1], kept = kept, pieces[-1]
-    if rules.ratios is not None and len(rules.ratios) == len(machines):
-        weights = list(rules.ratios)
+    heeded = heeds(rules, len(machines))
+    if heeded:
+        weights = [*(rules.ratios or ())]
     else:
         weights = [float(machine.memory) for machine in machines]
         if not host.accelerated:  # what lies in its main memory anyway
@@ -200,7 +231,7 @@ def _share(
     cut = cut_layers(
         [piece.memory for piece in pieces],
         [weights[at] for at in order],
-        [machines[at].memory - shape.compute for at in order] if rules.ratios is None else None,
+        None if heeded else [machines[at].memory - shape.compute for at in order],
     )
     rtts = [*(rtt for rtt, _ in taken), 0.0]
     shares: dict[int, Share] = {}
