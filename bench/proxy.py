@@ -4,10 +4,11 @@
     python bench/proxy.py --direct-proxy  through the HTTP side of one node only, without a mesh
 
 Beside it, over the same llama-servers: nginx, and LiteLLM's proxy, which is installed into the cache for that. Prints
-added time to first token (p50 and p99, one request at a time, the smallest model), and the ratio of requests per second
-at 1, 8 and 32 parallel streams, also of a larger model, which keeps its server as busy as one does that is of use. Every
-number compares rounds that alternate, so that a noisy machine hits all alike. Where the cores are taken, each way costs the
-server as much as it uses of them: so with each rate stands the CPU time of a request in every process.
+added time to first token (p50 and p99, one request at a time), and the ratio of requests per second at 1, 8 and 32 parallel
+streams: of a tiny model, which shows what a way costs; of one of 40 MB at 32 streams; and of one of 500 MB, the size from
+which on models are of use. Every number compares rounds that alternate, so that a noisy machine hits all alike. Where the
+cores are taken, each way costs the server as much as it uses of them: so with each rate stands the CPU time of a request in
+every process.
 """
 
 from __future__ import annotations
@@ -17,15 +18,17 @@ import statistics
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from libmesh_node.models.demo import SMALL, TINY, write_model
+from libmesh_node.models.demo import MEDIUM, SMALL, TINY, write_model
 from proxy_ends import KEY, Machine, litellm, llama_server, nginx, only_proxy, quantile
 from proxy_load import Load, Tally, cpu_seconds, serving
 
+MODELS = {"tiny": TINY, "small": SMALL, "medium": MEDIUM}
 SERVER = "llama-server"
 MORE = 64
 """Tokens of a longer answer, to tell what one more costs."""
@@ -53,75 +56,92 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6, help="rounds per figure (default 6)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens per answer (default 16)")
     parser.add_argument("--without", action="append", default=[], choices=["nginx", "LiteLLM"])
+    parser.add_argument("--only", action="append", choices=list(MODELS), help="only these models")
     options = parser.parse_args()
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="libmesh-bench-")))
-        tiny, small = folder / "tiny.gguf", folder / "small.gguf"
-        write_model(tiny, TINY, 1)
-        write_model(small, SMALL, 2)
+        files = {name: folder / f"{name}.gguf" for name in MODELS}
+        for seed, (name, file) in enumerate(files.items(), 1):
+            if name == "tiny" or not options.direct_proxy:
+                write_model(file, MODELS[name], seed)
         if options.direct_proxy:
-            direct = {"tiny": stack.enter_context(llama_server(tiny))[0]}
-            url = stack.enter_context(only_proxy(tiny, [direct["tiny"]]))
-            ways = {"API": Way(url, {"node": serving(url)})}
+            direct = {"tiny": stack.enter_context(llama_server(files["tiny"]))[0]}
+            url = stack.enter_context(only_proxy(files["tiny"], [direct["tiny"]]))
+            api = Way(url, {"node": serving(url)})
         else:
             machine = Machine(folder, stack)
-            machine.start("host", "--model", str(tiny), "--model", str(small))
+            machine.start("host", *(word for file in files.values() for word in ("--model", str(file))))
             url = machine.start("client", "--client")
-            for name in ("tiny", "small"):
+            for name in files:
                 machine.wait_for_servers("client", name, 1)
             direct = machine.llama_urls("host")
-            nodes = {f"{name} node": serving(machine.apis[name]) for name in ("client", "host")}
-            ways = {"API": Way(url, nodes)}
-        if "nginx" not in options.without and (found := stack.enter_context(nginx([direct["tiny"]]))):
-            ways["nginx"] = Way(found, {"nginx": serving(found)})
+            api = Way(url, {f"{name} node": serving(machine.apis[name]) for name in ("client", "host")})
+        ways = {name: {"direct": Way(server), "API": api} for name, server in direct.items()}
+        if "nginx" not in options.without:
+            for name, server in direct.items():
+                if found := stack.enter_context(nginx([server])):
+                    ways[name]["nginx"] = Way(found, {"nginx": serving(found)})
         if "LiteLLM" not in options.without and (found := stack.enter_context(litellm(direct))):
-            ways["LiteLLM"] = Way(found, {"LiteLLM": serving(found)})
-        measure(direct, ways, options.rounds, options.tokens)
+            for each in ways.values():
+                each["LiteLLM"] = Way(found, {"LiteLLM": serving(found)})
+        asked = {
+            name: {way: Asked(one, direct[name], name, options.tokens) for way, one in each.items()}
+            for name, each in ways.items()
+        }
+        measure(asked, options.rounds, options.tokens, options.only or list(MODELS))
 
 
-def measure(direct: dict[str, str], others: dict[str, Way], rounds: int, tokens: int) -> None:
-    """Print every figure of `others` against `direct` (base URLs by model)."""
-    ways = {"direct": Way(direct["tiny"])} | others
-    tiny = {way: Asked(one, direct["tiny"], "tiny", tokens) for way, one in ways.items()}
-    for asked in tiny.values():
-        asked.run(streams=4, requests=16)
-    first: dict[str, list[float]] = {way: [] for way in tiny}
+def measure(asked: dict[str, dict[str, Asked]], rounds: int, tokens: int, chosen: Collection[str]) -> None:
+    """Print every figure of each way against `direct`, by model."""
+    if "tiny" in chosen:
+        measure_costs(asked["tiny"], rounds, tokens)
+    for name in [name for name in ("small", "medium") if name in asked and name in chosen]:
+        first_token(name, asked[name], rounds, 5)
+        each = 64 if name == "small" else 32
+        compare(f"requests/s of the {name} model at 32 streams", asked[name], 32, max(2, rounds // 2), each)
+
+
+def measure_costs(tiny: dict[str, Asked], rounds: int, tokens: int) -> None:
+    """Print what a way costs, by the model whose server does hardly anything."""
+    first_token("tiny", tiny, rounds, 30)
+    for streams in (1, 8, 32):
+        compare(f"requests/s of the tiny model at {streams:2} streams", tiny, streams, rounds)
+    longer = {way: one.longer(MORE) for way, one in tiny.items() if way != "direct"}
+    for one in [*tiny.values(), *longer.values()]:
+        one.forget()
     for _ in range(rounds):
-        for way, asked in tiny.items():
-            first[way] += asked.run(streams=1, requests=30).first
+        for way in longer:
+            for one in (tiny[way], longer[way]):
+                one.run(streams=8, requests=64)
+    said = [f"{way} {(longer[way].cpu - tiny[way].cpu) / (MORE - tokens) * 1e6:.0f}" for way in longer]
+    print(f"CPU µs of each token more: {', '.join(said)}", flush=True)
+
+
+def first_token(model: str, asked: dict[str, Asked], rounds: int, requests: int) -> None:
+    """Print how long each takes for the first token, `requests` a round, one at a time."""
+    first: dict[str, list[float]] = {way: [] for way in asked}
+    for one in asked.values():
+        one.run(streams=4, requests=16)
+    for _ in range(rounds):
+        for way, one in asked.items():
+            first[way] += one.run(streams=1, requests=requests).first
     for name, share in (("p50", 0.5), ("p99", 0.99)):
         plain = quantile(first["direct"], share) * 1000
-        print(f"time to first token {name}: direct {plain:.2f} ms", end="")
-        for way in others:
+        print(f"time to first token of the {model} model, {name}: direct {plain:.2f} ms", end="")
+        for way in [way for way in asked if way != "direct"]:
             taken = quantile(first[way], share) * 1000
             print(f"; {way} {taken:.2f}, added {taken - plain:.2f}", end="")
         print(flush=True)
-    for streams in (1, 8, 32):
-        compare(f"requests/s of the tiny model at {streams:2} streams", tiny, streams, rounds)
-    longer = {way: Asked(one, direct["tiny"], "tiny", MORE) for way, one in ways.items() if way != "direct"}
-    for asked in [*tiny.values(), *longer.values()]:
-        asked.forget()
-    for _ in range(rounds):
-        for way in longer:
-            for asked in (tiny[way], longer[way]):
-                asked.run(streams=8, requests=64)
-    said = [f"{way} {(longer[way].cpu - tiny[way].cpu) / (MORE - tokens) * 1e6:.0f}" for way in longer]
-    print(f"CPU µs of each token more: {', '.join(said)}", flush=True)
-    if "small" in direct:
-        # nginx knows one server; what it costs is above
-        larger = {"direct": Way(direct["small"])} | {way: others[way] for way in others if way != "nginx"}
-        small = {way: Asked(one, direct["small"], "small", tokens) for way, one in larger.items()}
-        compare("requests/s of the small model at 32 streams", small, 32, max(2, rounds // 2))
 
 
-def compare(what: str, asked: dict[str, Asked], streams: int, rounds: int) -> None:
-    """Print the median rate of each, and what a request cost."""
+def compare(what: str, asked: dict[str, Asked], streams: int, rounds: int, count: int = 64) -> None:
+    """Print the median rate of each, in rounds of `count` requests, and what one cost."""
     rates: dict[str, list[float]] = {way: [] for way in asked}
     for one in asked.values():
         one.forget()
     for _ in range(rounds):
         for way, one in asked.items():
-            began, count = time.perf_counter(), max(40, 2 * streams)
+            began = time.perf_counter()
             one.run(streams=streams, requests=count)
             rates[way].append(count / (time.perf_counter() - began))
     plain = statistics.median(rates["direct"])
@@ -140,11 +160,16 @@ class Asked:
     """Requests for `tokens` tokens of `model`, whose server is at `server`, on one way; and what they cost."""
 
     def __init__(self, way: Way, server: str, model: str, tokens: int) -> None:
+        self._way, self._server, self._model = way, server, model
         messages = [{"role": "user", "content": "The mesh"}]
         request = {"model": model, "messages": messages, "temperature": 0, "max_tokens": tokens}
         self._load = Load(way.url, request, KEY)
         self._stations = way.stations | {SERVER: serving(server)}
         self.forget()
+
+    def longer(self, tokens: int) -> Asked:
+        """The same, for so many tokens."""
+        return Asked(self._way, self._server, self._model, tokens)
 
     def forget(self) -> None:
         """Count the costs anew."""
