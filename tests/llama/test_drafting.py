@@ -51,7 +51,7 @@ def test_worth_is_tokens_in_the_same_time(accepted: int, plain: float, drafted: 
     assert worth(Guesses(100, 800, accepted), StepCosts(plain, drafted)) == pytest.approx(value)
 
 
-def trial(steps: float, accepted: float, costs: StepCosts) -> DraftTrial:
+def trial(steps: float, accepted: float, costs: StepCosts | None) -> DraftTrial:
     found = DraftTrial()
     found.saw(Guesses(1000, 9000, 5000))
     found.saw(Guesses(1000 + steps, 9000 + 4 * steps, 5000 + accepted))
@@ -84,6 +84,31 @@ def test_nothing_is_given_up_where_costs_are_not_known() -> None:
     found.costs = None
     assert found.verdict() is None
     assert not found.due
+
+
+def test_a_draft_whose_server_is_never_idle_is_given_up_where_next_to_nothing_is_right() -> None:
+    bad, good, early = trial(800, 40, None), trial(800, 400, None), trial(799, 0, None)
+    assert (bad.hopeless, good.hopeless, early.hopeless) == (True, False, False)
+    assert bad.verdict() == "its draft guesses right 1 % of the time, which brings next to nothing"
+    assert not bad.due
+
+
+async def test_a_busy_server_is_asked_for_no_costs(
+    tmp_path: Path, demo_path: Path, monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """Its draft is given up all the same if it is hopeless, and stays for now if it is not."""
+
+    async def never(_port: int, *, unsaid: bool = False) -> bool:
+        return False
+
+    monkeypatch.setattr(supervisor, "busy", never)
+    plan = replace(plan_server(open_model(demo_path), memory_bytes=1 << 30), draft=DraftPlan(path=demo_path))
+    binary = Binary(path=tmp_path / "none", version="", rpc_protocol=None, origin="PATH")
+    server = supervisor.LlamaServer(binary, plan, log=tmp_path / "log", environment={})
+    server.load = replace(server.load, busy=2)
+    assert not await server._try_draft(trial(10_000, 2_000, None), b"", 1)
+    assert await server._try_draft(trial(800, 40, None), b"", 1)
+    assert server.plan.draft is None
 
 
 def test_a_server_that_does_not_count_is_never_judged() -> None:

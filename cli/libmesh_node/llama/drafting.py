@@ -6,6 +6,9 @@ its time if it yields more tokens than as many plain steps would in the same tim
     worth = (1 + accepted per step) x seconds of a plain step / seconds of a step with a draft
 
 How many are accepted is counted in real use, from `/metrics`; what the steps cost is tried out when nobody is being answered.
+A server that is never idle is judged by what it accepts alone: with next to nothing accepted a draft brings next to nothing,
+whatever it costs, and where many are answered at once it costs most.
+
 An answer of two tokens tells a plain step: the first one comes from the prompt, and for the second, being the last,
 llama-server guesses nothing. A longer answer tells a step with a draft.
 """
@@ -23,6 +26,9 @@ LEAST_STEPS = 200
 
 MARGIN = 0.97
 """A draft is given up if it is worth less. A restart costs more than the last three per cent bring."""
+
+HOPELESS_STEPS, HOPELESS = 4 * LEAST_STEPS, 0.1
+"""A draft is given up, too, if in so many steps it never was idle, and fewer guesses per step were right."""
 
 TRIES = 5
 """Of each cost; the least counts, since all that disturbs makes a step longer."""
@@ -92,16 +98,24 @@ class DraftTrial:
         """Whether enough was seen to judge by."""
         return self._seen.steps >= LEAST_STEPS
 
+    @property
+    def hopeless(self) -> bool:
+        """Whether it is to be given up whatever steps cost."""
+        seen = self._seen
+        return seen.steps >= HOPELESS_STEPS and seen.accepted < HOPELESS * seen.steps
+
     def verdict(self) -> str | None:
-        """Why the draft is to be given up, in words; `None` if it is worth its time, or nobody knows what steps cost.
+        """Why the draft is to be given up, in words; `None` if it is worth its time, or nobody knows and there is hope.
 
         Counting begins again.
         """
-        seen, costs = self._seen, self.costs
+        seen, costs, hopeless = self._seen, self.costs, self.hopeless
         self._base, self._seen = None, Guesses()
+        right = 100 * seen.accepted / max(1.0, seen.guessed)
+        if costs is None and hopeless:
+            return f"its draft guesses right {right:.0f} % of the time, which brings next to nothing"
         if costs is None or (value := worth(seen, costs)) >= MARGIN:
             return None
-        right = 100 * seen.accepted / max(1.0, seen.guessed)
         return f"its draft guesses right {right:.0f} % of the time, which makes it {value:.2f} times as fast as without"
 
 

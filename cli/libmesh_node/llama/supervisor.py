@@ -273,9 +273,9 @@ class LlamaServer:
     async def _try_draft(self, trial: DraftTrial, metrics: bytes, port: int) -> bool:
         """Whether the server is to be started again without its draft; it has nothing to do then."""
         trial.saw(read_guesses(metrics))
-        if not trial.due or self.load.busy:
+        if not trial.due or (self.load.busy and not trial.hopeless):
             return False
-        if trial.costs is None:
+        if trial.costs is None and not self.load.busy:
             trial.costs = await measure_costs(port)
         why = trial.verdict()
         if why is None:
