@@ -26,7 +26,7 @@ from libmesh_node.http.exposure import returned_headers
 from libmesh_node.http.replay import Replay
 from libmesh_node.http.sse import EventTooLong, comment
 from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript
-from libmesh_node.http.upstream import STALL, Answer, Broken, read_on
+from libmesh_node.http.upstream import Answer, Broken, read_on
 from libmesh_node.http.waiting import refuse_late
 
 log = logging.getLogger("libmesh_node.http")
@@ -95,11 +95,14 @@ async def relay(
             raise
         return response
     try:
-        chunk = start
+        chunk, loop = start, asyncio.get_running_loop()
+        heard = loop.time()
         while chunk:
             exchange.saw(chunk)
             await response.write(chunk)
-            chunk = await read_on(upstream)
+            if not streams or b"data:" in chunk:
+                heard = loop.time()
+            chunk = await read_on(upstream, heard)
     except Broken as exc:
         if exchange.server is not None:
             balance.failed(exchange.server, time.monotonic())
@@ -173,13 +176,10 @@ class _Carrier:
     async def _drain(self, answer: Answer, start: bytes) -> None:
         transcript, loop = self._transcript, asyncio.get_running_loop()
         chunk, told = start, loop.time()
+        heard = told
         while not transcript.finished:
             if not chunk:
-                try:
-                    async with asyncio.timeout(STALL):
-                        chunk = await read_on(answer)
-                except TimeoutError:
-                    raise Broken(f"nothing came for {STALL:g} s") from None
+                chunk = await read_on(answer, heard)
             if not chunk:
                 raise Broken("it ended without an end")
             self._exchange.saw(chunk)
@@ -187,12 +187,15 @@ class _Carrier:
                 # The last of it leaves with the end of the answer.
                 write = self._response.write_eof if transcript.finished else self._response.write
                 await write(out)
-                self._passed_on += len(out)
                 told = loop.time()
+                if b"data:" in out:
+                    self._passed_on += len(out)
                 transcript.feed(b"")
             elif loop.time() - told >= SAY_EVERY:  # what comes now, the client has
                 told = loop.time()
                 await self._response.write(comment(""))
+            if b"data:" in chunk:
+                heard = loop.time()
             chunk = b""
 
     async def _keep_waiting(self) -> None:

@@ -16,6 +16,14 @@ def holds_event(data: bytes) -> bool:
     return _END.search(data) is not None
 
 
+def skip_comments(data: bytes) -> bytes:
+    """`data` from its first event on that is no comment."""
+    start = 0
+    while data.startswith(b":", start) and (end := _END.search(data, start)) is not None:
+        start = end.end()
+    return data[start:]
+
+
 class EventTooLong(ValueError):
     """No event ended within `MAX_EVENT` bytes."""
 

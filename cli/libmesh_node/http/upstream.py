@@ -10,7 +10,7 @@ from yarl import URL
 
 from libmesh_node.http.connections import Loopback
 from libmesh_node.http.single import SingleAnswer, ask, encode_post
-from libmesh_node.http.sse import MAX_EVENT, holds_event
+from libmesh_node.http.sse import MAX_EVENT, holds_event, skip_comments
 
 CONNECT_TIMEOUT = 5.0
 """Seconds to connect to a loopback port. More than one means a stopped process."""
@@ -24,7 +24,11 @@ WHOLE_ANSWER = 1 << 20
 that dies while sending one can still be replaced."""
 
 STALL = 60.0
-"""Seconds without a byte of an event stream that has begun. llama-server sends a comment every 30."""
+"""Seconds without a byte of an answer that has begun. llama-server sends a comment every 30, whatever it does meanwhile."""
+
+ONLY_COMMENTS = 600.0
+"""Seconds with nothing but comments in an event stream that has begun: as long as the SDKs of OpenAI and Anthropic wait. A
+server may be computing another request's long prompt."""
 
 Answer = aiohttp.ClientResponse | SingleAnswer
 
@@ -77,7 +81,8 @@ class Upstream:
     ) -> tuple[Answer, bytes]:
         """Send a request and wait for the start of the answer: its whole if it is short, else the first bytes.
 
-        Of an event stream that is at least one whole event, so that a server which dies before has sent nothing.
+        Of an event stream that is at least one whole event, so that a server which dies before has sent nothing. Comments
+        are none: a server that hangs sends them, too.
 
         With `fresh`, on a connection of its own. Raises one of `FAILURES`. The caller closes the answer.
         """
@@ -118,7 +123,7 @@ class Upstream:
 
 
 async def _first_event(answer: Answer, start: bytes) -> bytes:
-    while not holds_event(start) and len(start) <= MAX_EVENT:
+    while not holds_event(start := skip_comments(start)) and len(start) <= MAX_EVENT:
         async with asyncio.timeout(STALL):
             more = await answer.content.readany()
         if not more:
@@ -127,18 +132,28 @@ async def _first_event(answer: Answer, start: bytes) -> bytes:
     return start
 
 
-async def read_on(answer: Answer) -> bytes:
-    """The next bytes of an answer; empty at its end. Raises `Broken`."""
+async def read_on(answer: Answer, heard: float) -> bytes:
+    """The next bytes of an answer; empty at its end.
+
+    `heard` is when something else than a comment came, by the loop's clock. Raises `Broken`.
+    """
     try:
-        return await answer.content.readany()
+        if (now := asyncio.get_running_loop().time()) - heard >= ONLY_COMMENTS:
+            raise Broken(f"nothing but comments came for {now - heard:.0f} s")
+        async with asyncio.timeout(STALL):
+            return await answer.content.readany()
+    except TimeoutError:
+        raise Broken(f"nothing came for {STALL:g} s") from None
     except FAILURES as exc:
-        raise Broken(str(exc) or type(exc).__name__) from exc
+        raise Broken(in_words(exc)) from exc
 
 
 def in_words(failure: Exception) -> str:
-    """For the log: the text of aiohttp's own error for a failed connection is full of its parameters."""
+    """For the log: the texts of aiohttp's own errors for a failed connection and for half an answer are full of its parts."""
     if isinstance(failure, aiohttp.ClientConnectorError):
         return f"cannot connect: {failure.os_error.strerror or failure.os_error}"
+    if str(failure).startswith("Response payload is not completed"):
+        return "it was cut off"
     return str(failure) or type(failure).__name__
 
 
