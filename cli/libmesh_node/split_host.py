@@ -36,8 +36,9 @@ log = logging.getLogger(__name__)
 REFUSED_FOR = 20.0
 """Seconds for which a peer that refused is not asked again; one that was lost after it had worked, for less at first."""
 
-FIRST_PAUSE, LONGEST_PAUSE, HEALTHY_AFTER = 0.5, 30.0, 60.0
-"""Seconds until the next try after a split that failed; doubled with each failure, forgotten after `HEALTHY_AFTER`."""
+FIRST_PAUSE, USED_PAUSE, LONGEST_PAUSE, HEALTHY_AFTER = 0.5, 2.0, 30.0, 60.0
+"""Seconds until the next try after a split that failed; doubled with each failure, forgotten after `HEALTHY_AFTER`. No longer than
+`USED_PAUSE` after one that had answered: however often its processes die, it is back in 10 s and the time to load."""
 
 OWN_FAILURES = 3
 UNABLE_FOR = 300.0
@@ -309,7 +310,8 @@ class SplitHost:
         if failure.later:
             self._taken.add(failure.peer)
         lasted = run.ready_since is not None and now - run.ready_since >= HEALTHY_AFTER
-        self._pause = FIRST_PAUSE if lasted else min(self._pause * 2, LONGEST_PAUSE)
+        longest = LONGEST_PAUSE if run.ready_since is None else USED_PAUSE
+        self._pause = FIRST_PAUSE if lasted else min(self._pause * 2, longest)
         if failure.peer:
             lasting = run.ready_since is None and not failure.later
             seconds = REFUSED_FOR if lasting else min(REFUSED_FOR, 4 * self._pause)

@@ -9,6 +9,7 @@ import trio
 import trio.testing
 from libmesh_node import split_host
 from libmesh_node.placement import heirs
+from libmesh_node.split_run import SplitFailed
 
 from tests.placement.hosting import LOAD, Machine, Run, World, world
 
@@ -330,3 +331,21 @@ async def test_the_only_worker_is_asked_again_soon(autojump_clock: trio.testing.
             assert len(place.runs) == len(place.serving) == 1
     assert place.outages[0] <= LOAD + 5.2
     assert place.outages == sorted(place.outages)
+    assert place.outages[-1] <= LOAD + 10
+
+
+async def test_a_server_that_dies_again_and_again_is_back_within_ten_seconds(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    """Each time it had answered. One that never does is tried more and more seldom."""
+    async with world(force=False) as place:
+        place.join("a", Machine(25))
+        place.join("b", Machine(25))
+        await settled(place)
+        for _ in range(8):
+            place.serving[0].why = SplitFailed("it was killed")
+            place.serving[0].lost.set()
+            await trio.sleep(4 * LOAD)
+            assert len(place.runs) == len(place.serving) == 1
+    assert len(place.outages) == 8
+    assert max(place.outages) <= LOAD + 5
