@@ -152,6 +152,8 @@ class SplitRun:
 
     async def _live(self) -> None:
         setting = self._setting
+        if self.placement.workers and setting.binary.rpc_protocol is None:
+            raise NodeError("this machine's llama-server does not work together with its rpc-server")
         if await model_digest(setting.model.parts) != setting.shape.digest:
             raise NodeError(
                 f"{setting.model.path} is not what it was when it was identified; restart the node."

@@ -132,6 +132,15 @@ def test_the_host_is_one_whose_llama_cpp_takes_its_workers() -> None:
     assert "it speaks llama.cpp's RPC protocol 8.0.0, its host would speak 7.0.0" in str(alien)
 
 
+def test_who_has_no_rpc_server_hosts_nobody_and_serves_alone_what_fits() -> None:
+    """Its peers waited for it for ever."""
+    lone = machine("a", 45, bandwidth=1e12, lends=False)
+    others = [machine("b", 30, protocol="7.0.0"), machine("c", 30, protocol="7.0.0")]
+    assert placed(elect(shape(), [lone, *others])).host == "a"
+    best = placed(elect(shape(50), [lone, *others]))
+    assert {best.host, *(share.peer for share in best.workers)} == {"b", "c"}
+
+
 def test_shares_follow_memory() -> None:
     best = placed(elect(shape(), [machine("a", 36, accelerated=True, bandwidth=1e12), machine("b", 12)]))
     assert [(share.peer, share.layers) for share in best.workers] == [("b", 10)]

@@ -38,17 +38,14 @@ class Worker:
         pass
 
 
-async def test_split_that_gets_no_port_fails_and_says_why(
-    tmp_path: Path, demo_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(split_run, "Borrowed", Worker)
+async def failure_of(tmp_path: Path, demo_path: Path, protocol: str | None) -> SplitFailed | None:
+    """Of a split over another node, where this one's llama-server works with rpc-servers of `protocol`."""
     header = read_header(demo_path)
     model = ModelFile(name="m", parts=(demo_path,), size_bytes=1, header=header)
     mesh: Any = SimpleNamespace(open_service=print)
     setting = SplitSetting(
         mesh=mesh,
-        binary=Binary(path=tmp_path / "none", version="", rpc_protocol="7.0.0", origin="PATH"),
+        binary=Binary(path=tmp_path / "none", version="", rpc_protocol=protocol, origin="PATH"),
         model=model,
         shape=shape_of([header], await model_digest(model.parts), 4096),
         log=tmp_path / "log",
@@ -57,10 +54,29 @@ async def test_split_that_gets_no_port_fails_and_says_why(
     )
     home, worker = (Share(peer=peer, layers=2, weights=1, granted=1 << 30) for peer in ("home", "worker"))
     placement = Placement(host="home", home=home, workers=(worker,), tokens_per_second=1.0)
-    run = SplitRun(setting, placement, {"home": 1 << 30, "worker": 1 << 30}, {}, lambda: None)
-    failure = await run.run()
+    return await SplitRun(setting, placement, {"home": 1 << 30, "worker": 1 << 30}, {}, lambda: None).run()
+
+
+async def test_split_that_gets_no_port_fails_and_says_why(
+    tmp_path: Path, demo_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(split_run, "Borrowed", Worker)
+    failure = await failure_of(tmp_path, demo_path, "7.0.0")
     assert isinstance(failure, SplitFailed)
     assert "Too many open files" in str(failure)
+    assert not failure.peer
+
+
+async def test_a_host_whose_programs_do_not_work_together_blames_itself(
+    tmp_path: Path, demo_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it leaves the model to another host after a few tries; the workers' refusal would be theirs."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(split_run, "Borrowed", Worker)
+    failure = await failure_of(tmp_path, demo_path, None)
+    assert str(failure) == "this machine's llama-server does not work together with its rpc-server"
+    assert failure is not None
     assert not failure.peer
 
 

@@ -64,9 +64,14 @@ def relayed_between(one: Machine, other: Machine) -> bool:
 
 
 def understands(host: Machine, worker: Machine) -> bool:
-    """Whether the host's llama.cpp takes the worker's: the same major version, and no newer minor one (ggml-rpc.cpp)."""
+    """Whether the host's llama.cpp takes the worker's: the same major version, and no newer minor one (ggml-rpc.cpp).
+
+    One that speaks none, as a llama-server without an rpc-server beside it, takes nobody's.
+    """
     ours, theirs = (_VERSION.match(machine.protocol) for machine in (host, worker))
-    return ours is None or theirs is None or (ours[1] == theirs[1] and int(theirs[2]) <= int(ours[2]))
+    if theirs is None:
+        return True
+    return ours is not None and ours[1] == theirs[1] and int(theirs[2]) <= int(ours[2])
 
 
 def memory_of(machines: Iterable[Machine]) -> dict[str, int]:
