@@ -116,6 +116,17 @@ class Town:
     def servers(self) -> Counter[str]:
         return Counter(model for node in self.alive() for model in node.serves)
 
+    def per_server(self) -> list[float]:
+        """Requests in the window for each server of what is asked for, as many as are to be expected."""
+        config, servers = DemandConfig(), self.servers()
+        asked = {name: weight for name, weight in zip(NAMES, self.weights, strict=True) if weight}
+        all_requests = REQUESTS * config.window
+        return [
+            all_requests * weight / sum(asked.values()) / servers[name]
+            for name, weight in asked.items()
+            if servers[name]
+        ]
+
     def unserved(self) -> set[str]:
         """What is asked for and somebody has, and nobody serves."""
         held = {model for node in self.alive() for model in node.disk}
@@ -149,6 +160,9 @@ def test_models_follow_demand_and_do_not_run_about(seed: int) -> None:
         # A model is taken when its first request has come, which for the rarest of them may take a while.
         assert last_unserved - began <= 60
         assert late <= 3
+        # Servers went where the requests are, as far as the rule moves them; half as much again for the dice.
+        each, config = town.per_server(), DemandConfig()
+        assert max(each) <= 1.5 * max(config.busy, config.contrast * min(each))
     print(f"seed {seed}: moves per change {moves_per_change}")  # noqa: T201
     assert max(moves_per_change[1:]) <= NODES // 2
     check_rest(town)
