@@ -195,9 +195,8 @@ def _rank(
         elif relayed_between(host, machine):
             why = "reached over a relay only"
         elif not understands(host, machine):
-            why = (
-                f"it speaks llama.cpp's RPC protocol {machine.protocol}, its host would speak {host.protocol}"
-            )
+            ours = host.protocol or "none"
+            why = f"it speaks llama.cpp's RPC protocol {machine.protocol}, its host would speak {ours}"
         elif rtt is None:
             why = "its distance is not known yet"
         elif rtt > rules.max_rtt:
