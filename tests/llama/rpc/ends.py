@@ -22,6 +22,7 @@ from libmesh_node.llama.rpc.opening import SessionRequest
 from libmesh_node.llama.rpc.weights import LearnedHashes, Weights
 from libmesh_node.llama.server import child_environment
 from libmesh_node.llama.supervisor import free_port
+from libmesh_node.models.reference import open_model
 
 from libmesh import PeerId, Stream
 
@@ -65,7 +66,7 @@ def lender(
     lending = Lender(
         engine.require_rpc_server(), memory=lambda: memory, environment=os.environ, open_stream=open_stream
     )
-    lending.models[DIGEST] = LentModel(name="model", digest=DIGEST, parts=(model,))
+    lending.models[DIGEST] = LentModel(name="model", digest=DIGEST, parts=open_model(model).parts)
     return lending
 
 
