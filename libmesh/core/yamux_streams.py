@@ -90,7 +90,7 @@ class Windows:
     def first_grant(self, stream: StreamState) -> int:
         """What to add to the window of a new stream."""
         wanted = self._options.initial_window - SPEC_WINDOW
-        if self._budget - wanted < self._options.window_budget // 2:
+        if not wanted or self._budget - wanted < self._options.window_budget // 2:
             return 0  # half of the budget is kept for windows that have shown that they need it
         grant = self._extend(stream, wanted)
         stream.receive_window += grant

@@ -33,7 +33,7 @@ from libmesh.core.yamux_frames import (
 )
 from libmesh.net.base import StreamReset
 from libmesh.net.muxed_stream import Pieces, YamuxStream
-from libmesh.net.outbound import Outbound
+from libmesh.net.outbound import COMPANY_TIME, SYN_TIME, Outbound
 from libmesh.net.records import Channel, PlainChannel
 from libmesh.net.session import Session
 from libmesh.peers import PeerId
@@ -167,11 +167,11 @@ class YamuxConnection(IMuxedConn):
         """The peer's address, if the connection has one."""
         return self.secured_conn.get_remote_address()
 
-    async def open_stream(self) -> YamuxStream:
+    async def open_stream(self, *, silent: bool = False) -> YamuxStream:
         """Open a stream. Costs no round trip; SYN travels with the first data, or alone a moment later.
 
-        Waits only while 256 streams are unacknowledged; what is sent next lets other tasks run. If cancelled, none was
-        opened. Raises `MuxedConnUnavailable`.
+        With `silent`, SYN may wait longer. This waits only while 256 streams are unacknowledged; what is sent next lets
+        other tasks run. If cancelled, none was opened. Raises `MuxedConnUnavailable`.
         """
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:
@@ -182,7 +182,7 @@ class YamuxConnection(IMuxedConn):
                 break
             await self._openable.park()
         stream = self._streams[stream_id] = YamuxStream(self, stream_id, self._outbound)
-        self._outbound.flush_later()
+        self._outbound.flush_later(COMPANY_TIME if silent else SYN_TIME)
         return stream
 
     async def accept_stream(self) -> YamuxStream:
@@ -364,7 +364,7 @@ class YamuxConnection(IMuxedConn):
 
     def consumed(self, stream_id: int, count: int) -> None:
         """`count` received bytes were read or dropped."""
-        if self._machine.consumed(stream_id, count, trio.current_time()):
+        if count and self._machine.consumed(stream_id, count, trio.current_time()):
             self._outbound.flush_soon()
 
     def finish(self, stream: YamuxStream, *, released: bool = False) -> None:

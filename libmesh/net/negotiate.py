@@ -30,6 +30,7 @@ from libmesh.net.lines import (
     opening_of,
 )
 from libmesh.net.muxed_stream import Sink, YamuxStream
+from libmesh.net.muxer import YamuxConnection
 from libmesh.net.stock import StockStream
 from libmesh.peers import PeerId
 
@@ -238,11 +239,11 @@ async def open_lazy_stream(muxed_conn: IMuxedConn, peer: PeerId, protocol: str) 
         ServiceRefused: at once on a stock muxer; otherwise later, see `Libp2pStream`.
     """
     try:
+        if isinstance(muxed_conn, YamuxConnection):
+            return Libp2pStream(await muxed_conn.open_stream(silent=True), peer, protocol, agreed=False)
         muxed = await muxed_conn.open_stream()
     except (MuxedConnUnavailable, MuxedStreamError) as exc:
         raise PeerUnreachable(f"the connection to {peer} is over: {exc}", {}) from exc
-    if isinstance(muxed, YamuxStream):
-        return Libp2pStream(muxed, peer, protocol, agreed=False)
     stream = Libp2pStream(StockStream(muxed), peer, protocol, agreed=False)
     await stream.wait_agreed()
     return stream

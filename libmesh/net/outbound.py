@@ -54,8 +54,13 @@ Less is no sign of the peer's life: what stands between us, a relay, takes a pin
 CORK_TIME = 0.0003
 """Seconds after another stream's small message within which one waits for company."""
 
-COMPANY_TIME = 0.002
-"""Seconds that what nobody waits for may wait for something to leave with."""
+COMPANY_TIME = 0.02
+"""Seconds that what nobody waits for may wait for something to leave with.
+
+A timer that goes off, or is only moved, costs as much as a tenth of a short stream. With 0.002 there was one for each."""
+
+SYN_TIME = 0.002
+"""The same for the SYN of a stream that its opener may expect to be accepted before it sends anything."""
 
 
 class Outbound:
@@ -224,14 +229,14 @@ class Outbound:
         """Send what is queued when the tasks that are running now have had their turn."""
         self._flusher.wake()
 
-    def flush_later(self) -> None:
-        """Send what is queued when something else leaves, but within `COMPANY_TIME`."""
-        if self._late_at is None:
-            now = trio.current_time()
-            self._late_at = late_at = now + COMPANY_TIME
-            # Mostly it leaves before that. So the end of the sleep is put off before it comes: to wake up in vain costs as
-            # much as a third of a short stream. But not each time, as that costs something, too.
-            if not now + COMPANY_TIME / 2 < self._late_sleep.deadline <= late_at:
+    def flush_later(self, within: float = COMPANY_TIME) -> None:
+        """Send what is queued when something else leaves, but within so many seconds."""
+        now = trio.current_time()
+        late_at = now + within
+        if self._late_at is None or late_at < self._late_at:
+            self._late_at = late_at
+            # Mostly it leaves before that, so the timer is moved before it goes off in vain; but not each time.
+            if not now + within / 2 < self._late_sleep.deadline <= late_at:
                 self._late_sleep.deadline = late_at
 
     async def run_late(self) -> None:
@@ -256,12 +261,11 @@ class Outbound:
                     self.flush_soon()
                     return False
                 self._late_at = None
-                size = self._put_batch()
-                if not size:
+                if not (self._outbox or self._ready or self._machine.has_control):
                     if self._drained:
                         self._drained.unpark_all()
                     return True
-                sent += size
+                sent += self._put_batch()
         except StreamReset as exc:
             self._fail(str(exc))
             return False

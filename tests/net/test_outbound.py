@@ -14,7 +14,7 @@ from libmesh.core.yamux import Yamux
 from libmesh.core.yamux_frames import DATA, FIN, HEADER, WINDOW_UPDATE
 from libmesh.core.yamux_parser import FrameParser
 from libmesh.net.muxed_stream import YamuxStream
-from libmesh.net.outbound import COMPANY_TIME, POSTED_BYTES, Outbound
+from libmesh.net.outbound import COMPANY_TIME, POSTED_BYTES, SYN_TIME, Outbound
 from libmesh.net.records import Channel, Piece
 
 
@@ -104,6 +104,20 @@ async def test_the_last_of_many_that_had_company_leaves_in_time_too(
         await trio.sleep(1)
         assert side.channel.batches[30][0] == pytest.approx(start + COMPANY_TIME)
         assert len(side.channel.batches) == 31
+
+
+@pytest.mark.parametrize("earlier", [0.0, SYN_TIME / 2, COMPANY_TIME - SYN_TIME / 2])
+async def test_what_may_wait_less_does_so_whatever_else_waits(
+    earlier: float, autojump_clock: trio.testing.MockClock
+) -> None:
+    async with sender() as side:
+        start = trio.current_time()
+        side.outbound.post(side.open(), b"patient", hurry=False)
+        await trio.sleep(earlier)
+        side.outbound.flush_later(SYN_TIME)
+        await trio.sleep(1)
+        ((left, _),) = side.channel.batches
+        assert left == pytest.approx(min(start + COMPANY_TIME, start + earlier + SYN_TIME))
 
 
 async def test_what_is_posted_before_the_tasks_run_leaves_when_they_do(
