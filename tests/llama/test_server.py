@@ -167,7 +167,7 @@ def test_a_processor_keeps_the_first_layers_and_a_gpu_the_last(header: GgufHeade
     home = SplitPlan(ports=(11,), layers=(25,), home_layers=8, logits_home=True)
     arguments = server_args(binary(), ServerPlan(model=model(header), context=4096, split=home), 1234)
     assert option(arguments, "--n-gpu-layers") == "25"
-    assert option(arguments, "--override-tensor") == "^output\\.weight=CPU"
+    assert option(arguments, "--override-tensor") == "^(output|token_embd)\\.weight=CPU"
     assert option(arguments, "--tensor-split") is None
     gpu = SplitPlan(ports=(11,), layers=(10, 23), own_devices=("CUDA0",))
     arguments = server_args(binary(), ServerPlan(model=model(header), context=4096, split=gpu), 1234)

@@ -183,8 +183,8 @@ def _split_args(split: SplitPlan, layers: int) -> list[str]:
     arguments += ["--split-mode", "layer", "--fit", "off"]
     if len(split.layers) > 1:
         arguments += ["--tensor-split", ",".join(map(str, split.layers))]
-    if split.logits_home:
-        arguments += ["--override-tensor", "^output\\.weight=CPU"]
+    if split.logits_home:  # tied embeddings are loaded a second time, as the output, under their own name
+        arguments += ["--override-tensor", "^(output|token_embd)\\.weight=CPU"]
     return arguments
 
 
