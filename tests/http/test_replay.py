@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from libmesh_node.http import replay as replaying
 from libmesh_node.http.relay import MAX_BARREN
 from libmesh_node.http.replay import Replay, follow
+from libmesh_node.http.retelling import Diverged
 from libmesh_node.http.sse import EventReader, comment, data_event, event_data
-from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript
+from libmesh_node.http.transcript import BrokenOff, Transcript
 
 from tests.http.conftest import Node, call, running_node
 from tests.http.test_dying import HEAD, PATH, STREAM, WHOLE, model, scripts

@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from libmesh_node.http.plain import track
+from libmesh_node.http.retelling import Diverged
 from libmesh_node.http.sse import MAX_EVENT, EventReader, EventTooLong, comment, data_event, event_data
-from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript
+from libmesh_node.http.transcript import BrokenOff, Transcript
 from libmesh_node.http.voices import DONE
 
 Json = dict[str, Any]
@@ -232,14 +233,6 @@ def test_token_whose_text_was_held_back_is_known_where_it_was_told() -> None:
     assert json.loads(body)["prompt"] == ["prompt", 0, 1]
 
 
-def test_answer_with_a_token_that_is_in_no_text_is_not_gone_on_with() -> None:
-    """The mark before thinking of which nothing came, for one."""
-    transcript = asked()
-    transcript.feed(told(None, 6, role="assistant") + told("a", 0))
-    with pytest.raises(Diverged):
-        spelled(transcript)
-
-
 def test_server_that_generates_something_else_is_found_out() -> None:
     transcript = asked()
     transcript.feed(b"".join(Llama([0, 4, 5]).chat()[:3]))
@@ -271,15 +264,6 @@ def test_prompt_of_tokens_stays_one() -> None:
     transcript = track("/v1/completions", json.dumps(request).encode())
     assert transcript is not None
     assert json.loads(transcript.resume("", {}))["prompt"] == [1, 2, 3]
-
-
-@pytest.mark.parametrize("delta", [{"reasoning_content": "hm"}, {"tool_calls": [{"index": 0}]}])
-def test_what_is_more_than_text_is_not_continued(delta: Json) -> None:
-    transcript = asked()
-    transcript.feed(chunk({"role": "assistant", "content": None}))
-    assert transcript.can_resume
-    transcript.feed(chunk(delta))
-    assert not transcript.can_resume
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import aiohttp
 
 from libmesh_node.http.errors import ApiError
 from libmesh_node.http.replay import Replay
+from libmesh_node.http.retelling import Diverged
 from libmesh_node.http.transcript import Told, Transcript
 from libmesh_node.snapshot import Model, Server
 
@@ -125,16 +126,24 @@ class Succession:
         return asking
 
     async def _ask(self, server: Server, transcript: Transcript | Replay) -> aiohttp.ClientResponse:
-        if isinstance(transcript, Replay) or not transcript.begun:
-            return await self._post(server, transcript.endpoint or self._path, transcript.restart())
+        if not isinstance(transcript, Replay) and not transcript.starts_over:
+            if (body := await self._prepare(server, transcript)) is not None:
+                return await self._post(server, "/completion", body)
+            if not transcript.can_resume:
+                raise Diverged("a token of it is in no text")
+        return await self._post(server, transcript.endpoint or self._path, transcript.restart())
+
+    async def _prepare(self, server: Server, transcript: Transcript) -> bytes | None:
+        """The request to go on with; `None` if it turns out that the answer `starts_over`."""
         async with asyncio.timeout(PREPARATION):
+            transcript.doubt(await self._wrong(server, transcript.told))
+            if transcript.starts_over:
+                return None
             prompt = ""
             if (request := transcript.template_request) is not None:
                 prompt = (await self._call(server, "/apply-template", request))["prompt"]
-            transcript.doubt(await self._wrong(server, transcript.told))
             spelled = {text: await self._tokens(server, text) for text in transcript.gaps}
-        body = transcript.resume(prompt, spelled)
-        return await self._post(server, "/completion", body)
+        return transcript.resume(prompt, spelled)
 
     async def _post(self, server: Server, path: str, body: bytes) -> aiohttp.ClientResponse:
         # The last of its connection: llama-server closes after a stream, and a place at its node is given back at once.

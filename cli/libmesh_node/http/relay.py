@@ -24,8 +24,9 @@ from libmesh_node.http.errors import ApiError, encode_stream_error
 from libmesh_node.http.exchange import Exchange
 from libmesh_node.http.exposure import returned_headers
 from libmesh_node.http.replay import Replay
+from libmesh_node.http.retelling import Diverged
 from libmesh_node.http.sse import EventTooLong, comment
-from libmesh_node.http.transcript import BrokenOff, Diverged, Transcript
+from libmesh_node.http.transcript import BrokenOff, Transcript
 from libmesh_node.http.upstream import Answer, Broken, read_on
 from libmesh_node.http.waiting import refuse_late
 

@@ -16,8 +16,9 @@ from hashlib import blake2b
 from typing import Any
 
 from libmesh_node.http.plain import track
+from libmesh_node.http.retelling import Diverged
 from libmesh_node.http.sse import data_event, event_data
-from libmesh_node.http.transcript import BrokenOff, Diverged, KeptAnswer, Transcript
+from libmesh_node.http.transcript import BrokenOff, KeptAnswer, Transcript
 
 Json = dict[str, Any]
 
@@ -71,6 +72,11 @@ class Replay(KeptAnswer):
     def can_resume(self) -> bool:
         """Whether another server may give it again."""
         return self.begun and len(self._sent) < MAX_EVENTS
+
+    @property
+    def starts_over(self) -> bool:
+        """Whether the next server must give the whole answer."""
+        return True
 
     def restart(self) -> bytes:
         """The body for the next server, whose answer is fed from its beginning."""

@@ -9,7 +9,8 @@ token, and its text may be that of several: of the bytes of one character, or of
 talk in other protocols than OpenAI's completions is put into these and back (`dialects.py`, `voices.py`).
 
 Where this is not provably right, nothing is continued: answers to requests that ask for more than text (`plain.py`), and
-answers with reasoning, whose marks' tokens are not told. Some of these can be given again from their beginning (`replay.py`).
+answers with reasoning, whose marks' tokens are not told. Some of these can be given again from their beginning (`replay.py`,
+`retelling.py`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from libmesh_node.http.retelling import Diverged, Retelling
 from libmesh_node.http.sse import EventReader, encode_json, event_data
 from libmesh_node.http.voices import Chunks, Voice
 
@@ -30,10 +32,6 @@ _ONLY_CHAT = ("messages", "stream_options", "max_tokens", "max_completion_tokens
 
 class BrokenOff(Exception):
     """The server's answer ended before it was complete."""
-
-
-class Diverged(Exception):
-    """What the next server generates is not what the client was sent already."""
 
 
 Told = tuple[tuple[int, ...], str]
@@ -105,9 +103,10 @@ class Transcript(KeptAnswer):
         self._parts: list[int | Told | Gap] = []
         self._untold: list[int] = []  # tokens that came without text, since some came
         self._ends: list[int] = []  # characters of `_text` after each part
-        self._text = ""
+        self._text = self._thought = ""
         self._shell: Json = {}  # of the first event: id, created, model and so on
-        self._strange = False
+        self._strange = self._tangled = False  # not only text; not even reasoning and then text
+        self._again: Retelling | None = None
         self._stopped = False
         self._resumed: _Resumed | None = None
 
@@ -126,8 +125,15 @@ class Transcript(KeptAnswer):
 
     @property
     def can_resume(self) -> bool:
-        """Whether another server may go on from here."""
-        return self.begun and not self._strange
+        """Whether another server may go on from here, or from the beginning."""
+        return self.begun and not (
+            self._strange and (self._tangled or not self._chat or not self._is_certain)
+        )
+
+    @property
+    def starts_over(self) -> bool:
+        """Whether it must give the whole answer: nothing was sent, or its tokens are not known."""
+        return not self.begun or self._strange
 
     @property
     def template_request(self) -> bytes | None:
@@ -142,10 +148,10 @@ class Transcript(KeptAnswer):
     def doubt(self, wrong: Collection[Told]) -> None:
         """Of what was `told`, these tokens spell something else: others came before them, whose text was held back.
 
-        Raises `Diverged` if a token was told whose text the client has not been sent: a mark, of thinking or of a channel.
+        Or a token was told whose text the client has not been sent: a mark, of thinking or of a channel. So ask for `starts_over`
+        and `can_resume` again.
         """
-        if any(len(tokens) > 1 for tokens, _ in wrong):
-            raise Diverged("a token of it is in no text")
+        self._strange = self._strange or any(len(tokens) > 1 for tokens, _ in wrong)
         self._parts = [
             Gap(part[1], part[0][-1]) if isinstance(part, tuple) and part in wrong else part
             for part in self._parts
@@ -157,7 +163,10 @@ class Transcript(KeptAnswer):
         return tuple(part.text for part in self._parts if isinstance(part, Gap))
 
     def restart(self) -> bytes:
-        """The body for another server's whole answer. Only while nothing has `begun`."""
+        """The body for another server's whole answer. Only if it `starts_over`."""
+        if self.begun:
+            self._again, self._resumed = Retelling(self._thought, self._text), None
+            self._parts, self._ends, self._untold = [], [], []
         self._hear_another()
         return self.body
 
@@ -203,6 +212,11 @@ class Transcript(KeptAnswer):
         return self._request.get("temperature") == 0
 
     @property
+    def _is_certain(self) -> bool:
+        seed = self._request.get("seed")
+        return self._is_greedy or (type(seed) is int and seed >= 0)
+
+    @property
     def _limit(self) -> int | None:
         for key in ("max_completion_tokens", "max_tokens", "n_predict"):
             value = self._request.get(key)
@@ -217,6 +231,8 @@ class Transcript(KeptAnswer):
         if not data:
             return event
         if data == b"[DONE]":
+            if self._again is not None:
+                self._again.end()
             self.finished = True
             return self._voice.end()
         try:
@@ -233,7 +249,9 @@ class Transcript(KeptAnswer):
             raise BrokenOff("it sent an event that is none of its protocol") from None
 
     def _own(self, value: Json) -> bytes:
-        """An event of the server that began the answer."""
+        """An event of the server that began the answer, or that gives it again."""
+        if self._again is not None and not self._is_fresh(value, self._again):
+            return b""
         if not self._shell:
             self._shell = {key: value[key] for key in value if key not in ("choices", "usage", "timings")}
         for choice in value.get("choices") or ():
@@ -245,10 +263,24 @@ class Transcript(KeptAnswer):
             self._stopped = self._stopped or choice.get("finish_reason") is not None
         return self._voice.say(value)
 
+    def _is_fresh(self, value: Json, again: Retelling) -> bool:
+        """Whether there is something in an event that the client has not; what it has is taken from it."""
+        value |= self._shell
+        fresh = "usage" in value
+        for choice in value.get("choices") or ():
+            fresh = again.trim(choice["delta"]) or fresh
+            if choice.get("finish_reason"):
+                again.end()
+                fresh = fresh or not self._stopped
+        return fresh
+
     def _note(self, delta: Json, told: Json | None) -> None:
         text = delta.get("content")
-        if delta.get("tool_calls") or delta.get("reasoning_content"):
-            self._strange = True
+        if thought := delta.get("reasoning_content"):
+            self._strange, self._tangled = True, self._tangled or bool(self._text)
+            self._thought += thought
+        if delta.get("tool_calls"):
+            self._strange = self._tangled = True
         if told is not None:
             part = self._tell(told["id"], text)
             if part is not None and text:
