@@ -30,7 +30,7 @@ def elect(
     able = [machine for machine in present.values() if not machine.excluded]
     if len(able) - 1 < rules.min_peers:
         others = max(0, len(able) - 1)
-        few = f"waiting for {rules.min_peers} peers with the model, there are {others}"
+        few = f"waiting for {rules.min_peers} peer{'s' * (rules.min_peers != 1)} with the model, there are {others}"
         return Shortage(
             needed=needed(shape),
             have=sum(machine.memory for machine in able),
