@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -189,6 +190,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=48)
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and so the lab is taken down
     with tempfile.TemporaryDirectory() as folder:
         models = {"small": Path(folder) / "small.gguf", "medium": Path(folder) / "medium.gguf"}
         sizes = {chosen.model or ("small" if delay else "medium") for delay in chosen.delays}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -44,6 +45,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="the model of 40 MB")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
     chosen = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and so the lab is taken down
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.gguf"
         write_model(model, SMALL if chosen.small else MEDIUM, 7)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -115,6 +116,7 @@ def main() -> None:
     parser.add_argument("--end", nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.end is None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))  # and so the lab is taken down
         run(options.path or list(PATHS), options.rounds, options.seconds)
     elif options.end[0] == "receive":
         trio.run(receive, options.end[1], options.seconds)
