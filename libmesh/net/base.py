@@ -68,7 +68,7 @@ class Stream(trio.abc.HalfCloseableStream):
         """Send the first bytes of this side, at most 1 KiB, together with what follows at once. Never waits.
 
         For lines that begin a conversation. They leave in the next turn of the scheduler; in answer to a peer that has
-        sent more already, and so does not wait for them, with the next bytes or 2 ms later. On a stream that is over
+        sent more already, and so does not wait for them, with the next bytes or 20 ms later. On a stream that is over
         nothing happens: the next call tells. False if the implementation cannot; it may always say so.
         """
         return False
