@@ -54,6 +54,12 @@ def test_those_with_the_file_are_machines_and_nobody_else() -> None:
     assert machines(peer("a"), peer("b", other), gone) == {"a": "", "me": ""}
 
 
+def test_what_their_llama_cpp_speaks_is_known() -> None:
+    newer = peer("a", replace(STATUS, rpc_protocol="7.1.0"))
+    found = machines_with(DIGEST, view(newer), STATUS, name="m", protocol="7.0.0", refused={})
+    assert {machine.peer: machine.protocol for machine in found} == {"a": "7.1.0", "me": "7.0.0"}
+
+
 def test_who_has_another_file_of_that_name_takes_no_part_and_is_told_why() -> None:
     other = replace(STATUS, models=(replace(MODEL, digest="cd" * 32),))
     unread = replace(STATUS, models=(replace(MODEL, digest=""),))
