@@ -22,7 +22,7 @@ def add_parser(subparsers: Any) -> None:
         description=(
             "Runs a relay and nothing else: no models, no API, no console. Nodes behind routers are reached through "
             "it by the others, until they find a direct way. It cannot read what it passes on. It also keeps word of "
-            "where nodes are, for those that find nobody where he was. It needs a machine that "
+            "where nodes are, for members whose addresses have all changed. It needs a machine that "
             "can be reached from outside at --bind-port. It prints the addresses that a node's --relay takes; members "
             "of the mesh that it joins find it by themselves."
         ),
