@@ -12,7 +12,7 @@ from libmesh.core import credentials
 from libmesh.core.credentials import Credential, Invite, Link
 from libmesh.core.ways import is_private, to_invite
 from libmesh.errors import InviteExpired, InviteMalformed
-from libmesh.peers import MeshId, PeerId, Scope, View
+from libmesh.peers import MeshId, PeerId, PeerState, Scope, View
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,8 +59,10 @@ def ways_in(
     """Whom an invite names as ways into the mesh, and where: its maker, at `addresses`, and two peers that it is connected to.
 
     Those that can be reached from anywhere are named before others. Who only follows names three of them and not itself.
+    Connected for another moment may be who was revoked just now, or is leaving: those are named by nobody.
     """
-    alive = [entry for entry in view.peers if entry.path is not None and entry.addresses]
+    connected = (entry for entry in view.peers if entry.path is not None and entry.addresses)
+    alive = [entry for entry in connected if entry.state is PeerState.ALIVE]
     alive.sort(key=lambda entry: all(map(is_private, entry.addresses)))
     if following and alive:
         return tuple((entry.peer, to_invite(entry.addresses, 4)) for entry in alive[:3])

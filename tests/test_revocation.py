@@ -77,6 +77,24 @@ async def test_a_revoked_invite_ends_streams_and_keeps_its_holder_out(autojump_c
             assert entry.state is PeerState.ALIVE
 
 
+async def test_an_invite_in_place_of_a_revoked_one_does_not_name_who_was_revoked(
+    autojump_clock: object,
+) -> None:
+    hub = MemoryHub()
+    async with (
+        hub.open_network(FOUNDER.seed) as at_founder,
+        hub.open_network(GUEST.seed) as at_guest,
+        open_mesh(FOUNDER, mesh_key=MESH_KEY, network=at_founder) as founder,
+    ):
+        token = founder.invite(scope=Scope.WORKER, not_after_unix=None)
+        async with open_mesh(GUEST, invite=token, network=at_guest):
+            await until(founder, GUEST, PeerState.ALIVE)
+            assert GUEST.peer in read_invite(founder.readdress(token)).contacts
+            founder.revoke_peer(GUEST.peer)
+            assert at_founder.path(GUEST.peer) is not None  # it is hung up on in a moment
+            assert read_invite(founder.readdress(token)).contacts == (FOUNDER.peer,)
+
+
 async def test_who_is_kept_out_knows_why_and_is_logged_once(
     autojump_clock: object, caplog: pytest.LogCaptureFixture
 ) -> None:
