@@ -29,7 +29,7 @@ from libmesh_node.llama.rpc.lender import Lender
 from libmesh_node.llama.rpc.opening import MAX_MESSAGE, Refusal, decode_answer, encode_request
 from libmesh_node.llama.rpc.weights import Weights
 from libmesh_node.llama.rpc.worker import MAX_WAITING, WorkerEnd
-from libmesh_node.llama.rpc.working import ASK_LIMIT, Working
+from libmesh_node.llama.rpc.working import ASK_LIMIT, IDLE_LIMIT, Working
 from libmesh_node.models.demo import TINY, write_model
 from libmesh_node.placement.seen import SERVICE
 
@@ -139,26 +139,47 @@ async def test_results_for_nobody_are_cut_off(autojump_clock: trio.testing.MockC
 # ── in a session ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+async def test_a_session_that_holds_nothing_ends_when_it_asks_for_nothing(
+    autojump_clock: trio.testing.MockClock,
+) -> None:
+    async with working(WorkerEnd(1 << 20, 1, lambda place: False)) as (near, reasons):
+        told = await near.receive_some()
+        assert trio.current_time() == IDLE_LIMIT
+        assert told == frame(Reply.LOST, b"no memory was asked for, nor anything else within 300 s")
+        await trio.testing.wait_all_tasks_blocked()
+        assert reasons == ["no memory was asked for, nor anything else within 300 s"]
+
+
 async def test_a_request_that_stops_midway_ends_its_session(autojump_clock: trio.testing.MockClock) -> None:
-    near, far = await socket_pair()
-    sock, server = await socket_pair()
-    async with near, far, sock, server, trio.open_nursery() as nursery:
-        end = WorkerEnd(1 << 20, 1, lambda place: False)
-        working = Working(ends.SocketStream(far), sock, end, Weights([], [], {}))
-        reasons: list[str] = []
-
-        async def work() -> None:
-            reasons.append(await working.run(b""))
-
-        nursery.start_soon(work)
-        await trio.sleep(1000)  # between requests a host may take its time
+    end = WorkerEnd(1 << 20, 1, lambda place: False)
+    end.from_host(messages.allocate(64))
+    end.from_server(struct.pack("<QQQ", 16, 1, 64))
+    end.from_server(struct.pack("<QQ", 8, 1 << 20))
+    async with working(end) as (near, reasons):
+        await trio.sleep(10 * IDLE_LIMIT)  # between requests a host that holds something may take its time
         assert not reasons
         await near.send_all(frame(Command.ALLOC_BUFFER, bytes(12))[:15])
         with trio.fail_after(2 * ASK_LIMIT):
             told = await near.receive_some()
         assert told == frame(Reply.LOST, b"a request was not finished within 10 s")
         await trio.testing.wait_all_tasks_blocked()
-    assert reasons == ["a request was not finished within 10 s"]
+        assert reasons == ["a request was not finished within 10 s"]
+
+
+@asynccontextmanager
+async def working(end: WorkerEnd) -> AsyncIterator[tuple[trio.SocketStream, list[str]]]:
+    """A session at work: its host's end, and why it has ended, once it has."""
+    near, far = await socket_pair()
+    sock, server = await socket_pair()
+    reasons: list[str] = []
+    async with near, far, sock, server, trio.open_nursery() as nursery:
+        session = Working(ends.SocketStream(far), sock, end, Weights([], [], {}))
+
+        async def work() -> None:
+            reasons.append(await session.run(b""))
+
+        nursery.start_soon(work)
+        yield near, reasons
 
 
 def test_only_so_many_questions_wait_for_their_answers() -> None:

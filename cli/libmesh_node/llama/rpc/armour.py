@@ -62,6 +62,11 @@ class Armour:
         self._buffers: dict[int, _Buffer] = {}
         self._graphs: set[int] = set()
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is no buffer."""
+        return not self._buffers
+
     def reserve(self, device: int, size: int) -> bool:
         """Whether a buffer of `size` bytes may be allocated. If so it is counted until `allocated`."""
         self.check_device(device)

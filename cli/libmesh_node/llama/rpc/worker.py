@@ -149,6 +149,11 @@ class WorkerEnd:
         """Whether a request has begun and not ended. A host that lets this last is no host."""
         return self._host.midway
 
+    @property
+    def holds_nothing(self) -> bool:
+        """Whether no memory of rpc-server's is allocated. A host that serves has some, however long it is not asked."""
+        return self._armour.is_empty
+
     def from_host(self, data: bytes) -> list[Effect]:
         """The host's end sent `data`."""
         effects: list[Effect] = []

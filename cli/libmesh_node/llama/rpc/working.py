@@ -21,6 +21,9 @@ from libmesh_node.llama.rpc.worker import Effect, FileToServer, Push, ToHost, To
 ASK_LIMIT = 10.0
 """Seconds that a host has for its first frame; later, once a frame has begun, for each next piece of it."""
 
+IDLE_LIMIT = 300.0
+"""Seconds without a word that a session may last which holds no memory: its place and what it was granted are others' to have."""
+
 ENDED = "the worker's rpc-server has ended"
 
 READ_BYTES = 256 * 1024
@@ -86,11 +89,15 @@ class Working:
             data = received
 
     async def _receive(self) -> bytes | bytearray:
-        if not self._end.midway:
+        if self._end.midway:
+            limit, what = ASK_LIMIT, "a request was not finished within"
+        elif self._end.holds_nothing:
+            limit, what = IDLE_LIMIT, "no memory was asked for, nor anything else within"
+        else:
             return await self._stream.receive_some(READ_BYTES)
-        with trio.move_on_after(ASK_LIMIT):
+        with trio.move_on_after(limit):
             return await self._stream.receive_some(READ_BYTES)
-        raise ProtocolError(f"a request was not finished within {ASK_LIMIT:g} s")
+        raise ProtocolError(f"{what} {limit:g} s")
 
     async def _from_server(self) -> None:
         while data := await receive(self._sock, READ_BYTES):
