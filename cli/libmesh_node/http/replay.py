@@ -15,7 +15,7 @@ import json
 from hashlib import blake2b
 from typing import Any
 
-from libmesh_node.http.plain import track
+from libmesh_node.http.plain import streamed, track
 from libmesh_node.http.retelling import Diverged
 from libmesh_node.http.sse import data_event, event_data
 from libmesh_node.http.transcript import BrokenOff, KeptAnswer, Transcript
@@ -133,13 +133,9 @@ def follow(path: str, body: bytes) -> Transcript | Replay | None:
 
 
 def _replay(path: str, body: bytes) -> Replay | None:
-    if path not in PATHS or b'"stream"' not in body or not (b'"temperature"' in body or b'"seed"' in body):
+    if path not in PATHS or not (b'"temperature"' in body or b'"seed"' in body):
         return None
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(request, dict) or request.get("stream") is not True:
+    if (request := streamed(body)) is None:
         return None
     if any(request.get(key) not in (None, 1) for key in _SEVERAL):  # their events come in any order
         return None
