@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 
@@ -236,26 +236,39 @@ def test_what_is_known_of_servers_that_are_gone_is_forgotten() -> None:
 @contextmanager
 def hesitating_server(answer: bytes, told: threading.Event) -> Iterator[Server]:
     """Takes requests, and answers each when it is told to. The nearest, so it is asked first."""
-    listener = socket.create_server(("127.0.0.1", 0))
 
     def serve(accepted: socket.socket) -> None:
+        accepted.recv(1 << 16)
+        told.wait(60)
+        accepted.sendall(answer)
+
+    with sockets_served("hesitant", serve) as server:
+        try:
+            yield server
+        finally:
+            told.set()
+
+
+@contextmanager
+def sockets_served(peer: str, serve: Callable[[socket.socket], None]) -> Iterator[Server]:
+    """A server of this machine whose connections, all at once, are each given to `serve`, in a thread of its own."""
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer(accepted: socket.socket) -> None:
         with accepted, suppress(OSError):
-            accepted.recv(1 << 16)
-            told.wait(60)
-            accepted.sendall(answer)
+            serve(accepted)
 
     def run() -> None:
         with suppress(OSError):
             while True:
-                threading.Thread(target=serve, args=listener.accept()[:1], daemon=True).start()
+                threading.Thread(target=answer, args=listener.accept()[:1], daemon=True).start()
 
     thread = threading.Thread(target=run)
     thread.start()
     try:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        yield Server(peer="hesitant", base_url=url, local=True, slots=4, digest="d")
+        yield Server(peer=peer, base_url=url, local=True, slots=4, digest="d")
     finally:
-        told.set()
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
         thread.join()

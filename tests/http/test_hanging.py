@@ -6,7 +6,7 @@ import http.client
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
@@ -15,7 +15,7 @@ from libmesh_node.http.sse import comment, skip_comments
 from libmesh_node.snapshot import Server
 
 from tests.http.conftest import call, running_node
-from tests.http.test_dying import HEAD, PATH, STREAM, WHOLE, chunk, event, model, scripts
+from tests.http.test_dying import HEAD, PATH, STREAM, WHOLE, chunk, event, model, scripts, sockets_served
 
 TOOLS = STREAM | {"tools": [{"type": "function"}]}
 SURE = TOOLS | {"temperature": 0}
@@ -25,32 +25,20 @@ SURE = TOOLS | {"temperature": 0}
 def hanging_server(start: bytes, *, pings: bool) -> Iterator[Server]:
     """Begins each answer with `start`, and then sends a comment every 20 ms or nothing until the end. It is asked first."""
     ended = threading.Event()
-    listener = socket.create_server(("127.0.0.1", 0))
 
     def serve(accepted: socket.socket) -> None:
-        with accepted, suppress(OSError):
-            if not accepted.recv(1 << 16):
-                return
-            accepted.sendall(start)
-            while not ended.wait(0.02):
-                if pings:
-                    accepted.sendall(chunk(comment("")))
+        if not accepted.recv(1 << 16):
+            return
+        accepted.sendall(start)
+        while not ended.wait(0.02):
+            if pings:
+                accepted.sendall(chunk(comment("")))
 
-    def run() -> None:
-        with suppress(OSError):
-            while True:
-                threading.Thread(target=serve, args=listener.accept()[:1], daemon=True).start()
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        yield Server(peer="hanging", base_url=url, local=True, slots=4, digest="d")
-    finally:
-        ended.set()
-        listener.shutdown(socket.SHUT_RDWR)
-        listener.close()
-        thread.join()
+    with sockets_served("hanging", serve) as server:
+        try:
+            yield server
+        finally:
+            ended.set()
 
 
 def test_comments_are_not_taken_for_a_first_byte(monkeypatch: pytest.MonkeyPatch) -> None:
