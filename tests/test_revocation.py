@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
@@ -25,7 +27,7 @@ from libmesh import (
 )
 from libmesh.core import credentials
 from libmesh.refusals import REST
-from libmesh.testing.memory import MemoryHub
+from libmesh.testing.memory import MemoryHub, MemoryNetwork
 
 FOUNDER, GUEST, OTHER = (SecretKey(bytes([n]) * 32) for n in range(1, 4))
 MESH_KEY = SecretKey(b"m" * 32)
@@ -45,11 +47,11 @@ async def echo(stream: Stream) -> None:
         await stream.send_all(data)
 
 
-async def test_a_revoked_invite_ends_streams_and_keeps_its_holder_out(autojump_clock: object) -> None:
-    hub = MemoryHub()
+@asynccontextmanager
+async def three(hub: MemoryHub, at_guest: MemoryNetwork) -> AsyncIterator[tuple[Mesh, Mesh, Mesh, str]]:
+    """A founder, another member and a guest, who is known to it; and the guest's invite."""
     async with (
         hub.open_network(FOUNDER.seed) as at_founder,
-        hub.open_network(GUEST.seed) as at_guest,
         hub.open_network(OTHER.seed) as at_other,
         open_mesh(FOUNDER, mesh_key=MESH_KEY, network=at_founder) as founder,
     ):
@@ -60,21 +62,30 @@ async def test_a_revoked_invite_ends_streams_and_keeps_its_holder_out(autojump_c
             open_mesh(GUEST, invite=token, network=at_guest) as guest,
         ):
             await until(other, GUEST, PeerState.ALIVE)
-            with other.offer("echo", echo):
-                stream = await guest.open_service(OTHER.peer, "echo")
-                await stream.send_all(b"x")
-                assert await stream.receive_some() == b"x"
-                founder.revoke(read_invite(token).chain)
-                with pytest.raises(StreamReset):
-                    await stream.receive_some()
-            await until(other, GUEST, PeerState.DEAD)
-            await trio.sleep(1)  # virtual: until the founder has hung up, too
-            with pytest.raises(AdmissionRefused) as refused:
-                await guest.join(token)
-            assert refused.value.reason == "revoked"
-            entry = other.view.get(FOUNDER.peer)
-            assert entry is not None
-            assert entry.state is PeerState.ALIVE
+            yield founder, other, guest, token
+
+
+async def test_a_revoked_invite_ends_streams_and_keeps_its_holder_out(autojump_clock: object) -> None:
+    hub = MemoryHub()
+    async with (
+        hub.open_network(GUEST.seed) as at_guest,
+        three(hub, at_guest) as (founder, other, guest, token),
+    ):
+        with other.offer("echo", echo):
+            stream = await guest.open_service(OTHER.peer, "echo")
+            await stream.send_all(b"x")
+            assert await stream.receive_some() == b"x"
+            founder.revoke(read_invite(token).chain)
+            with pytest.raises(StreamReset):
+                await stream.receive_some()
+        await until(other, GUEST, PeerState.DEAD)
+        await trio.sleep(1)  # virtual: until the founder has hung up, too
+        with pytest.raises(AdmissionRefused) as refused:
+            await guest.join(token)
+        assert refused.value.reason == "revoked"
+        entry = other.view.get(FOUNDER.peer)
+        assert entry is not None
+        assert entry.state is PeerState.ALIVE
 
 
 async def test_an_invite_in_place_of_a_revoked_one_does_not_name_who_was_revoked(
@@ -125,42 +136,33 @@ async def test_who_is_revoked_asks_nobody_again_for_minutes(
 ) -> None:
     hub = MemoryHub()
     async with (
-        hub.open_network(FOUNDER.seed) as at_founder,
         hub.open_network(GUEST.seed) as at_guest,
-        hub.open_network(OTHER.seed) as at_other,
-        open_mesh(FOUNDER, mesh_key=MESH_KEY, network=at_founder) as founder,
+        three(hub, at_guest) as (founder, other, guest, token),
     ):
-        token = founder.invite(scope=Scope.WORKER, not_after_unix=None)
-        kept = founder.invite(scope=Scope.WORKER, not_after_unix=None)
-        async with (
-            open_mesh(OTHER, invite=kept, network=at_other) as other,
-            open_mesh(GUEST, invite=token, network=at_guest) as guest,
-        ):
-            await until(other, GUEST, PeerState.ALIVE)
-            founder.revoke(read_invite(token).chain)
-            await trio.sleep(30)  # virtual: everybody has told it
-            asked: list[PeerId] = []
-            dial = at_guest.dial
+        founder.revoke(read_invite(token).chain)
+        await trio.sleep(30)  # virtual: everybody has told it
+        asked: list[PeerId] = []
+        dial = at_guest.dial
 
-            async def counted(peer: PeerId, address: str) -> Path:
-                asked.append(peer)
-                return await dial(peer, address)
+        async def counted(peer: PeerId, address: str) -> Path:
+            asked.append(peer)
+            return await dial(peer, address)
 
-            monkeypatch.setattr(at_guest, "dial", counted)
-            await trio.sleep(REST - 60)
-            assert asked == []
-            await trio.sleep(2 * REST)
-            assert set(asked) == {FOUNDER.peer, OTHER.peer}
-            assert len(asked) <= 6
-            asked.clear()
-            with pytest.raises(AdmissionRefused, match="the invite was revoked"):
-                await guest.join(token)
-            assert asked == [FOUNDER.peer]
-            with pytest.raises(AdmissionRefused, match="the invite was revoked"):
-                await guest.open_service(FOUNDER.peer, "any")
-            assert asked == [FOUNDER.peer]
-            await guest.renew(founder.invite(scope=Scope.CLIENT, not_after_unix=None))
-            await until(other, GUEST, PeerState.ALIVE)
+        monkeypatch.setattr(at_guest, "dial", counted)
+        await trio.sleep(REST - 60)
+        assert asked == []
+        await trio.sleep(2 * REST)
+        assert set(asked) == {FOUNDER.peer, OTHER.peer}
+        assert len(asked) <= 6
+        asked.clear()
+        with pytest.raises(AdmissionRefused, match="the invite was revoked"):
+            await guest.join(token)
+        assert asked == [FOUNDER.peer]
+        with pytest.raises(AdmissionRefused, match="the invite was revoked"):
+            await guest.open_service(FOUNDER.peer, "any")
+        assert asked == [FOUNDER.peer]
+        await guest.renew(founder.invite(scope=Scope.CLIENT, not_after_unix=None))
+        await until(other, GUEST, PeerState.ALIVE)
 
 
 async def test_a_kept_revocation_holds_after_a_restart(autojump_clock: object) -> None:
