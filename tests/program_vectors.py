@@ -175,6 +175,7 @@ def session_answer() -> Iterator[Case]:
     device = Device(64, 1 << 40, 3 << 30, 64 << 30, True)
     yield Case("one processor", (None, WorkerFacts((7, 0, 0), (device,))))
     cards = tuple(Device(256, 2**64 - 1, n << 30, 24 << 30, False) for n in range(MAX_DEVICES))
+    yield Case("packed graphs, too", (None, WorkerFacts((7, 0, 0), (device,), unpacks=True)))
     yield Case("as many devices as there may be", (None, WorkerFacts((7, 255, 3), cards)))
     yield Case("refused", (Refusal("it has not the same Qwen3-8B"), None))
     yield Case("refused for now", (Refusal("its memory is taken", later=True), None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 from collections.abc import Callable
 
 from libmesh_node.llama.rpc.frames import (
@@ -132,4 +133,6 @@ LINKS: tuple[Callable[[Lots], bytes], ...] = (
     lambda lots: frame(Link.PASS, _ticket(lots) + _asked(lots)[9:]),
     lambda lots: frame(Link.FILL, _ticket(lots) + bytes(lots.one_of((4, 64, 300, 0)))),
     lambda lots: frame(Link.DROP, _ticket(lots)),
+    lambda lots: frame(Link.PACKED, zlib.compress(_graph(lots)[9:], 1)),
+    lambda lots: frame(Link.PACKED, zlib.compress(bytes(1 << lots.number() % 20), 9)[: 1 + lots.number()]),
 )

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19libmesh_node/v1/rpc.proto\x12\x0flibmesh_node.v1\"\xce\x01\n\x0eSessionRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x14\n\x0crpc_protocol\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\r\n\x05token\x18\x05 \x01(\x0c\x12\x10\n\x08previous\x18\x06 \x01(\t\x12\x0c\n\x04next\x18\x07 \x01(\t\x12\x12\n\nnext_token\x18\x08 \x01(\x0c\x12.\n\nneighbours\x18\t \x03(\x0b\x32\x1a.libmesh_node.v1.Neighbour\"6\n\tNeighbour\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\"r\n\rSessionAnswer\x12\x0f\n\x07refusal\x18\x01 \x01(\t\x12\r\n\x05later\x18\x02 \x01(\x08\x12\x14\n\x0crpc_protocol\x18\x03 \x01(\t\x12+\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x1a.libmesh_node.v1.RpcDevice\"f\n\tRpcDevice\x12\x11\n\talignment\x18\x01 \x01(\x04\x12\x10\n\x08max_size\x18\x02 \x01(\x04\x12\x12\n\nfree_bytes\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0b\n\x03\x63pu\x18\x05 \x01(\x08\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19libmesh_node/v1/rpc.proto\x12\x0flibmesh_node.v1\"\xce\x01\n\x0eSessionRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x14\n\x0crpc_protocol\x18\x03 \x01(\t\x12\r\n\x05model\x18\x04 \x01(\t\x12\r\n\x05token\x18\x05 \x01(\x0c\x12\x10\n\x08previous\x18\x06 \x01(\t\x12\x0c\n\x04next\x18\x07 \x01(\t\x12\x12\n\nnext_token\x18\x08 \x01(\x0c\x12.\n\nneighbours\x18\t \x03(\x0b\x32\x1a.libmesh_node.v1.Neighbour\"6\n\tNeighbour\x12\x0c\n\x04port\x18\x01 \x01(\r\x12\x0c\n\x04peer\x18\x02 \x01(\t\x12\r\n\x05token\x18\x03 \x01(\x0c\"\x83\x01\n\rSessionAnswer\x12\x0f\n\x07refusal\x18\x01 \x01(\t\x12\r\n\x05later\x18\x02 \x01(\x08\x12\x14\n\x0crpc_protocol\x18\x03 \x01(\t\x12+\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32\x1a.libmesh_node.v1.RpcDevice\x12\x0f\n\x07unpacks\x18\x05 \x01(\x08\"f\n\tRpcDevice\x12\x11\n\talignment\x18\x01 \x01(\x04\x12\x10\n\x08max_size\x18\x02 \x01(\x04\x12\x12\n\nfree_bytes\x18\x03 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0b\n\x03\x63pu\x18\x05 \x01(\x08\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SESSIONREQUEST']._serialized_end=253
   _globals['_NEIGHBOUR']._serialized_start=255
   _globals['_NEIGHBOUR']._serialized_end=309
-  _globals['_SESSIONANSWER']._serialized_start=311
-  _globals['_SESSIONANSWER']._serialized_end=425
-  _globals['_RPCDEVICE']._serialized_start=427
-  _globals['_RPCDEVICE']._serialized_end=529
+  _globals['_SESSIONANSWER']._serialized_start=312
+  _globals['_SESSIONANSWER']._serialized_end=443
+  _globals['_RPCDEVICE']._serialized_start=445
+  _globals['_RPCDEVICE']._serialized_end=547
 # @@protoc_insertion_point(module_scope)

@@ -7,8 +7,9 @@ A node that lends offers the service "rpc", scope WORKER. Each stream to it is o
 its own that ends with the stream. On the stream, in both directions: frames of `u8 kind | u64 size | payload`,
 little-endian. Kinds from the host: 0 to 17 are requests of llama.cpp's RPC protocol, version 7; 0x80 is SessionRequest,
 the first frame and never again; 0x81 a SET_TENSOR without its data, which the worker takes from its own copy of the
-model: the 305 bytes before the data, u32 part, u64 offset in that part's file, u64 size. Kinds from the worker: 0 is
-SessionAnswer, the first frame; 1 an answer of rpc-server's, in the order of the requests that have one, that to
+model: the 305 bytes before the data, u32 part, u64 offset in that part's file, u64 size; 0x89, if the worker's `unpacks` is
+set, a GRAPH_COMPUTE (10) whose payload is compressed in the zlib format (RFC 1950), at most 200 times. Kinds from the worker:
+0 is SessionAnswer, the first frame; 1 an answer of rpc-server's, in the order of the requests that have one, that to
 ALLOC_BUFFER followed by the buffer's base address (u64); 2 the reason why the session is over (UTF-8, at most 4 KiB),
 the last frame.
 
@@ -141,12 +142,15 @@ class SessionAnswer(_message.Message):
     LATER_FIELD_NUMBER: _builtins.int
     RPC_PROTOCOL_FIELD_NUMBER: _builtins.int
     DEVICES_FIELD_NUMBER: _builtins.int
+    UNPACKS_FIELD_NUMBER: _builtins.int
     refusal: _builtins.str
     """why not, in words for the host's operator; empty: the session is open"""
     later: _builtins.bool
     """with a refusal: the same request may succeed later"""
     rpc_protocol: _builtins.str
     """of the worker's rpc-server"""
+    unpacks: _builtins.bool
+    """the worker takes 0x89, too"""
     @_builtins.property
     def devices(self) -> _containers.RepeatedCompositeFieldContainer[Global___RpcDevice]:
         """1 to 16, by their number"""
@@ -158,10 +162,11 @@ class SessionAnswer(_message.Message):
         later: _builtins.bool = ...,
         rpc_protocol: _builtins.str = ...,
         devices: _abc.Iterable[Global___RpcDevice] | None = ...,
+        unpacks: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "later", b"later", "refusal", b"refusal", "rpc_protocol", b"rpc_protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices", b"devices", "later", b"later", "refusal", b"refusal", "rpc_protocol", b"rpc_protocol", "unpacks", b"unpacks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from libmesh_node.llama.rpc.frames import (
 )
 from libmesh_node.llama.rpc.host import Effect, HostEnd, ToClient
 from libmesh_node.llama.rpc.opening import UNSAID
+from libmesh_node.llama.rpc.packing import unpack
 from libmesh_node.llama.rpc.uploads import FromFile, ToWorker
 from libmesh_node.llama.rpc.weights import LearnedHashes, Weights, open_weights
 from libmesh_node.models.demo import ModelShape, write_model
@@ -99,6 +101,15 @@ def test_capabilities_are_never_passed_on(weights: Weights) -> None:
     (told,) = HostEnd(FACTS, weights, LearnedHashes(None)).from_client(frame(Command.HELLO, b"\xff" * 24))
     assert isinstance(told, ToClient)
     assert told.data[-24:] == bytes(24)
+
+
+def test_a_graph_crosses_packed_if_the_worker_unpacks(weights: Weights) -> None:
+    graph = messages.graph(*[tensor(b"node %d" % number) for number in range(20)])
+    plain = HostEnd(FACTS, weights, LearnedHashes(None)).from_client(graph)
+    assert plain == [ToWorker(graph)]
+    said = to_worker(HostEnd(replace(FACTS, unpacks=True), weights, LearnedHashes(None)).from_client(graph))
+    assert said[0] == Link.PACKED
+    assert unpack(said[9:]) == graph[9:]
 
 
 @pytest.mark.parametrize("name", [SMALL, LARGE])

@@ -86,6 +86,19 @@ async def test_the_order_is_kept_whoever_sends_and_whatever_is_held() -> None:
     assert (sink.at_once, sink.waited) == ([b"a"], [b"b", b"file", b"cdef"])
 
 
+async def test_what_is_put_in_for_later_leaves_in_its_order_when_others_had_their_turn() -> None:
+    outbox = Outbox(sink := Recorder())
+    outbox.put(b"a", more=True)
+    outbox.put_later(b"b")
+    assert sink.at_once == [b"a"]
+    outbox.put(b"c")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(outbox.run)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.cancel_scope.cancel()
+    assert (sink.at_once, sink.waited) == ([b"a"], [b"b", b"c"])
+
+
 async def test_who_waits_until_all_is_sent_sees_what_was_held_back_leave() -> None:
     outbox = Outbox(sink := Recorder(takes=1))
     outbox.put(b"ab")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import zlib
 
 import pytest
 from hypothesis import given
@@ -54,6 +55,11 @@ def test_a_reference_becomes_an_upload_from_the_file() -> None:
     assert body == FileToServer(place)
 
 
+def test_a_packed_graph_reaches_the_server_as_it_was() -> None:
+    graph = messages.graph(tensor())
+    assert allocated().from_host(packed(graph)) == [ToServer(graph)]
+
+
 def test_what_was_not_granted_is_answered_as_out_of_memory() -> None:
     end = fresh()
     assert end.from_host(messages.allocate(GRANTED + 1)) == [ToHost(frame(Reply.ANSWER, bytes(24)))]
@@ -73,6 +79,10 @@ def allocated_and_freed() -> WorkerEnd:
     end = allocated()
     end.from_host(frame(Command.FREE_BUFFER, struct.pack("<Q", BUFFER)))
     return end
+
+
+def packed(graph: bytes) -> bytes:
+    return frame(Link.PACKED, zlib.compress(graph[9:]))
 
 
 HOSTILE = {
@@ -103,6 +113,9 @@ HOSTILE = {
     "graph of an unknown type": messages.graph(tensor(kind=63)),
     "graph that overflows": messages.graph(tensor(shape=(2**32 - 1,) * 4, strides=(2**32 - 1,) * 4)),
     "graph on another device": messages.graph(tensor(), device=1),
+    "unknown operation, packed": packed(messages.graph(tensor(op=9999))),
+    "packed graph that is too short": frame(Link.PACKED, zlib.compress(bytes(8))),
+    "packed nonsense": frame(Link.PACKED, b"nonsense"),
     "recompute without a graph": frame(Command.GRAPH_RECOMPUTE, bytes(4)),
     "free of a stranger": frame(Command.FREE_BUFFER, bytes(8)),
     "clear of a stranger": frame(Command.BUFFER_CLEAR, bytes(9)),

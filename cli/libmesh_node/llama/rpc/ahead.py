@@ -11,7 +11,8 @@ ways instead of 2 N.
 Saying it twice is harmless for a cache that is written by position; a model with a recurrent state must not be used so.
 
 Only what was seen is foreseen: how each message came about is learned from the token before, and forgotten at the first
-irregularity, such as another prompt, a longer cache, a second graph.
+irregularity. A new graph (another prompt, a longer cache) is not foreseen, but what comes with it is learned: after a graph that
+computes one token llama-server asks for the same again.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from libmesh_node.llama.rpc.frames import AHEAD, SET_HEADER, TENSOR, WHOLE, Comm
 
 Message = tuple[int, bytes]
 """A command and its payload."""
+
+_REGULAR = frozenset({Command.SET_TENSOR, Command.GRAPH_COMPUTE, Command.GRAPH_RECOMPUTE, Command.GET_TENSOR})
 
 MAX_MESSAGES = 64
 """In one burst; five or six are usual."""
@@ -108,13 +111,16 @@ class Chain:
             self._first = None
             self._slots = [None] * self._count
 
-    def asked(self, place: int, burst: list[Message]) -> int | None:
-        """The worker at `place` was told `burst`, which ends with the question for its result.
+    def asked(self, place: int, burst: list[Message], *, anew: bool) -> int | None:
+        """The worker at `place` was told `burst`, which ends with the question for its result; `anew`: with a new graph.
 
         Returns a ticket if that result shall be passed on to the next worker.
         """
         if place == 0:
             before, self._first = self._first, burst
+            if anew:
+                self._slots = [None] * self._count
+                return None
             return self._foresee(burst) if before is not None and _alike(before, burst) else None
         result = self._answers[place - 1]
         first = self._first
@@ -215,7 +221,9 @@ def _tensor_size(head: bytes) -> int:
 
 
 class Watch:
-    """Cuts what one `HostEnd` hears into bursts: uploads, one recompute, one question for the result.
+    """Cuts what one `HostEnd` hears into bursts: uploads, one graph, one question for the result.
+
+    A graph stands in its burst as the order to compute it again, which is what the next token will say.
 
     Args:
         chain: to report to; `None` if nothing shall be foreseen.
@@ -225,29 +233,29 @@ class Watch:
     def __init__(self, chain: Chain | None, place: int) -> None:
         self.chain, self.place = chain, place
         self._burst: list[Message] | None = []
-        self._recomputed = False
-        self._reported = False
+        self._graph: int | None = None  # how the burst's was given
 
     def heard(self, command: int, payload: bytes) -> int | None:
         """llama-server said this. Returns a ticket if the answer shall be passed on."""
-        if self.chain is None:
+        if self.chain is None or command == Command.GET_ALLOC_SIZE:  # which changes nothing anywhere
             return None
-        regular = command in (Command.SET_TENSOR, Command.GRAPH_RECOMPUTE, Command.GET_TENSOR)
-        if self._burst is not None and regular and len(self._burst) < MAX_MESSAGES:
+        if self._burst is not None and command in _REGULAR and len(self._burst) < MAX_MESSAGES:
+            if command in (Command.GRAPH_COMPUTE, Command.GRAPH_RECOMPUTE):
+                self._graph = command
+                command, payload = Command.GRAPH_RECOMPUTE, payload[:4]
             self._burst.append((command, payload))
-            self._recomputed |= command == Command.GRAPH_RECOMPUTE
         else:
             self._burst = None
             self.chain.irregular(self.place)
         if command != Command.GET_TENSOR:
             return None
         burst, self._burst = self._burst, []
-        recomputed, self._recomputed = self._recomputed, False
+        graph, self._graph = self._graph, None
         size = int.from_bytes(payload[TENSOR + 8 :], "little")
-        if burst is None or not recomputed or size > WHOLE:
+        if burst is None or graph is None or size > WHOLE:
             self.chain.irregular(self.place)
             return None
-        return self.chain.asked(self.place, burst)
+        return self.chain.asked(self.place, burst, anew=graph == Command.GRAPH_COMPUTE)
 
     def upset(self) -> None:
         """Something was said that is no whole message, such as a large upload."""

@@ -258,7 +258,7 @@ class _Conversation:
         if not self._end.sent_ahead(foreseen):
             return False
         self._worker.sent += len(data)
-        self._to_worker.put(data)
+        self._to_worker.put_later(data)  # what makes the result for its hole goes first
         return True
 
     async def _fill_overdue(self) -> None:

@@ -18,7 +18,8 @@ class Device:
 
 @dataclass(frozen=True, slots=True)
 class WorkerFacts:
-    """What the worker told when the session was opened."""
+    """What the worker told when the session was opened. `unpacks`: it takes graphs packed, too (`packing.py`)."""
 
     protocol: tuple[int, int, int]
     devices: tuple[Device, ...]
+    unpacks: bool = False

@@ -73,6 +73,7 @@ class Link(IntEnum):
     PUSH_OPEN = 0x86  # from another worker: the first frame of a stream that fills holes; the session's token
     PUSH = 0x87  # on such a stream: u32 ticket, the data
     REACH = 0x88  # from another worker, of the fork: a further connection to this session's server; its token
+    PACKED = 0x89  # a GRAPH_COMPUTE: its payload, compressed (`packing.py`)
 
 
 class Reply(IntEnum):

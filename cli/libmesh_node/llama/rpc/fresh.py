@@ -71,6 +71,8 @@ async def ask_facts(
 ) -> WorkerFacts:
     """Say HELLO and learn of the devices. Their free memory is what was granted, shared in their proportion.
 
+    Also what our end in front of the program can do.
+
     `protocol` is what the program is known to speak: old ones take no payload with HELLO, and answer with three bytes.
     """
     hello = await _exchange(sock, Command.HELLO, bytes(24) if protocol[0] >= MAJOR else b"")
@@ -89,7 +91,7 @@ async def ask_facts(
         devices.append(Device(alignment, max_size, free, total, cpu))
     whole = sum(device.free for device in devices) or 1
     shared = (replace(device, free=min(device.free, granted * device.free // whole)) for device in devices)
-    return WorkerFacts((major, minor, patch), tuple(shared))
+    return WorkerFacts((major, minor, patch), tuple(shared), unpacks=True)
 
 
 async def _exchange(sock: trio.SocketStream, command: Command, payload: bytes = b"") -> bytes:

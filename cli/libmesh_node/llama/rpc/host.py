@@ -43,6 +43,7 @@ from libmesh_node.llama.rpc.frames import (
     frame,
 )
 from libmesh_node.llama.rpc.opening import UNSAID, printable
+from libmesh_node.llama.rpc.packing import pack
 from libmesh_node.llama.rpc.prefetch import Fetch, Prefetch
 from libmesh_node.llama.rpc.uploads import FromFile, ToWorker, Uploads
 from libmesh_node.llama.rpc.weights import LearnedHashes, Weights
@@ -189,7 +190,9 @@ class HostEnd:
 
     def _run_graph(self, command: Command, payload: bytes, effects: list[Effect]) -> None:
         """Send a graph, and the questions that will follow. The chain's first worker is asked by the chain."""
-        effects.append(ToWorker(frame(command, payload)))
+        packed = pack(payload) if command == Command.GRAPH_COMPUTE and self._facts.unpacks else None
+        said = frame(command, payload) if packed is None else frame(Link.PACKED, packed)
+        effects.append(ToWorker(said))
         foreseeing = self._watch.chain is not None and not self._watch.place
         again = command == Command.GRAPH_RECOMPUTE and not foreseeing and not self._commands
         for fetch in self._prefetch.graph(payload[:4], again=again):

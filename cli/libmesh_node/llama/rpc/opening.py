@@ -112,9 +112,8 @@ def encode_answer(outcome: WorkerFacts | Refusal) -> bytes:
         )
         for device in outcome.devices
     ]
-    return pb.SessionAnswer(rpc_protocol=_text(outcome.protocol), devices=devices).SerializeToString(
-        deterministic=True
-    )
+    message = pb.SessionAnswer(rpc_protocol=_text(outcome.protocol), devices=devices, unpacks=outcome.unpacks)
+    return message.SerializeToString(deterministic=True)
 
 
 def decode_answer(data: bytes) -> WorkerFacts | Refusal:
@@ -131,7 +130,7 @@ def decode_answer(data: bytes) -> WorkerFacts | Refusal:
     )
     if any(not device.alignment or device.alignment & (device.alignment - 1) for device in devices):
         raise ProtocolError("an alignment that is no power of two")
-    return WorkerFacts(read_protocol(message.rpc_protocol), devices)
+    return WorkerFacts(read_protocol(message.rpc_protocol), devices, message.unpacks)
 
 
 def read_protocol(text: str) -> Protocol:

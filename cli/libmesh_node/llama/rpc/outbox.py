@@ -107,6 +107,14 @@ class Outbox:
             if sent == len(data):
                 return
             data = data[sent:] if sent else data
+        self._queue(data)
+
+    def put_later(self, data: bytes) -> None:
+        """Send `data` in its order, but not before others have had their turn: nobody waits for it yet."""
+        self.flush()
+        self._queue(data)
+
+    def _queue(self, data: bytes) -> None:
         self._items.append(data)
         self._bytes += len(data)
         self._filled.set()

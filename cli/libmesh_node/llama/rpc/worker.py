@@ -17,6 +17,7 @@ from libmesh_node.llama.rpc.armour import Armour
 from libmesh_node.llama.rpc.frames import (
     AHEAD,
     MAX_AHEAD,
+    MAX_GRAPH,
     REFERENCE,
     SET_HEADER,
     TENSOR,
@@ -36,6 +37,7 @@ from libmesh_node.llama.rpc.frames import (
     frame,
     frame_head,
 )
+from libmesh_node.llama.rpc.packing import unpack
 from libmesh_node.llama.rpc.weights import Place
 
 MAX_WAITING = 1024
@@ -230,6 +232,10 @@ class WorkerEnd:
                 (ticket,) = TICKET.unpack_from(payload)
                 self._ahead.pop(ticket, None)
                 self._finish(ticket)
+            case Link.PACKED:
+                graph = unpack(payload)
+                check_request(Command.GRAPH_COMPUTE, len(graph))
+                self._request(Command.GRAPH_COMPUTE, graph, effects)
             case _:
                 return False
         return True
@@ -352,6 +358,7 @@ _LINK_SIZES = {
     Link.AHEAD: (AHEAD.size, MAX_AHEAD),
     Link.FILL: (TICKET.size, TICKET.size + WHOLE),
     Link.DROP: (TICKET.size, TICKET.size),
+    Link.PACKED: (1, MAX_GRAPH),
 }
 
 
