@@ -16,9 +16,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -110,21 +109,34 @@ def measure_costs(tiny: dict[str, Asked], rounds: int, tokens: int) -> None:
     for one in [*tiny.values(), *longer.values()]:
         one.forget()
     for _ in range(rounds):
-        for way in longer:
-            for one in (tiny[way], longer[way]):
-                one.run(streams=8, requests=64)
+        of_each(tiny, lambda one: one.run(streams=8, requests=64))
+        of_each(longer, lambda one: one.run(streams=8, requests=64))
+    longer = {way: one for way, one in longer.items() if way in tiny}
     said = [f"{way} {(longer[way].cpu - tiny[way].cpu) / (MORE - tokens) * 1e6:.0f}" for way in longer]
     print(f"CPU µs of each token more: {', '.join(said)}", flush=True)
+
+
+def of_each(asked: dict[str, Asked], act: Callable[[Asked], Tally]) -> dict[str, Tally]:
+    """What `act` does for each way. Another program that does not answer all is left out from then on; ours must."""
+    told: dict[str, Tally] = {}
+    for way, one in list(asked.items()):
+        try:
+            told[way] = act(one)
+        except Unanswered as exc:
+            if way in ("direct", "API"):
+                raise SystemExit(f"{way}: {exc}") from None
+            print(f"{way} is left out: {exc}", flush=True)
+            del asked[way]
+    return told
 
 
 def first_token(model: str, asked: dict[str, Asked], rounds: int, requests: int) -> None:
     """Print how long each takes for the first token, `requests` a round, one at a time."""
     first: dict[str, list[float]] = {way: [] for way in asked}
-    for one in asked.values():
-        one.run(streams=4, requests=16)
+    of_each(asked, lambda one: one.run(streams=4, requests=16))
     for _ in range(rounds):
-        for way, one in asked.items():
-            first[way] += one.run(streams=1, requests=requests).first
+        for way, tally in of_each(asked, lambda one: one.run(streams=1, requests=requests)).items():
+            first[way] += tally.first
     for name, share in (("p50", 0.5), ("p99", 0.99)):
         plain = quantile(first["direct"], share) * 1000
         print(f"time to first token of the {model} model, {name}: direct {plain:.2f} ms", end="")
@@ -140,10 +152,8 @@ def compare(what: str, asked: dict[str, Asked], streams: int, rounds: int, count
     for one in asked.values():
         one.forget()
     for _ in range(rounds):
-        for way, one in asked.items():
-            began = time.perf_counter()
-            one.run(streams=streams, requests=count)
-            rates[way].append(count / (time.perf_counter() - began))
+        for way, tally in of_each(asked, lambda one: one.run(streams=streams, requests=count)).items():
+            rates[way].append(count / tally.seconds)
     plain = statistics.median(rates["direct"])
     print(f"{what}: direct {plain:.1f}", end="")
     for way in [way for way in asked if way != "direct"]:
@@ -154,6 +164,10 @@ def compare(what: str, asked: dict[str, Asked], streams: int, rounds: int, count
         "; ".join(f"{way} {one.costs}" for way, one in asked.items()),
         flush=True,
     )
+
+
+class Unanswered(Exception):
+    """Not all requests were answered."""
 
 
 class Asked:
@@ -177,11 +191,11 @@ class Asked:
         self._used: defaultdict[str, float] = defaultdict(float)
 
     def run(self, *, streams: int, requests: int) -> Tally:
-        """Make `requests` in `streams` parallel lines. Exits if one of them fails: it would cost less."""
+        """Make `requests` in `streams` parallel lines. Raises `Unanswered` if one of them fails: it would cost less."""
         before = self._read()
         tally = self._load.lanes(streams, requests=requests)
         if tally.statuses[200] != requests:
-            raise SystemExit(f"not all were answered: {dict(tally.statuses)}")
+            raise Unanswered(f"{requests} requests in {streams} lines: {dict(tally.statuses)}")
         for name, used in self._read().items():
             self._used[name] += used - before[name]
         self._requests += requests
