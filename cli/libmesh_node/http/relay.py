@@ -27,7 +27,7 @@ from libmesh_node.http.replay import Replay
 from libmesh_node.http.retelling import Diverged
 from libmesh_node.http.sse import EventTooLong, comment
 from libmesh_node.http.transcript import BrokenOff, Transcript
-from libmesh_node.http.upstream import Answer, Broken, read_on
+from libmesh_node.http.upstream import Answer, Broken, Listening
 from libmesh_node.http.waiting import refuse_late
 
 log = logging.getLogger("libmesh_node.http")
@@ -96,14 +96,12 @@ async def relay(
             raise
         return response
     try:
-        chunk, loop = start, asyncio.get_running_loop()
-        heard = loop.time()
-        while chunk:
-            exchange.saw(chunk)
-            await response.write(chunk)
-            if not streams or b"data:" in chunk:
-                heard = loop.time()
-            chunk = await read_on(upstream, heard)
+        with closing(Listening(upstream, events=streams)) as listening:
+            chunk = start
+            while chunk:
+                exchange.saw(chunk)
+                await response.write(chunk)
+                chunk = await listening.next()
     except Broken as exc:
         if exchange.server is not None:
             balance.failed(exchange.server, time.monotonic())
@@ -176,28 +174,27 @@ class _Carrier:
 
     async def _drain(self, answer: Answer, start: bytes) -> None:
         transcript, loop = self._transcript, asyncio.get_running_loop()
-        chunk, told = start, loop.time()
-        heard = told
-        while not transcript.finished:
-            if not chunk:
-                chunk = await read_on(answer, heard)
-            if not chunk:
-                raise Broken("it ended without an end")
-            self._exchange.saw(chunk)
-            if out := transcript.feed(chunk):
-                # The last of it leaves with the end of the answer.
-                write = self._response.write_eof if transcript.finished else self._response.write
-                await write(out)
-                told = loop.time()
-                if b"data:" in out:
-                    self._passed_on += len(out)
-                transcript.feed(b"")
-            elif loop.time() - told >= SAY_EVERY:  # what comes now, the client has
-                told = loop.time()
-                await self._response.write(comment(""))
-            if b"data:" in chunk:
-                heard = loop.time()
-            chunk = b""
+        told = loop.time()
+        with closing(Listening(answer, events=True)) as listening:
+            chunk = start or await listening.next()
+            while True:
+                if not chunk:
+                    raise Broken("it ended without an end")
+                self._exchange.saw(chunk)
+                if out := transcript.feed(chunk):
+                    # The last of it leaves with the end of the answer.
+                    write = self._response.write_eof if transcript.finished else self._response.write
+                    await write(out)
+                    told = loop.time()
+                    if b"data:" in out:
+                        self._passed_on += len(out)
+                    transcript.feed(b"")
+                elif loop.time() - told >= SAY_EVERY:  # what comes now, the client has
+                    told = loop.time()
+                    await self._response.write(comment(""))
+                if transcript.finished:
+                    return
+                chunk = await listening.next()
 
     async def _keep_waiting(self) -> None:
         """Say once what is waited for and how long at most; after that only what keeps the connection."""

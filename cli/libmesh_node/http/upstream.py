@@ -132,20 +132,46 @@ async def _first_event(answer: Answer, start: bytes) -> bytes:
     return start
 
 
-async def read_on(answer: Answer, heard: float) -> bytes:
-    """The next bytes of an answer; empty at its end.
+class Listening:
+    """Reads on in an answer that has begun. To be closed, which closes no answer.
 
-    `heard` is when something else than a comment came, by the loop's clock. Raises `Broken`.
+    One timer looks now and then for how long it has waited: one for each piece costs more than all else that is done about it.
     """
-    try:
-        if (now := asyncio.get_running_loop().time()) - heard >= ONLY_COMMENTS:
-            raise Broken(f"nothing but comments came for {now - heard:.0f} s")
-        async with asyncio.timeout(STALL):
-            return await answer.content.readany()
-    except TimeoutError:
-        raise Broken(f"nothing came for {STALL:g} s") from None
-    except FAILURES as exc:
-        raise Broken(in_words(exc)) from exc
+
+    def __init__(self, answer: Answer, *, events: bool) -> None:
+        """With `events`, what has no data in it is a comment."""
+        self._answer, self._events = answer, events
+        self._loop = asyncio.get_running_loop()
+        self._heard = self._loop.time()  # something else than a comment
+        self._waits_since: float | None = None
+        self._due = self._loop.call_later(STALL, self._look)
+
+    async def next(self) -> bytes:
+        """The next bytes; empty at the end. Raises `Broken`."""
+        now = self._waits_since = self._loop.time()
+        try:
+            if now - self._heard >= ONLY_COMMENTS:
+                raise Broken(f"nothing but comments came for {now - self._heard:.0f} s")
+            data = await self._answer.content.readany()
+        except FAILURES as exc:
+            raise Broken(in_words(exc)) from exc
+        finally:
+            self._waits_since = None
+        if not self._events or b"data:" in data:
+            self._heard = self._loop.time()
+        return data
+
+    def _look(self) -> None:
+        now = self._loop.time()
+        since = now if self._waits_since is None else self._waits_since
+        if now - since < STALL:
+            self._due = self._loop.call_at(since + STALL, self._look)
+        else:
+            self._answer.content.set_exception(TimeoutError(f"nothing came for {STALL:g} s"))
+
+    def close(self) -> None:
+        """Look no more. Harmless to repeat."""
+        self._due.cancel()
 
 
 def in_words(failure: Exception) -> str:
