@@ -8,7 +8,15 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from libmesh_node.http.body import MAX_TOKENS, NotText, TooComplex, form_model, scan_model
+from libmesh_node.http.body import (
+    MAX_TOKENS,
+    NotText,
+    TooComplex,
+    form_model,
+    model_of,
+    read_object,
+    scan_model,
+)
 
 
 def scan(body: bytes) -> str | None:
@@ -68,6 +76,24 @@ def test_table(body: bytes, found: str | None) -> None:
 def test_model_that_is_no_text_is_refused(value: bytes) -> None:
     with pytest.raises(NotText):
         scan(b'{"model":' + value + b"}")
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff", b"5", b"[" * 100_000, b'["stream","seed"]'])
+def test_what_is_no_object_is_none(body: bytes) -> None:
+    assert read_object(body) is None
+
+
+@given(st.binary() | JSON.map(lambda value: json.dumps({"model": value}).encode()))
+def test_who_reads_it_all_finds_the_model_that_the_scan_finds(body: bytes) -> None:
+    if (request := read_object(body)) is None:
+        return
+    try:
+        found = scan(body)
+    except NotText:
+        with pytest.raises(NotText):
+            model_of(request)
+    else:
+        assert found == model_of(request)
 
 
 @pytest.mark.parametrize("body", [b'{"a":' + b"[" * (MAX_TOKENS + 1), b"{" + b'"a",' * (MAX_TOKENS + 1)])

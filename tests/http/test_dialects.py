@@ -27,7 +27,7 @@ ASKS: dict[str, Json] = {
 
 def tracked(path: str, **changes: object) -> Transcript | None:
     asked = {key: value for key, value in (ASKS[path] | changes).items() if value is not ...}
-    return track(path, json.dumps(asked).encode())
+    return track(path, asked)
 
 
 def asked(path: str, **changes: object) -> Json:
@@ -150,7 +150,7 @@ def test_response_request_of_more_than_plain_talk_is_left_as_it_is(changes: Json
 @pytest.mark.parametrize("path", ["/v1/messages/count_tokens", "/v1/responses/input_tokens", "/v1/messages/"])
 def test_other_endpoints_of_the_two_protocols_are_left_as_they_are(path: str) -> None:
     body = ASKS[MESSAGES] | ASKS[RESPONSES]
-    assert track(path, json.dumps(body).encode()) is None
+    assert track(path, body) is None
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────

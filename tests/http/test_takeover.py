@@ -283,7 +283,7 @@ def test_server_is_counted_as_taken_from_when_it_is_asked_until_it_refuses(
     gone = Server(peer="gone", base_url="http://127.0.0.1:1", local=True, digest="d")
     model = Model(name="m", digest="d", size_bytes=1, context_length=0, servers=(gone,))
     path = "/v1/completions"
-    transcript = track(path, json.dumps({"model": "m", "prompt": "Hello", "stream": True}).encode())
+    transcript = track(path, {"model": "m", "prompt": "Hello", "stream": True})
     seats: list[Server | None] = []
 
     async def say() -> None:

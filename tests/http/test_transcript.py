@@ -31,7 +31,7 @@ PROMPT_TOKENS = 7
 
 
 def asked(**changes: object) -> Transcript:
-    transcript = track(CHAT, json.dumps(ASK | changes).encode())
+    transcript = track(CHAT, ASK | changes)
     assert transcript is not None
     return transcript
 
@@ -244,7 +244,7 @@ def test_server_that_generates_something_else_is_found_out() -> None:
 
 def test_text_completion_goes_on_from_a_prompt_of_its_own() -> None:
     request = {"stream": True, "prompt": "Once", "max_tokens": 3}
-    transcript = track("/v1/completions", json.dumps(request).encode())
+    transcript = track("/v1/completions", request)
     assert transcript is not None
     told = {"id": 0, "bytes": [97]}
     choice = {"text": "a", "index": 0, "logprobs": {"content": [told]}, "finish_reason": None}
@@ -261,7 +261,7 @@ def test_text_completion_goes_on_from_a_prompt_of_its_own() -> None:
 
 def test_prompt_of_tokens_stays_one() -> None:
     request = {"stream": True, "prompt": [1, 2, 3]}
-    transcript = track("/v1/completions", json.dumps(request).encode())
+    transcript = track("/v1/completions", request)
     assert transcript is not None
     assert json.loads(transcript.resume("", {}))["prompt"] == [1, 2, 3]
 
@@ -280,7 +280,7 @@ def test_prompt_of_tokens_stays_one() -> None:
     ],
 )
 def test_requests_with_which_nothing_is_provable_are_left_as_they_are(changes: Json) -> None:
-    assert track(CHAT, json.dumps(ASK | changes).encode()) is None
+    assert track(CHAT, ASK | changes) is None
 
 
 @pytest.mark.parametrize(
@@ -288,18 +288,11 @@ def test_requests_with_which_nothing_is_provable_are_left_as_they_are(changes: J
     [{"tools": []}, {"n": 1}, {"logprobs": False}, {"response_format": {"type": "text"}}, {"tools": None}],
 )
 def test_fields_that_change_nothing_do_no_harm(changes: Json) -> None:
-    assert track(CHAT, json.dumps(ASK | changes).encode()) is not None
-
-
-@pytest.mark.parametrize(
-    "body", [b"", b"{", b"[]", b'"stream"', b'{"stream":true}', b"[" * 100_000 + b'"stream"']
-)
-def test_garbage_is_left_as_it_is(body: bytes) -> None:
-    assert track(CHAT, body) is None
+    assert track(CHAT, ASK | changes) is not None
 
 
 def test_other_endpoints_are_left_as_they_are() -> None:
-    assert track("/v1/embeddings", json.dumps(ASK).encode()) is None
+    assert track("/v1/embeddings", ASK) is None
 
 
 @pytest.mark.parametrize(
@@ -373,7 +366,7 @@ def test_answer_that_has_not_begun_begins_anew_without_the_rest_of_an_event() ->
 
 
 def test_half_a_character_passes_both_ways() -> None:
-    transcript = track(CHAT, rb'{"stream":true,"messages":[{"role":"user","content":"\ud83d"}]}')
+    transcript = track(CHAT, ASK | {"messages": [{"role": "user", "content": "\ud83d"}]})
     assert transcript is not None
     assert rb"\ud83d" in transcript.body
     assert rb"\ud83d" in transcript.feed(

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from libmesh_node.http.wanted import BLOCK, Wanted, read_wanted
+from libmesh_node.http.wanted import MARK as MARK_NAME
 
 MARK = {"cache_control": {"type": "ephemeral"}}
 TOOLS = [{"name": "read_file", "input_schema": {"type": "object"}}]
@@ -14,7 +15,7 @@ SYSTEM = [{"type": "text", "text": "You are an agent.", **MARK}]
 
 
 def read(**request: object) -> Wanted:
-    return read_wanted(json.dumps(request).encode(), {})
+    return read_wanted(request, {}, marked=MARK_NAME in json.dumps(request))
 
 
 def marked(role: str, text: str) -> dict[str, Any]:

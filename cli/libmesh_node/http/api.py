@@ -22,7 +22,7 @@ from libmesh_node.asked import Asked
 from libmesh_node.http.access import is_allowed_origin, is_private_host
 from libmesh_node.http.answers import Told, told
 from libmesh_node.http.asking import Asking
-from libmesh_node.http.body import NotText, TooComplex, form_model, scan_model, with_model
+from libmesh_node.http.body import LONG, NotText, TooComplex, form_model, model_of, read_object, scan_model
 from libmesh_node.http.errors import ApiError, encode_error, speaks_anthropic
 from libmesh_node.http.exchange import Exchange
 from libmesh_node.http.exposure import METHODS, check_endpoint
@@ -30,6 +30,7 @@ from libmesh_node.http.intake import Intake
 from libmesh_node.http.metrics import Metrics
 from libmesh_node.http.proxy import Proxy
 from libmesh_node.http.routing import AUTO, RETRY_AFTER, find_model, is_available, nothing_served, pick_model
+from libmesh_node.http.sse import encode_json
 from libmesh_node.http.wanted import read_wanted
 from libmesh_node.snapshot import Model, NodeSnapshot, Server
 
@@ -174,7 +175,7 @@ class Api:
             self._proxy.forget_gone(snapshot.models)
         with self._intake.hold() as held:
             exchange.body = await held.read(request)
-            name = await _wanted_model(request, exchange.body)
+            name = await _wanted_model(exchange)
             if name == AUTO and all(model.name != AUTO for model in self._source.snapshot.models):
                 name = await self._pick(exchange)
             if method != "POST":
@@ -187,9 +188,12 @@ class Api:
     async def _pick(self, exchange: Exchange) -> str:
         """Choose a model for a request that says `auto`, and say so in its body: the server's answer names it."""
         snapshot, headers = self._source.snapshot, exchange.request.headers
-        wanted = await asyncio.to_thread(read_wanted, exchange.body, headers)
+        said = exchange.said or await asyncio.to_thread(read_object, exchange.body)
+        wanted = await asyncio.to_thread(read_wanted, said or {}, headers)
         name = exchange.model = pick_model(snapshot.models, wanted, snapshot.notices).name
-        exchange.body = await asyncio.to_thread(with_model, exchange.body, name)
+        if said is not None:
+            exchange.said = said | {"model": name}
+            exchange.body = await asyncio.to_thread(encode_json, exchange.said)
         return name
 
     def _check_page(self, request: web.BaseRequest) -> dict[str, str]:
@@ -289,13 +293,18 @@ def refuse(error: ApiError, path: str, headers: dict[str, str]) -> web.Response:
     return response
 
 
-async def _wanted_model(request: web.BaseRequest, body: bytes) -> str | None:
+async def _wanted_model(exchange: Exchange) -> str | None:
+    request, body = exchange.request, exchange.body
     name: str | None = None
     if body:
         if request.content_type == "multipart/form-data":
             name = form_model(body)
         else:
-            name = await _scan(body)
+            exchange.said = read_object(body) if len(body) <= LONG else None
+            try:
+                name = await _scan(body) if exchange.said is None else model_of(exchange.said)
+            except NotText:
+                raise ApiError(400, "invalid_model", "`model` must be text.", param="model") from None
     return name or next(iter(parse_qs(request.rel_url.raw_query_string).get("model", ())), None)
 
 
@@ -308,8 +317,6 @@ async def _scan(body: bytes) -> str | None:
     except TooComplex:
         message = "The body has more parts than any sensible request; it was not looked through."
         raise ApiError(400, "request_too_complex", message) from None
-    except NotText:
-        raise ApiError(400, "invalid_model", "`model` must be text.", param="model") from None
     return name
 
 

@@ -1,18 +1,19 @@
-"""Find the `model` of a request body without understanding the rest, and without stopping the loop for long.
+"""Read a request body; and find the `model` of a long one without understanding the rest, nor stopping the loop for long.
 
-`json.loads` would do, but it holds the interpreter for over a second on a hostile 64 MiB body, and builds what nobody
-here wants. This looks at quotes and brackets only: a string is skipped at the speed of `bytes.find`, so an image in
-base64 costs next to nothing, and the scan can pause between steps. It does not validate: llama-server gets the
-untouched bytes and is the judge of them.
+`json.loads` holds the interpreter for over a second on a hostile 64 MiB body. `scan_model` looks at quotes and brackets
+only: a string is skipped at the speed of `bytes.find`, so an image in base64 costs next to nothing, and the scan can pause
+between steps. It does not validate: llama-server gets the untouched bytes and is the judge of them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-from libmesh_node.http.sse import encode_json
+LONG = 1 << 18
+"""Bytes of a body from which on it is read in a thread of its own. A shorter one is read once, before all else."""
 
 STEP_TOKENS = 4096
 """Quotes and brackets looked at between two pauses: about a millisecond."""
@@ -70,15 +71,21 @@ def scan_model(body: bytes) -> Iterator[str | None]:
     yield model
 
 
-def with_model(body: bytes, name: str) -> bytes:
-    """A JSON body that says `name` in `model`; one that is no JSON object stays as it is."""
+def read_object(body: bytes) -> dict[str, Any] | None:
+    """The JSON object that `body` is; `None` if it is none, or none that can be read."""
     try:
-        request = json.loads(body)
+        value = json.loads(body)
     except (ValueError, RecursionError):
-        return body
-    if not isinstance(request, dict):
-        return body
-    return encode_json(request | {"model": name})
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def model_of(request: Mapping[str, Any]) -> str | None:
+    """`model` of a body that was read. Raises `NotText`."""
+    model = request.get("model")
+    if model is None or isinstance(model, str):
+        return model
+    raise NotText
 
 
 def form_model(body: bytes) -> str | None:

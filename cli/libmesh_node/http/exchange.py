@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import web
 
@@ -22,6 +23,7 @@ class Exchange:
         headers: for the answer: the id, and CORS; `labels` has the others that every answer has.
         home: peer id of this node, which gives the answers for which no server is needed, and refusals.
         began: when its head had been read, by `time.perf_counter`.
+        said: its body, if that is a JSON object, once it was read.
         wanted: what it says of itself.
         transcript: of its answer, if that could be continued.
         attempts: servers that were asked.
@@ -39,6 +41,7 @@ class Exchange:
     headers: dict[str, str]
     began: float
     home: str = ""
+    said: dict[str, Any] | None = None
     wanted: Wanted = NOTHING
     transcript: Transcript | Replay | None = None
     attempts: int = 0

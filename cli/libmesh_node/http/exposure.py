@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from multidict import CIMultiDict
 
@@ -64,6 +65,7 @@ _HOP_BY_HOP = frozenset(
 """RFC 9110, 7.6.1, and what `Connection` itself names."""
 
 
+@lru_cache(maxsize=64)  # nearly all requests call the same
 def check_endpoint(method: str, path: str) -> None:
     """Raise `ApiError` unless clients of the mesh may call `method` on `path` (decoded, without the query)."""
     if method not in METHODS:

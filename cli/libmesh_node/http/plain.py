@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from libmesh_node.http.dialects import TRANSLATED, translate
@@ -35,9 +34,9 @@ _CHANGES_THE_ANSWER = {
 """Fields with which nothing is continued, and the values at which they change nothing. Null never does."""
 
 
-def track(path: str, body: bytes) -> Transcript | None:
+def track(path: str, request: dict[str, Any]) -> Transcript | None:
     """A transcript for a request whose answer could be continued; `None` for every other."""
-    if path not in _CHAT + _TEXT + TRANSLATED or (request := streamed(body)) is None:
+    if path not in _CHAT + _TEXT + TRANSLATED or request.get("stream") is not True:
         return None
     voice: Voice | None = None
     if path in TRANSLATED:
@@ -54,17 +53,6 @@ def track(path: str, body: bytes) -> Transcript | None:
     if not chat and not _is_prompt(request.get("prompt")):
         return None
     return Transcript(request, chat=chat, voice=voice, endpoint=_CHAT[0] if voice else None)
-
-
-def streamed(body: bytes) -> dict[str, Any] | None:
-    """The request in `body` if it asks for a stream."""
-    if b'"stream"' not in body:
-        return None
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError):
-        return None
-    return request if isinstance(request, dict) and request.get("stream") is True else None
 
 
 def _is_plain_talk(messages: object) -> bool:

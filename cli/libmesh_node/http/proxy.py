@@ -22,6 +22,7 @@ from aiohttp import web
 from libmesh_node.http.affinity import Affinity
 from libmesh_node.http.answers import refined_error, told
 from libmesh_node.http.balance import Balance, Seat
+from libmesh_node.http.body import LONG, read_object
 from libmesh_node.http.continuing import Succession
 from libmesh_node.http.errors import ApiError
 from libmesh_node.http.exchange import Exchange
@@ -32,7 +33,7 @@ from libmesh_node.http.replay import follow
 from libmesh_node.http.routing import RETRY_AFTER, no_server
 from libmesh_node.http.upstream import FAILURES, Answer, Overdue, Upstream, hung_up, in_words
 from libmesh_node.http.waiting import kept, refuse_late
-from libmesh_node.http.wanted import NOTHING, read_wanted
+from libmesh_node.http.wanted import MARK, NOTHING, Wanted, read_wanted
 from libmesh_node.snapshot import Model, Server
 
 log = logging.getLogger("libmesh_node.http")
@@ -69,9 +70,6 @@ GENERATING = frozenset({"completions", "completion", "messages", "responses", "i
 
 _FAULTS = frozenset({500, 502, 504})
 """Answers of a server that fails, unless the request makes every server fail."""
-
-_LARGE = 1 << 18
-"""Bytes of a body from which on it is read in a thread of its own."""
 
 
 class Proxy:
@@ -195,15 +193,16 @@ class Proxy:
         while True:
             search.check_deaths()
             model, now = search.model, time.monotonic()
-            warm = self._affinity.warm(
-                model.digest or model.name, exchange.wanted.prefixes, exchange.wanted.session, now
-            )
+            warm = self._warm(model, exchange.wanted, now) if len(model.servers) > 1 else None
             server = self.balance.choose(model.servers, search.tried, exchange.wanted, now, warm, BACKLOG)
             if server is not None:
                 return server
             search.check_time()
             search.tried.clear()
             await asyncio.sleep(PAUSE)
+
+    def _warm(self, model: Model, wanted: Wanted, now: float) -> str | None:
+        return self._affinity.warm(model.digest or model.name, wanted.prefixes, wanted.session, now)
 
     def _has_room(self, model: Model) -> bool:
         return not model.servers or self.balance.has_room(model.servers, BACKLOG, time.monotonic())
@@ -275,14 +274,12 @@ class Proxy:
         request, body = exchange.request, exchange.body
         if request.method != "POST" or request.content_type == "multipart/form-data":
             return
-        if len(body) > _LARGE:
-            exchange.wanted = await asyncio.to_thread(read_wanted, body, request.headers)
-            exchange.transcript = await asyncio.to_thread(follow, request.path, body)
+        if len(body) <= LONG:
+            _understand(exchange)
         else:
-            exchange.wanted = read_wanted(body, request.headers)
-            exchange.transcript = follow(request.path, body)
-        if request.path.rpartition("/")[2] not in GENERATING:
-            exchange.wanted = replace(exchange.wanted, max_tokens=0)
+            exchange.said = exchange.said or await asyncio.to_thread(read_object, body)
+            await asyncio.to_thread(_understand, exchange)
+            await asyncio.to_thread(lambda: exchange.wanted.prefixes)
         if exchange.transcript is not None:
             exchange.body = exchange.transcript.body
 
@@ -333,6 +330,14 @@ class Proxy:
                 yield seat
         finally:
             self.queues.nudge(model)
+
+
+def _understand(exchange: Exchange) -> None:
+    said, body, request = exchange.said or {}, exchange.body, exchange.request
+    exchange.wanted = read_wanted(said, request.headers, marked=MARK.encode() in body)
+    if request.path.rpartition("/")[2] not in GENERATING:
+        exchange.wanted = replace(exchange.wanted, max_tokens=0)
+    exchange.transcript = follow(request.path, said, body)
 
 
 def _slots(servers: Iterable[Server]) -> int:

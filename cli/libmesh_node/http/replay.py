@@ -15,7 +15,7 @@ import json
 from hashlib import blake2b
 from typing import Any
 
-from libmesh_node.http.plain import streamed, track
+from libmesh_node.http.plain import track
 from libmesh_node.http.retelling import Diverged
 from libmesh_node.http.sse import data_event, event_data
 from libmesh_node.http.transcript import BrokenOff, KeptAnswer, Transcript
@@ -127,15 +127,16 @@ class Replay(KeptAnswer):
             raise Diverged
 
 
-def follow(path: str, body: bytes) -> Transcript | Replay | None:
-    """How the streamed answer to a request is kept, so that another server can take it over; `None` if it cannot."""
-    return track(path, body) or _replay(path, body)
+def follow(path: str, request: Json, body: bytes) -> Transcript | Replay | None:
+    """How the streamed answer to `request` is kept, so that another server can take it over; `None` if it cannot.
+
+    `body` is what `request` was read from. Both are kept, and must not be changed any more.
+    """
+    return track(path, request) or _replay(path, request, body)
 
 
-def _replay(path: str, body: bytes) -> Replay | None:
-    if path not in PATHS or not (b'"temperature"' in body or b'"seed"' in body):
-        return None
-    if (request := streamed(body)) is None:
+def _replay(path: str, request: Json, body: bytes) -> Replay | None:
+    if path not in PATHS or request.get("stream") is not True:
         return None
     if any(request.get(key) not in (None, 1) for key in _SEVERAL):  # their events come in any order
         return None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 MAX_PREFIXES = 256
@@ -34,7 +35,7 @@ _SHOWN = frozenset(
 )
 """Kinds of parts whose data are no text."""
 
-_MARK = "cache_control"
+MARK = "cache_control"
 """Where a client of Anthropic's API would have a prompt cached: with each turn the marks move on to the newest messages."""
 
 _NAMES = frozenset({"type", "role", "id", "multimodal_data"})
@@ -44,12 +45,11 @@ _DEPTH = 8
 """Levels of a request that are looked into: the results of tools, in messages, have parts of their own."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Wanted:
     """One request, as far as routing cares.
 
     Attributes:
-        prefixes: names of what the prompt begins with, the longest first: a server that answered one has it warm.
         session: what the client calls this conversation; empty if it does not.
         prompt_tokens: a guess.
         max_tokens: that it may generate; `None` if it does not say.
@@ -57,9 +57,9 @@ class Wanted:
         vision: whether it shows pictures.
         batch: whether it can wait: others go first.
         streams: whether its answer comes token by token.
+        request: its body, for `prefixes`; and `marked`, whether marks of caches may be in it.
     """
 
-    prefixes: tuple[bytes, ...] = ()
     session: str = ""
     prompt_tokens: int = 0
     max_tokens: int | None = None
@@ -67,38 +67,49 @@ class Wanted:
     vision: bool = False
     batch: bool = False
     streams: bool = False
+    request: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+    marked: bool = field(default=False, repr=False, compare=False)
+
+    @cached_property
+    def prefixes(self) -> tuple[bytes, ...]:
+        """Names of what the prompt begins with, the longest first: a server that answered one has it warm.
+
+        Found out when first asked for: it takes as long as all else that is read here, and where there is one server it can
+        be left until that has begun.
+        """
+        request = _lasting(self.request) if self.marked else self.request
+        return tuple(_prefixes(request, _messages(request)))
 
 
 NOTHING = Wanted()
 """Of a request that says nothing, or nothing that can be read."""
 
 
-def read_wanted(body: bytes, headers: Mapping[str, str]) -> Wanted:
-    """Read a request's JSON body and headers. What cannot be read counts as not there; never raises."""
+def read_wanted(request: dict[str, Any], headers: Mapping[str, str], *, marked: bool = False) -> Wanted:
+    """What a request's body and headers say. What cannot be read counts as not there; never raises.
+
+    `marked` is whether `MARK` is anywhere in the body. `request` is kept, and must not be changed any more.
+    """
     batch = headers.get("X-Priority", "").lower() in ("batch", "low")
-    try:
-        request = json.loads(body) if body else {}
-    except (ValueError, RecursionError):
-        request = {}
-    if not isinstance(request, dict):
-        request = {}
-    if _MARK.encode() in body:
-        request = _lasting(request)
-    messages = request.get("messages") or request.get("input")
-    messages = messages if isinstance(messages, list) else []
     limits = (
         request.get(key) for key in ("max_completion_tokens", "max_tokens", "max_output_tokens", "n_predict")
     )
     return Wanted(
-        prefixes=tuple(_prefixes(request, messages)),
         session=_session(request),
         prompt_tokens=_guess(request),
         max_tokens=next((limit for limit in limits if type(limit) is int and limit >= 0), None),
         tools=bool(request.get("tools")),
-        vision=any(kind in ("image_url", "input_image", "image") for kind in _part_types(messages)),
+        vision=any(kind in ("image_url", "input_image", "image") for kind in _part_types(_messages(request))),
         batch=batch or request.get("service_tier") in ("flex", "batch"),
         streams=request.get("stream") is True,
+        request=request,
+        marked=marked,
     )
+
+
+def _messages(request: dict[str, Any]) -> list[Any]:
+    messages = request.get("messages") or request.get("input")
+    return messages if isinstance(messages, list) else []
 
 
 def _session(request: dict[str, Any]) -> str:
@@ -139,7 +150,7 @@ def _lasting(request: dict[str, Any]) -> dict[str, Any]:
             return value
         if isinstance(value, list):
             return [unmarked(inner, depth - 1) for inner in value]
-        kept = {key: unmarked(inner, depth - 1) for key, inner in value.items() if key != _MARK}
+        kept = {key: unmarked(inner, depth - 1) for key, inner in value.items() if key != MARK}
         match kept.get("content"):
             case [{"type": "text", "text": str(text), **others}] if not others:
                 kept["content"] = text
@@ -189,6 +200,8 @@ def _weigh(value: object, depth: int) -> tuple[int, int]:
     return characters, shown
 
 
+_SORTED = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode
+
+
 def _encode(value: object) -> bytes:
-    text = json.dumps(value, ensure_ascii=False, sort_keys=True, separators=(",", ":"))
-    return text.encode(errors="surrogatepass")
+    return _SORTED(value).encode(errors="surrogatepass")
