@@ -13,7 +13,7 @@ import socket
 import struct
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext, suppress
-from functools import partial
+from math import inf
 from typing import TYPE_CHECKING
 
 import trio
@@ -22,8 +22,9 @@ from libmesh import wire
 from libmesh.errors import AddressUnavailable, MeshClosed, MeshError, PeerUnreachable, ServiceRefused
 from libmesh.framing import FrameReader, frame
 from libmesh.net.base import Stream, StreamReset
-from libmesh.net.splice import splice
-from libmesh.net.tcp import connect
+from libmesh.net.negotiate import Libp2pStream
+from libmesh.net.splice import splice, write_nowait
+from libmesh.net.tcp import accept_all, connect
 from libmesh.peers import PeerId, Scope
 from libmesh.resume_wire import is_resumable, session_of_open
 from libmesh.resuming import NearTunnel, Resumption
@@ -187,8 +188,10 @@ class _OpeningStream(Stream):
         """Wait for the answer. Raises `ServiceRefused`, each time, or `WireError`; if cancelled, nothing is lost."""
         if self._refusal is not None:
             raise self._refusal
+        stream, answer = self._stream, None
         try:
-            answer = self._answer.receive_nowait()
+            while (answer := self._answer.receive_nowait()) is None and isinstance(stream, Libp2pStream):
+                await stream.wait_receivable()  # a `receive` may take a turn of the scheduler for each piece
             if answer is None:
                 answer = await self._answer.receive()
             refusal = wire.decode_opened(answer)
@@ -210,13 +213,18 @@ class _OpeningStream(Stream):
     def connection_lost(self) -> bool:
         return self._stream.connection_lost
 
-    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+    async def settle(self) -> Stream:
+        """See `splice`: wait for the answer, and return the stream of the service's bytes."""
         if self.opened is None:
             try:
                 await self.hear()
             except WireError as exc:
                 raise StreamReset(f"the peer {self.peer} did not answer as a mesh does: {exc}") from exc
-        return await self._stream.receive_some(max_bytes)
+        return self._stream
+
+    async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
+        stream = await self.settle()
+        return await stream.receive_some(max_bytes)
 
     async def send_all(self, data: bytes | bytearray | memoryview) -> None:
         await self._stream.send_all(data)
@@ -268,22 +276,21 @@ async def expose(
         if door is None:
             await carry(stream, accept, host, port)
             return
+        first: bytes | bytearray = b""
         with trio.move_on_after(IDLE_LIMIT) as waiting:
             idle.add(waiting)
             try:
                 first = await stream.receive_some()
             finally:
                 idle.discard(waiting)
+            if first:
+                waiting.deadline = inf
+                stream.when_lost(waiting)
+                async with AsyncExitStack() as inside:
+                    elsewhere = await inside.enter_async_context(door(stream.peer))
+                    stream.when_lost(None)
+                    await carry(stream, accept, *(elsewhere or (host, port)), inside.aclose, first)
         if waiting.cancelled_caught or not first:
-            stream.reset()
-            return
-        with trio.CancelScope() as standing:
-            stream.when_lost(standing)
-            async with AsyncExitStack() as inside:
-                elsewhere = await inside.enter_async_context(door(stream.peer))
-                stream.when_lost(None)
-                await carry(stream, accept, *(elsewhere or (host, port)), inside.aclose, first)
-        if standing.cancelled_caught:
             stream.reset()
 
     async def carry(
@@ -300,16 +307,17 @@ async def expose(
         except (OSError, UnicodeError, trio.TooSlowError) as exc:  # Unicode: what cannot be a host's name
             raise ServiceRefused(f"{host}:{port} does not answer: {exc}", reason="unavailable") from exc
         with sock.socket:
+            rest = write_nowait(sock, first)  # before all else: whoever reads it begins to work
             lifeline = mesh.resumption.far(stream.peer, accept.session)
             count = mesh.tunnel_counter(stream.peer)
             if lifeline is None:
                 await accept()
-                await splice(stream, sock, ended=ended, first=first, count=count)
+                await splice(stream, sock, None, ended, first, rest, count)
             else:
                 lifeline.carried_by(stream)
                 with lifeline:
                     await accept(resumable=True)
-                    await splice(stream, sock, lifeline, ended, first, count)
+                    await splice(stream, sock, lifeline, ended, first, rest, count)
 
     try:
         with mesh.offer_raw(service, serve, scope=scope):
@@ -349,9 +357,14 @@ async def serve_tunnel(
         what = "is already in use" if exc.errno == errno.EADDRINUSE else f"cannot be used: {exc.strerror}"
         raise AddressUnavailable(f"the port {port} of {host} {what}") from exc
     task_status.started(listeners[0].socket.getsockname()[1])
-    await trio.serve_listeners(
-        partial(_carry, mesh, peer, service), listeners, handler_nursery=handler_nursery
-    )
+    async with trio.open_nursery() as own:
+        tasks = handler_nursery or own
+
+        def take(sock: trio.SocketStream) -> None:
+            tasks.start_soon(_carry, mesh, peer, service, sock)
+
+        for listener in listeners:
+            own.start_soon(accept_all, listener, take)
 
 
 async def _carry(mesh: Mesh, peer: PeerId, service: str, sock: trio.SocketStream) -> None:

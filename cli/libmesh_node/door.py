@@ -69,11 +69,12 @@ class Door:
                 yield where
             return
         _wake(admitted)
-        try:
-            await ticket.wait()
-        except BaseException:
-            _wake(self.turns.done(peer) if ticket.is_set() else self.turns.leave(peer, ticket))
-            raise
+        if not ticket.is_set():  # whose turn it is already does not lose one of the scheduler's
+            try:
+                await ticket.wait()
+            except BaseException:
+                _wake(self.turns.done(peer) if ticket.is_set() else self.turns.leave(peer, ticket))
+                raise
         began = trio.current_time()
         try:
             yield None

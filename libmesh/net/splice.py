@@ -71,26 +71,28 @@ async def splice(
     lifeline: Lifeline | None = None,
     ended: Callable[[], Awaitable[None]] | None = None,
     first: bytes | bytearray = b"",
+    rest: bytes | bytearray | None = None,
     count: Callable[[int, int], None] | None = None,
 ) -> SpliceResult:
     """Carry bytes between a stream and a socket until both directions have ended, or either side is reset.
 
     With a `lifeline` it goes on over another stream if the connection of this one is lost. `ended` is awaited once both
     directions have come to their end here, which the other end may still have to be told, for as long as that takes.
-    `first` was received from the stream already. `count` is told the bytes sent and received, however it ends.
+    `first` was received from the stream already; of that, `rest` was not written to the socket yet: all, if it is not said.
+    `count` is told the bytes sent and received, however it ends.
 
-    A stream that wraps another one only until it is opened may name that in an attribute `opened`; the pump then goes
-    on with it. Takes over both and closes them, also on error. Cancelling resets both. Never raises for what either side does;
-    a refused service resets the socket and raises `ServiceRefused`.
+    A stream that wraps another one only until it is opened may have a method `settle` that waits for that and returns
+    the other; receiving then goes on with it. Takes over both and closes them, also on error. Cancelling resets both. Never
+    raises for what either side does; a refused service resets the socket and raises `ServiceRefused`.
     """
-    pumps = _Pumps(stream, sock, lifeline, first)
+    pumps = _Pumps(stream, sock, lifeline, first, first if rest is None else rest)
     try:
         if sock.socket.family in (socket.AF_INET, socket.AF_INET6):
             tune_socket(sock.socket, not_sent=NOT_READ_BYTES)
         # Whoever opened the stream has bytes for it already, if anybody has. They leave with the question, or go to the
         # socket with the answer, as its pump needs no other turn of the scheduler; nor a task of its own.
         pump, other = (
-            (pumps.send, pumps.receive) if hasattr(stream, "opened") else (pumps.receive, pumps.send)
+            (pumps.send, pumps.receive) if hasattr(stream, "settle") else (pumps.receive, pumps.send)
         )
         while True:
             pumps.sent_all = pumps.received_all = False
@@ -137,7 +139,12 @@ async def _must_go_on(pumps: _Pumps, lifeline: Lifeline) -> bool:
 
 class _Pumps:
     def __init__(
-        self, stream: Stream, sock: trio.SocketStream, lifeline: Lifeline | None, first: bytes | bytearray
+        self,
+        stream: Stream,
+        sock: trio.SocketStream,
+        lifeline: Lifeline | None,
+        first: bytes | bytearray = b"",
+        rest: bytes | bytearray = b"",
     ) -> None:
         self.stream = stream
         self._socket = sock.socket
@@ -146,9 +153,7 @@ class _Pumps:
         self._unsent: tuple[bytearray, int, int] | None = (
             None  # read and not sent: a buffer, from where to where
         )
-        self._unwritten = bytes(
-            first
-        )  # received, and not yet written to the socket when the pump was stopped
+        self._unwritten = bytes(rest)  # received, and not yet written to the socket when the pump was stopped
         if lifeline is not None and first:
             lifeline.took(len(first))
         self._reach = LEAST_TAKE_BYTES  # how much to read at once
@@ -177,8 +182,9 @@ class _Pumps:
                 reach = self._reach
                 count = self._take()
                 if count == 0:
-                    if journal is not None:
-                        journal.sent_end = True
+                    if self._lifeline is not None:
+                        self._lifeline.journal.sent_end = True
+                        self._tell_end(self._lifeline)
                     await self.stream.send_eof()
                     await self._until_received()
                     return
@@ -198,6 +204,12 @@ class _Pumps:
             if self._unsent is not None:  # a journal has it
                 _POOL.give(self._unsent[0])
                 self._unsent = None
+
+    @staticmethod
+    def _tell_end(lifeline: Lifeline) -> None:
+        """Once both directions have ended here: nobody waits for it before, and it leaves with our own end."""
+        if lifeline.journal.sent_end and lifeline.journal.received_end:
+            lifeline.tell_progress()
 
     async def _until_received(self) -> None:
         """Nothing is read of the socket any more. Hear of its reset all the same, until the other pump is done, too."""
@@ -288,6 +300,8 @@ class _Pumps:
             if lifeline is not None and lifeline.journal.received_end:
                 await self._until_sent()
                 return
+            if (settle := getattr(stream, "settle", None)) is not None:
+                self.stream = stream = await settle()
             while True:
                 data: bytes | bytearray | None = stream.receive_nowait()
                 if data is None and isinstance(stream, Libp2pStream):
@@ -297,7 +311,6 @@ class _Pumps:
                 if data is None:
                     turn = 0
                     data = await stream.receive_some()
-                    self.stream = stream = getattr(stream, "opened", None) or stream
                 elif turn >= TURN_BYTES:
                     turn = 0
                     await trio.lowlevel.checkpoint()
@@ -310,7 +323,8 @@ class _Pumps:
                 turn += len(data)
             self._socket.shutdown(socket.SHUT_WR)
             if lifeline is not None:
-                lifeline.took_end()
+                lifeline.journal.received_end = True
+                self._tell_end(lifeline)
             await self._until_sent()
         except (OSError, trio.BrokenResourceError, trio.ClosedResourceError, ServiceRefused) as exc:
             self._failed(exc, scope)
@@ -352,6 +366,16 @@ class _Pumps:
                         await trio.lowlevel.wait_writable(number)
             finally:
                 self._unwritten = bytes(view[written:]) if written < len(data) else b""
+
+
+def write_nowait(sock: trio.SocketStream, data: bytes | bytearray) -> bytes | bytearray:
+    """Write what the socket takes at once; return the rest. An error is left to `splice`, which meets it next."""
+    if not data:
+        return data
+    try:
+        return data[os.write(sock.socket.fileno(), data) :]
+    except OSError:
+        return data
 
 
 def _unsent(sock: trio.SocketStream) -> int:

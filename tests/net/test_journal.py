@@ -47,5 +47,5 @@ async def test_a_peer_that_claims_what_is_being_sent_again_gets_no_more_of_it() 
     near, far = await socket_pair()
     async with near, far:
         liar: Any = Liar()
-        assert not await _Pumps(liar, near, None, b"")._send_again(journal)
+        assert not await _Pumps(liar, near, None)._send_again(journal)
     assert sent == [bytes(PIECE_BYTES)]

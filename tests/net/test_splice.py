@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import select
 import socket
@@ -20,7 +21,7 @@ from libmesh.net.base import Stream
 from libmesh.net.lines import encode_line
 from libmesh.net.negotiate import Libp2pStream, accept_stream, open_lazy_stream
 from libmesh.net.pipes import TAKE_BYTES, BufferPool
-from libmesh.net.splice import LEAST_TAKE_BYTES, NOT_READ_BYTES, SpliceResult, splice
+from libmesh.net.splice import LEAST_TAKE_BYTES, NOT_READ_BYTES, SpliceResult, splice, write_nowait
 from libmesh.peers import PeerId
 from tests.net.hosts import until
 from tests.net.pairs import drain, fill, muxed_pair, socket_pair
@@ -244,6 +245,41 @@ async def test_a_pump_that_waits_with_little_holds_no_more_than_that(monkeypatch
         assert pool.out == 0
         seen.set()
         nursery.cancel_scope.cancel()
+
+
+async def test_what_was_written_in_advance_is_counted_and_not_written_again() -> None:
+    async with muxed_pair() as (a, _b):
+        server, exit_ = await socket_pair()
+        rest = write_nowait(exit_, b"question")
+        assert not rest
+        scope, counted = trio.CancelScope(), list[tuple[int, int]]()
+        async with server, trio.open_nursery() as nursery:
+
+            async def run() -> None:
+                with scope:
+                    stream = await open_lazy_stream(a, PEER, "/tunnel")
+                    await splice(stream, exit_, None, None, b"question", rest, lambda *n: counted.append(n))
+
+            nursery.start_soon(run)
+            assert await server.receive_some() == b"question"
+            await trio.testing.wait_all_tasks_blocked()
+            with pytest.raises(BlockingIOError):
+                os.read(server.socket.fileno(), 100)
+            scope.cancel()
+        assert counted == [(0, len(b"question"))]
+
+
+@pytest.mark.parametrize("end", ["full", "broken"])
+async def test_what_cannot_be_written_in_advance_is_left(end: str) -> None:
+    exit_, server = await socket_pair()
+    data = b"x" * 1_000_000
+    async with exit_, server:
+        if end == "full":
+            while (rest := write_nowait(exit_, data)) != data:
+                assert data.endswith(rest)
+        else:
+            await exit_.send_eof()
+        assert write_nowait(exit_, data) == data
 
 
 async def test_a_refused_service_resets_the_socket_and_is_told() -> None:
