@@ -55,6 +55,7 @@ class _Teller:
 
     owed: dict[bytes, Progress] = field(default_factory=dict)
     changed: trio.Event = field(default_factory=trio.Event)
+    stream: Stream | None = None  # on which it can be told at once, while nothing is being sent
 
 
 class Resumption:
@@ -108,14 +109,16 @@ class Resumption:
     # ── what the other end has ───────────────────────────────────────────────────────────────────────────────────
 
     def tell(self, peer: PeerId, progress: Progress) -> None:
-        """Tell `peer` how far a tunnel with it has got."""
+        """Tell `peer` how far a tunnel with it has got: with what leaves next, once there is a stream for that."""
         if self._tasks is None:
             return
         if (teller := self._tellers.get(peer)) is None:
             teller = self._tellers[peer] = _Teller()
             self._tasks.start_soon(self._tell_until_over, peer, teller)
-        teller.owed[progress.session] = progress
-        teller.changed.set()
+        stream = teller.stream
+        if stream is None or stream.connection_lost or teller.owed or not stream.post(_line(progress)):
+            teller.owed[progress.session] = progress
+            teller.changed.set()
 
     async def _tell_until_over(self, peer: PeerId, teller: _Teller) -> None:
         try:
@@ -139,28 +142,27 @@ class Resumption:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_cancel_at_end, stream, nursery.cancel_scope)
             while teller.owed or self._with(peer):
-                teller.changed = trio.Event()
+                teller.changed, teller.stream = trio.Event(), None
                 lines, teller.owed = teller.owed, {}
                 try:
                     await stream.send_all(b"".join(map(_line, lines.values())))
-                except (
-                    BaseException
-                ) as exc:  # also if cancelled: a tunnel that is over here is not told of again
+                except BaseException as exc:  # also if cancelled: of a tunnel that is over nobody tells again
                     teller.owed = {**lines, **teller.owed}
                     if not isinstance(exc, _LOST):
                         raise
                     break
+                teller.stream = stream
                 with trio.move_on_after(self.limit):
                     await teller.changed.wait()
             nursery.cancel_scope.cancel()
+        teller.stream = None
 
     async def answer_acks(self, stream: Stream) -> None:
         """Serve `/libmesh/tunnel-acks`."""
         try:
             while True:
                 progress = resume_wire.decode_progress(await receive_frame(stream, wire.MAX_OPEN))
-                tunnel = self.tunnels.get((stream.peer, progress.session))
-                if tunnel is not None:
+                if (tunnel := self.tunnels.get((stream.peer, progress.session))) is not None:
                     tunnel.journal.acknowledge(progress.received, progress.ended)
         except (WireError, ValueError, trio.BrokenResourceError) as exc:
             log.debug("no more news of tunnels from %s: %s", stream.peer, exc)
@@ -278,8 +280,7 @@ class NearTunnel(Tunnel):
 
     async def again(self) -> Stream:
         """See `Lifeline.again`."""
-        pause = _FIRST_PAUSE
-        refused_since = float("inf")
+        pause, refused_since = _FIRST_PAUSE, float("inf")
         with self._wait():
             while True:
                 try:
@@ -303,9 +304,8 @@ class NearTunnel(Tunnel):
     async def _ask(self) -> Stream:
         stream = await self._all.network.open_stream(self.peer, RESUME_PROTOCOL)
         try:
-            await stream.send_all(frame(resume_wire.encode_progress(self.progress())))
-            answer = await receive_frame(stream, wire.MAX_OPEN)
-            refusal, received, ended = resume_wire.decode_resumed(answer)
+            await stream.send_all(_line(self.progress()))
+            refusal, received, ended = resume_wire.decode_resumed(await receive_frame(stream, wire.MAX_OPEN))
             if refusal is not None:
                 raise ServiceRefused(
                     f"the peer {self.peer} does not know the tunnel any more", reason=refusal

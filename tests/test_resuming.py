@@ -295,6 +295,60 @@ async def test_what_was_being_told_when_a_stream_ended_is_told_on_the_next() -> 
         assert teller.owed == {last.session: last}
 
 
+async def test_news_leave_at_once_where_nothing_is_being_told_and_the_connection_is_there() -> None:
+    class Posting:
+        def __init__(self) -> None:
+            self.connection_lost = False
+            self.posted: list[bytes] = []
+
+        def post(self, data: bytes) -> bool:
+            self.posted.append(data)
+            return len(self.posted) < 2
+
+    async with town() as place, tunnel(place) as (near, far, _):
+        stream: Any = Posting()
+        teller = near.resumption._tellers[far.peer] = _Teller(stream=stream)
+        news = [Progress(bytes([number]) * 16, number, False) for number in range(4)]
+        near.resumption.tell(far.peer, news[0])
+        assert not teller.owed
+        near.resumption.tell(far.peer, news[1])  # there is no room for it
+        near.resumption.tell(far.peer, news[2])  # not before that
+        assert stream.posted == [frame(encode_progress(one)) for one in news[:2]]
+        teller.owed.clear()
+        stream.connection_lost = True
+        near.resumption.tell(far.peer, news[3])
+        assert [*teller.owed.values()] == news[3:]
+        assert len(stream.posted) == 2
+        del near.resumption._tellers[far.peer]
+
+
+async def test_an_end_is_told_of_when_both_directions_have_ended() -> None:
+    heard, asked = trio.Event(), trio.Event()
+
+    async def serve(stream: trio.SocketStream) -> None:
+        async for _ in stream:
+            pass
+        heard.set()
+        await asked.wait()
+        await stream.send_all(b"answer")
+
+    async with town() as place, tunnel(place, serve) as (near, far, port):
+        with trio.fail_after(60):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                await stream.send_all(b"question")
+                await stream.send_eof()
+                await heard.wait()
+                await trio.testing.wait_all_tasks_blocked(0.05)
+                (lifeline,) = near.resumption.tunnels.values()
+                assert lifeline.journal.sent_end
+                assert not lifeline.journal.has_end
+                asked.set()
+                assert await stream.receive_some() == b"answer"
+            while not lifeline.journal.complete:
+                await trio.lowlevel.checkpoint()
+            await until(lambda: nothing_left(near, far))
+
+
 async def test_a_sender_waits_when_as_much_is_kept_as_may_be(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(books, "KEPT_BYTES", 300_000)
     monkeypatch.setattr(books, "TELL_EVERY", 100_000)
