@@ -8,10 +8,10 @@ its own that ends with the stream. On the stream, in both directions: frames of 
 little-endian. Kinds from the host: 0 to 17 are requests of llama.cpp's RPC protocol, version 7; 0x80 is SessionRequest,
 the first frame and never again; 0x81 a SET_TENSOR without its data, which the worker takes from its own copy of the
 model: the 305 bytes before the data, u32 part, u64 offset in that part's file, u64 size; 0x89, if the worker's `unpacks` is
-set, a GRAPH_COMPUTE (10) whose payload is compressed in the zlib format (RFC 1950), at most 200 times. Kinds from the worker:
-0 is SessionAnswer, the first frame; 1 an answer of rpc-server's, in the order of the requests that have one, that to
-ALLOC_BUFFER followed by the buffer's base address (u64); 2 the reason why the session is over (UTF-8, at most 4 KiB),
-the last frame.
+set, a GRAPH_COMPUTE (10) whose payload is compressed in the zlib format (RFC 1950), of at most 8 MiB and at most 200 times.
+Kinds from the worker: 0 is SessionAnswer, the first frame; 1 an answer of rpc-server's, in the order of the requests that
+have one, that to ALLOC_BUFFER followed by the buffer's base address (u64); 2 the reason why the session is over (UTF-8, at
+most 4 KiB), the last frame.
 
 Worker to worker. Kinds from the host: 0x82 is a GET_TENSOR whose answer also goes to the next worker (u32 ticket, the
 request's payload); 0x83 requests that are carried out when their hole is filled (u32 ticket, u32 ticket at the next worker

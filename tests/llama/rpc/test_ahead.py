@@ -153,6 +153,20 @@ def test_a_new_graph_is_not_foreseen() -> None:
     assert (town.chain.hits, town.chain.misses) == (hits + 1, 0)
 
 
+def test_of_a_worker_that_computes_two_graphs_a_token_nothing_is_foreseen() -> None:
+    town = Town()
+    texts(town)
+    hits, computed = town.chain.hits, town.servers[1].computed
+    question = messages.get_tensor(16, tensor(b"result"))
+    for number in range(8, 12):
+        position = pos(struct.pack("<I", number))
+        first = inputs(struct.pack("<4f", 1, 2, 3, number))
+        result = town.say(0, first, position, GRAPH if number == 8 else RECOMPUTE, question)[8:]
+        town.say(1, inputs(result), position, GRAPH, GRAPH, question)
+    assert (town.chain.hits, town.chain.misses) == (hits, 0)
+    assert town.servers[1].computed == computed + 8
+
+
 def test_a_result_that_does_not_come_is_sent_from_home() -> None:
     town = Town()
     texts(town)

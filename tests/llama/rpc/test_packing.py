@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import zlib
 
 import pytest
@@ -21,8 +22,16 @@ def test_a_graph_comes_out_as_it_went_in() -> None:
     assert unpack(packed) == GRAPH
 
 
-@pytest.mark.parametrize("graph", [GRAPH[: LEAST - 1], bytes(MOST + 1), bytes(MAX_RATIO * 1000)])
-def test_what_is_short_huge_or_nothing_crosses_as_it_is(graph: bytes) -> None:
+@pytest.mark.parametrize(
+    "graph",
+    [
+        GRAPH[: LEAST - 1],
+        GRAPH * (MOST // len(GRAPH) + 1),
+        bytes(MAX_RATIO * 1000),
+        random.Random(1).randbytes(LEAST),
+    ],
+)
+def test_what_is_short_huge_nothing_or_noise_crosses_as_it_is(graph: bytes) -> None:
     assert pack(graph) is None
 
 
@@ -30,6 +39,9 @@ def test_what_is_short_huge_or_nothing_crosses_as_it_is(graph: bytes) -> None:
     "packed",
     [
         zlib.compress(bytes(1 << 20)),  # a bomb
+        zlib.compress(
+            random.Random(1).randbytes(1 << 16) * (MOST >> 16) + b"x", 0
+        ),  # longer than may be packed
         zlib.compress(GRAPH)[:-1],
         zlib.compress(GRAPH) + b"x",
         GRAPH,

@@ -223,7 +223,8 @@ def _tensor_size(head: bytes) -> int:
 class Watch:
     """Cuts what one `HostEnd` hears into bursts: uploads, one graph, one question for the result.
 
-    A graph stands in its burst as the order to compute it again, which is what the next token will say.
+    A graph stands in its burst as the order to compute it again, which is what the next token will say. Of two graphs a worker
+    only keeps the second, so neither will be said again so.
 
     Args:
         chain: to report to; `None` if nothing shall be foreseen.
@@ -239,8 +240,10 @@ class Watch:
         """llama-server said this. Returns a ticket if the answer shall be passed on."""
         if self.chain is None or command == Command.GET_ALLOC_SIZE:  # which changes nothing anywhere
             return None
-        if self._burst is not None and command in _REGULAR and len(self._burst) < MAX_MESSAGES:
-            if command in (Command.GRAPH_COMPUTE, Command.GRAPH_RECOMPUTE):
+        graph = command in (Command.GRAPH_COMPUTE, Command.GRAPH_RECOMPUTE)
+        regular = command in _REGULAR and not (graph and self._graph is not None)
+        if self._burst is not None and regular and len(self._burst) < MAX_MESSAGES:
+            if graph:
                 self._graph = command
                 command, payload = Command.GRAPH_RECOMPUTE, payload[:4]
             self._burst.append((command, payload))
@@ -250,12 +253,12 @@ class Watch:
         if command != Command.GET_TENSOR:
             return None
         burst, self._burst = self._burst, []
-        graph, self._graph = self._graph, None
+        said, self._graph = self._graph, None
         size = int.from_bytes(payload[TENSOR + 8 :], "little")
-        if burst is None or graph is None or size > WHOLE:
+        if burst is None or said is None or size > WHOLE:
             self.chain.irregular(self.place)
             return None
-        return self.chain.asked(self.place, burst, anew=graph == Command.GRAPH_COMPUTE)
+        return self.chain.asked(self.place, burst, anew=said == Command.GRAPH_COMPUTE)
 
     def upset(self) -> None:
         """Something was said that is no whole message, such as a large upload."""

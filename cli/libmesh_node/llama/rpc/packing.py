@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import zlib
 
-from libmesh_node.llama.rpc.frames import MAX_GRAPH, ProtocolError
+from libmesh_node.llama.rpc.frames import ProtocolError
 
 LEAST = 1024
 """Bytes of a graph that is worth it."""
 
 MOST = 8 << 20
-"""Bytes of a larger one, for which the loop would stand still for too long."""
+"""Bytes of the largest that crosses so: 600 layers. While one is packed, or unpacked and checked, for 20 ms, the loop stands
+still."""
 
 MAX_RATIO = 200
 """How many times longer than it came a graph may be. Real ones are up to 30 times; a bomb of zeros would be 1,000."""
@@ -28,12 +29,12 @@ def pack(graph: bytes) -> bytes | None:
     if not LEAST <= len(graph) <= MOST:
         return None
     packed = zlib.compress(graph, _FASTEST)
-    return packed if len(packed) * MAX_RATIO >= len(graph) else None
+    return packed if len(packed) < len(graph) <= len(packed) * MAX_RATIO else None
 
 
 def unpack(packed: bytes) -> bytes:
     """The inverse of `pack`. Raises `ProtocolError` for what is damaged, longer than it may be, or not all of it."""
-    most = min(len(packed) * MAX_RATIO, MAX_GRAPH)
+    most = min(len(packed) * MAX_RATIO, MOST)
     stream = zlib.decompressobj()
     try:
         graph = stream.decompress(packed, most + 1)

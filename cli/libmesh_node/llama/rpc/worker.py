@@ -17,7 +17,6 @@ from libmesh_node.llama.rpc.armour import Armour
 from libmesh_node.llama.rpc.frames import (
     AHEAD,
     MAX_AHEAD,
-    MAX_GRAPH,
     REFERENCE,
     SET_HEADER,
     TENSOR,
@@ -37,7 +36,7 @@ from libmesh_node.llama.rpc.frames import (
     frame,
     frame_head,
 )
-from libmesh_node.llama.rpc.packing import unpack
+from libmesh_node.llama.rpc.packing import MOST, unpack
 from libmesh_node.llama.rpc.weights import Place
 
 MAX_WAITING = 1024
@@ -358,7 +357,7 @@ _LINK_SIZES = {
     Link.AHEAD: (AHEAD.size, MAX_AHEAD),
     Link.FILL: (TICKET.size, TICKET.size + WHOLE),
     Link.DROP: (TICKET.size, TICKET.size),
-    Link.PACKED: (1, MAX_GRAPH),
+    Link.PACKED: (1, MOST),
 }
 
 
