@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import pytest
@@ -51,6 +52,16 @@ def test_conversation_stays_the_same_while_the_marks_of_its_newest_turns_move_on
         read(tools=TOOLS, system=SYSTEM, messages=[marked("user", "Read b.txt")]).prefixes[0]
         not in second.prefixes
     )
+
+
+def test_what_is_nested_too_deep_to_be_named_counts_as_not_there() -> None:
+    deep: list[Any] = []
+    for _ in range(sys.getrecursionlimit()):
+        deep = [deep]
+    messages = [{"role": "user", "content": "Hi", "other": deep}]
+    wanted = read_wanted({"tools": [deep], "messages": messages}, {})
+    assert wanted.tools
+    assert len(wanted.prefixes) == 1
 
 
 def test_user_of_anthropics_api_names_the_conversation() -> None:

@@ -204,4 +204,7 @@ _SORTED = json.JSONEncoder(ensure_ascii=False, sort_keys=True, separators=(",", 
 
 
 def _encode(value: object) -> bytes:
-    return _SORTED(value).encode(errors="surrogatepass")
+    try:
+        return _SORTED(value).encode(errors="surrogatepass")
+    except RecursionError:  # it was read where less of the stack was in use
+        return b""
