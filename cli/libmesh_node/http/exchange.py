@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from multidict import CIMultiDict
 
 from libmesh_node.http.answers import TAIL
 from libmesh_node.http.replay import Replay
@@ -31,6 +32,7 @@ class Exchange:
         seeking: whether it waits for a server.
         broken: whether its answer broke off, and the client was told so.
         first: when the first bytes of a streamed answer came, by the same clock as `began`.
+        heading: headers for the answer, of the server that was asked last and of `labels`.
         response: the answer, if it was begun before there was a server (`waiting.py`), and `labelled` its labels.
         received: bytes of the answer so far, and `tail` the last of them.
     """
@@ -51,6 +53,7 @@ class Exchange:
     model: str = ""
     server: Server | None = None
     first: float | None = None
+    heading: CIMultiDict[str] = field(default_factory=CIMultiDict)
     response: web.StreamResponse | None = None
     labelled: dict[str, str] = field(default_factory=dict)
     received: int = 0

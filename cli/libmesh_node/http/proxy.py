@@ -13,7 +13,6 @@ import random
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -22,18 +21,17 @@ from aiohttp import web
 from libmesh_node.http.affinity import Affinity
 from libmesh_node.http.answers import refined_error, told
 from libmesh_node.http.balance import Balance, Seat
-from libmesh_node.http.body import LONG, read_object
 from libmesh_node.http.continuing import Succession
 from libmesh_node.http.errors import ApiError
 from libmesh_node.http.exchange import Exchange
 from libmesh_node.http.exposure import forwarded_headers
 from libmesh_node.http.queue import Queues
-from libmesh_node.http.relay import relay
-from libmesh_node.http.replay import follow
+from libmesh_node.http.relay import heading, relay
 from libmesh_node.http.routing import RETRY_AFTER, no_server
+from libmesh_node.http.understanding import understand
 from libmesh_node.http.upstream import FAILURES, Answer, Overdue, Upstream, hung_up, in_words
 from libmesh_node.http.waiting import kept, refuse_late
-from libmesh_node.http.wanted import MARK, NOTHING, Wanted, read_wanted
+from libmesh_node.http.wanted import NOTHING, Wanted
 from libmesh_node.snapshot import Model, Server
 
 log = logging.getLogger("libmesh_node.http")
@@ -64,9 +62,6 @@ LOOK = 1.0
 
 BACKLOG = 2
 """Requests sent to a server beyond its slots, so that none of them is ever idle. Further ones wait here."""
-
-GENERATING = frozenset({"completions", "completion", "messages", "responses", "infill"})
-"""Ends of the paths whose answers are generated; the others only compute a prompt, if that."""
 
 _FAULTS = frozenset({500, 502, 504})
 """Answers of a server that fails, unless the request makes every server fail."""
@@ -141,7 +136,7 @@ class Proxy:
             self.queues.check(
                 model.name, has_room=lambda: self._has_room(model), slots=lambda: _slots(model.servers)
             )
-        await self._read(exchange)
+        await understand(exchange)
         search = _Search(exchange, find)
         while True:
             exchange.seeking = True
@@ -159,8 +154,6 @@ class Proxy:
                 except FAILURES as exc:
                     self._note_failure(search, server, exc)
                     continue
-                if not server.local:
-                    self.upstream.connections.prepare(server.base_url)
                 with closing(upstream):
                     search.tried.add(server.base_url)
                     if self._is_for_another(search, upstream, start):
@@ -269,20 +262,6 @@ class Proxy:
 
     # ── asking ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _read(self, exchange: Exchange) -> None:
-        """Find out what the request wants, and whether its answer could be continued."""
-        request, body = exchange.request, exchange.body
-        if request.method != "POST" or request.content_type == "multipart/form-data":
-            return
-        if len(body) <= LONG:
-            _understand(exchange)
-        else:
-            exchange.said = exchange.said or await asyncio.to_thread(read_object, body)
-            await asyncio.to_thread(_understand, exchange)
-            await asyncio.to_thread(lambda: exchange.wanted.prefixes)
-        if exchange.transcript is not None:
-            exchange.body = exchange.transcript.body
-
     async def _open_in_time(self, search: _Search, server: Server) -> tuple[Answer, bytes]:
         """As `_open`. Raises `Overdue` if nothing comes for longer than its line explains while another could be asked."""
         exchange, loop = search.exchange, asyncio.get_running_loop()
@@ -321,7 +300,14 @@ class Proxy:
         headers = forwarded_headers(exchange.request.headers) | {"X-Request-Id": exchange.id}
         endpoint = exchange.transcript.endpoint if exchange.transcript is not None else None
         url = server.base_url + (endpoint or exchange.request.rel_url.raw_path_qs)
-        return await self.upstream.open(exchange.request.method, url, headers, exchange.body, fresh=fresh)
+
+        def headed(answer: Answer) -> None:
+            exchange.heading = heading(exchange, answer)
+            if not server.local:
+                self.upstream.connections.prepare(server.base_url)
+
+        method, body = exchange.request.method, exchange.body
+        return await self.upstream.open(method, url, headers, body, fresh=fresh, headed=headed)
 
     @contextmanager
     def _occupied(self, server: Server, model: str) -> Iterator[Seat]:
@@ -330,14 +316,6 @@ class Proxy:
                 yield seat
         finally:
             self.queues.nudge(model)
-
-
-def _understand(exchange: Exchange) -> None:
-    said, body, request = exchange.said or {}, exchange.body, exchange.request
-    exchange.wanted = read_wanted(said, request.headers, marked=MARK.encode() in body)
-    if request.path.rpartition("/")[2] not in GENERATING:
-        exchange.wanted = replace(exchange.wanted, max_tokens=0)
-    exchange.transcript = follow(request.path, said, body)
 
 
 def _slots(servers: Iterable[Server]) -> int:

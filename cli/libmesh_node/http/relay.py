@@ -16,6 +16,7 @@ from contextlib import closing, suppress
 
 import aiohttp
 from aiohttp import web
+from multidict import CIMultiDict
 
 from libmesh_node.http.answers import refined_error
 from libmesh_node.http.balance import Balance, Seat
@@ -42,6 +43,17 @@ LAST_WORDS = 0.2
 """Seconds that a client may take to hear that the node ends."""
 
 
+def heading(exchange: Exchange, upstream: Answer) -> CIMultiDict[str]:
+    """The headers for an answer that is `upstream`'s."""
+    headers = returned_headers(upstream.headers.items())
+    headers.update(exchange.headers | _labels(exchange))
+    return headers
+
+
+def _labels(exchange: Exchange) -> dict[str, str]:
+    return exchange.labels(exchange.server.peer if exchange.server else "")
+
+
 async def relay(
     exchange: Exchange,
     upstream: Answer,
@@ -55,9 +67,7 @@ async def relay(
     Closes the answers of further servers, not `upstream`, and moves `seat` to them. Tells `balance` of servers that broke
     off; `exchange.broken` says whether the client's answer did.
     """
-    headers = returned_headers(upstream.headers.items())
-    labels = exchange.labels(exchange.server.peer if exchange.server else "")
-    headers.update(exchange.headers | labels)
+    headers = exchange.heading
     status, reason, request = upstream.status, upstream.reason, exchange.request
     streams = upstream.content_type == "text/event-stream" and status == 200
     transcript = exchange.transcript if streams else None
@@ -83,7 +93,7 @@ async def relay(
     if response is None:
         response = _Begun(status=status, reason=reason, headers=headers)
         await response.prepare(request)
-    elif labels != exchange.labelled:
+    elif (labels := _labels(exchange)) != exchange.labelled:
         await response.write(comment("; ".join(f"{name}: {value}" for name, value in labels.items())))
     if transcript is not None:
         carrier = _Carrier(exchange, transcript, response, succession, balance, seat)

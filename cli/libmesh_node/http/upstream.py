@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import aiohttp
 from yarl import URL
@@ -77,19 +77,28 @@ class Upstream:
         return _STREAM in body
 
     async def open(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes, *, fresh: bool
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        *,
+        fresh: bool,
+        headed: Callable[[Answer], object] = lambda answer: None,
     ) -> tuple[Answer, bytes]:
         """Send a request and wait for the start of the answer: its whole if it is short, else the first bytes.
 
         Of an event stream that is at least one whole event, so that a server which dies before has sent nothing. Comments
         are none: a server that hangs sends them, too.
 
-        With `fresh`, on a connection of its own. Raises one of `FAILURES`. The caller closes the answer.
+        With `fresh`, on a connection of its own. `headed` is told of the answer when its head is there: for what can be done
+        until the first of its body comes. Raises one of `FAILURES`, and what `headed` does. The caller closes the answer.
         """
         self.waiting += 1
         try:
             answer = await self._ask(method, url, headers, body, fresh=fresh or self.wants_own(body))
             try:
+                headed(answer)
                 if answer.content_length is not None and answer.content_length <= WHOLE_ANSWER:
                     return answer, await answer.read()
                 start = await answer.content.readany()
@@ -144,11 +153,13 @@ class Listening:
         self._loop = asyncio.get_running_loop()
         self._heard = self._loop.time()  # something else than a comment
         self._waits_since: float | None = None
-        self._due = self._loop.call_later(STALL, self._look)
+        self._due: asyncio.TimerHandle | None = None
 
     async def next(self) -> bytes:
         """The next bytes; empty at the end. Raises `Broken`."""
         now = self._waits_since = self._loop.time()
+        if self._due is None:
+            self._due = self._loop.call_at(now + STALL, self._look)
         try:
             if now - self._heard >= ONLY_COMMENTS:
                 raise Broken(f"nothing but comments came for {now - self._heard:.0f} s")
@@ -171,7 +182,8 @@ class Listening:
 
     def close(self) -> None:
         """Look no more. Harmless to repeat."""
-        self._due.cancel()
+        if self._due is not None:
+            self._due.cancel()
 
 
 def in_words(failure: Exception) -> str:
