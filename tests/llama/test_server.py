@@ -10,10 +10,8 @@ from libmesh_node.llama.engine import Binary
 from libmesh_node.llama.gguf import GgufHeader, read_header
 from libmesh_node.llama.server import (
     DEMO_TOKENS,
-    FEW_CORES,
     MAX_CONTEXT,
     MIN_CONTEXT,
-    SPINS,
     DraftPlan,
     ServerPlan,
     SplitPlan,
@@ -150,14 +148,7 @@ def test_comma_in_a_name_makes_no_second_name(header: GgufHeader) -> None:
 def test_environment_loses_what_would_change_the_server() -> None:
     parent = {"LLAMA_ARG_HOST": "0.0.0.0", "LLAMA_API_KEY": "k", "PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1"}
     expected = {"PATH": "/bin", "CUDA_VISIBLE_DEVICES": "1", "GGML_NO_BACKTRACE": "1"}
-    assert child_environment(parent, cores=8) == expected
-
-
-def test_threads_sleep_early_where_there_are_few_cores_unless_the_operator_says_otherwise() -> None:
-    assert child_environment({}, cores=FEW_CORES)["GOMP_SPINCOUNT"] == SPINS
-    assert "GOMP_SPINCOUNT" not in child_environment({}, cores=FEW_CORES + 1)
-    assert child_environment({"GOMP_SPINCOUNT": "7"}, cores=1)["GOMP_SPINCOUNT"] == "7"
-    assert "GOMP_SPINCOUNT" not in child_environment({"OMP_WAIT_POLICY": "active"}, cores=1)
+    assert child_environment(parent) == expected
 
 
 def test_rpc_comes_before_the_devices_that_it_makes(header: GgufHeader) -> None:

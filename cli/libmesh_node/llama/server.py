@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +22,6 @@ MIN_CONTEXT = 4096
 
 DEMO_TOKENS = 256
 """Length of the demo model's answers where the request sets no limit: it never stops by itself."""
-
-FEW_CORES = 4
-SPINS = "3000"
-"""How often a thread of llama.cpp's looks whether the others are done before it sleeps, by GNU's OpenMP, where there are few
-cores: 0.1 ms instead of 10.
-
-Meanwhile it takes a core, which the node needs to pass the token on. With two cores and a small model, a first token through two
-nodes took 3.8 ms longer than without them, and 6.4 with the default; answers were made as fast. With many cores there are
-others, and threads that differ in speed should not sleep at each step."""
 
 _CONTEXT_STEP = 256  # llama.cpp pads its cache to multiples of this
 _COMPUTE_BYTES = (
@@ -213,22 +203,13 @@ def _draft_args(binary: Binary, draft: DraftPlan) -> list[str]:
     return arguments if device is None else [*arguments, device, "none"]
 
 
-def child_environment(parent: Mapping[str, str], cores: int | None = None) -> dict[str, str]:
-    """The environment for a llama.cpp program, on a machine with `cores` (by default, those that this process may use).
+def child_environment(parent: Mapping[str, str]) -> dict[str, str]:
+    """The environment for a llama.cpp program.
 
     Without `LLAMA_ARG_…` and `LLAMA_API_KEY`, which would change what the command line says, or lock the node out of
-    its own server. Without a backtrace by gdb on abort, which delays the end by up to a second. With few cores its threads
-    wait for each other with patience, unless the operator says how.
+    its own server. Without a backtrace by gdb on abort, which delays the end by up to a second.
     """
     kept = {
         name: value for name, value in parent.items() if not name.startswith(("LLAMA_ARG_", "LLAMA_API_KEY"))
     }
-    cores = _usable_cores() if cores is None else cores
-    patient = {"GOMP_SPINCOUNT": SPINS} if cores <= FEW_CORES and "OMP_WAIT_POLICY" not in kept else {}
-    return {**patient, **kept, "GGML_NO_BACKTRACE": "1"}
-
-
-def _usable_cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return {**kept, "GGML_NO_BACKTRACE": "1"}
