@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import replace
 
 from libmesh_node.http.body import LONG, read_object
@@ -25,8 +26,6 @@ async def understand(exchange: Exchange) -> None:
         exchange.said = exchange.said or await asyncio.to_thread(read_object, body)
         await asyncio.to_thread(_read, exchange)
         await asyncio.to_thread(lambda: exchange.wanted.prefixes)
-    if exchange.transcript is not None:
-        exchange.body = exchange.transcript.body
 
 
 def _read(exchange: Exchange) -> None:
@@ -34,4 +33,6 @@ def _read(exchange: Exchange) -> None:
     wanted = read_wanted(said, request.headers, marked=MARK.encode() in body)
     computes_only = request.path.rpartition("/")[2] not in GENERATING
     exchange.wanted = replace(wanted, max_tokens=0) if computes_only else wanted
-    exchange.transcript = follow(request.path, said, body)
+    with suppress(RecursionError):  # it was read where less of the stack was in use: it goes as it came
+        if (transcript := follow(request.path, said, body)) is not None:
+            exchange.transcript, exchange.body = transcript, transcript.body
