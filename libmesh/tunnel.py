@@ -310,14 +310,15 @@ async def expose(
             rest = write_nowait(sock, first)  # before all else: whoever reads it begins to work
             lifeline = mesh.resumption.far(stream.peer, accept.session)
             count = mesh.tunnel_counter(stream.peer)
-            if lifeline is None:
-                await accept()
-                await splice(stream, sock, None, ended, first, rest, count)
-            else:
+            if lifeline is not None:
                 lifeline.carried_by(stream)
-                with lifeline:
-                    await accept(resumable=True)
-                    await splice(stream, sock, lifeline, ended, first, rest, count)
+            with lifeline or nullcontext():
+                try:
+                    await accept(resumable=lifeline is not None)
+                except BaseException:
+                    _abort(sock)
+                    raise
+                await splice(stream, sock, lifeline, ended, first, rest, count)
 
     try:
         with mesh.offer_raw(service, serve, scope=scope):

@@ -24,7 +24,7 @@ class Exchange:
         headers: for the answer: the id, and CORS; `labels` has the others that every answer has.
         home: peer id of this node, which gives the answers for which no server is needed, and refusals.
         began: when its head had been read, by `time.perf_counter`.
-        said: its body, if that is a JSON object, once it was read.
+        said: its body, if that is a JSON object, from when it was read until it is understood.
         wanted: what it says of itself.
         transcript: of its answer, if that could be continued.
         attempts: servers that were asked.

@@ -36,3 +36,4 @@ def _read(exchange: Exchange) -> None:
     with suppress(RecursionError):  # it was read where less of the stack was in use: it goes as it came
         if (transcript := follow(request.path, said, body)) is not None:
             exchange.transcript, exchange.body = transcript, transcript.body
+    exchange.said = None  # which takes several times what the body does

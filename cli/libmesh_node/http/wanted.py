@@ -57,7 +57,7 @@ class Wanted:
         vision: whether it shows pictures.
         batch: whether it can wait: others go first.
         streams: whether its answer comes token by token.
-        request: its body, for `prefixes`; and `marked`, whether marks of caches may be in it.
+        request: its body, until `prefixes` are found out; and `marked`, whether marks of caches may be in it.
     """
 
     session: str = ""
@@ -78,7 +78,9 @@ class Wanted:
         be left until that has begun.
         """
         request = _lasting(self.request) if self.marked else self.request
-        return tuple(_prefixes(request, _messages(request)))
+        names = tuple(_prefixes(request, _messages(request)))
+        self.__dict__["request"] = {}  # which takes several times what the body does
+        return names
 
 
 NOTHING = Wanted()

@@ -1,7 +1,7 @@
 """Graphs on their way between the ends, compressed.
 
 A graph takes 13 KB a layer and crosses before the first token of each answer, and whenever the cache grows. Most of it are
-zeros and repetition: the zlib format (RFC 1950) at its fastest makes it ten to twenty times shorter, in less time than the
+zeros and repetition: the zlib format (RFC 1950) at its fastest makes it about ten times shorter, in less time than the
 rest would take on a path of a gigabit.
 """
 
