@@ -832,8 +832,9 @@ class Progress(_message.Message):
     """What one end of a resumable tunnel has received. Should the connection be lost, the opener opens a stream for
     /libmesh/tunnel-resume/1.0.0, on any new connection, with a Progress; Resumed comes back; and then each end sends on
     from where the other had got. Streams for /libmesh/tunnel-acks/1.0.0, one way, carry nothing but Progress, of any of
-    the tunnels between the two peers: at least whenever an end has received a mebibyte more than it said last, and at the
-    end. Each end keeps what the other has not said to have; at 4 MiB it waits. A reset ends a tunnel for good. At most 1 KiB.
+    the tunnels between the two peers: at least whenever an end has received a mebibyte more than it said last, and once it
+    has the end of file and has sent its own. Each end keeps what the other has not said to have; at 4 MiB it waits. A reset ends
+    a tunnel for good. At most 1 KiB.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
