@@ -19,7 +19,7 @@ MOST = 8 << 20
 still."""
 
 MAX_RATIO = 200
-"""How many times longer than it came a graph may be. Real ones are up to 30 times; a bomb of zeros would be 1,000."""
+"""How many times longer than it came a graph may be. Real ones are about 10 times; a bomb of zeros would be 1,000."""
 
 _FASTEST = 1
 
