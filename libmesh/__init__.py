@@ -22,6 +22,7 @@ from libmesh.core.liveness import LivenessConfig
 from libmesh.core.membership_io import MembershipConfig
 from libmesh.core.paths_io import PathsConfig
 from libmesh.core.relay_desk import RelayLimits
+from libmesh.doors import Door
 from libmesh.errors import (
     AddressUnavailable,
     AdmissionRefused,
@@ -35,6 +36,7 @@ from libmesh.errors import (
     PeerUnreachable,
     ServiceRefused,
 )
+from libmesh.exchanges import Framing
 from libmesh.identity import SecretKey
 from libmesh.invites import InviteInfo, read_invite
 from libmesh.lan import Nearby, look_around
@@ -58,7 +60,7 @@ from libmesh.peers import (
 )
 from libmesh.posts import Post
 from libmesh.relays import RelayUse
-from libmesh.tunnel import Door, ServiceHandler, expose, serve_tunnel
+from libmesh.tunnel import ServiceHandler, expose, serve_tunnel
 
 __version__ = "0.1.0"
 
@@ -69,6 +71,7 @@ __all__ = [
     "Attempt",
     "Door",
     "FrameRewriter",
+    "Framing",
     "Interceptor",
     "InviteDenied",
     "InviteError",

@@ -9,21 +9,21 @@ from __future__ import annotations
 
 import errno
 import logging
-import socket
-import struct
 from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, nullcontext, suppress
+from contextlib import AsyncExitStack, nullcontext, suppress
 from math import inf
 from typing import TYPE_CHECKING
 
 import trio
 
 from libmesh import wire
+from libmesh.doors import IDLE_LIMIT, Door
 from libmesh.errors import AddressUnavailable, MeshClosed, MeshError, PeerUnreachable, ServiceRefused
+from libmesh.exchanges import Exchanges, Framing
 from libmesh.framing import FrameReader, frame
 from libmesh.net.base import Stream, StreamReset
 from libmesh.net.negotiate import Libp2pStream
-from libmesh.net.splice import splice, write_nowait
+from libmesh.net.splice import reset_on_close, splice, write_nowait
 from libmesh.net.tcp import accept_all, connect
 from libmesh.peers import PeerId, Scope
 from libmesh.resume_wire import is_resumable, session_of_open
@@ -68,19 +68,6 @@ reset if it raises."""
 Accept = Acceptance
 RawHandler = Callable[[Stream, Accept], Awaitable[None]]
 """Serves a stream: calls the given function to accept, or raises `ServiceRefused` before that."""
-
-IDLE_LIMIT = 120.0
-"""Seconds that a stream to a service with a door may say nothing; then it is reset. Openers keep some in stock."""
-
-
-Door = Callable[[PeerId], AbstractAsyncContextManager[tuple[str, int] | None]]
-"""Entered for each stream to an exposed service once its first bytes have come, with the peer that opened it, and left when
-both directions have ended. So it is for services that say nothing before they are asked, and a stream that was opened
-before it is needed holds no place. A stream is accepted after that: whoever opens one must not wait for the answer before
-it says anything (`Mesh.open_service` with `wait=False`, as tunnels do), or it is reset after `IDLE_LIMIT`.
-
-It may wait, so that peers take turns, and is cancelled if the stream is lost meanwhile. It yields the host and port to connect to, or `None` for those that are exposed.
-Raises `ServiceRefused` to turn the stream away."""
 
 _REFUSALS = {
     "unknown_service": "it offers no service {service!r}",
@@ -256,13 +243,19 @@ async def expose(
     *,
     scope: Scope = Scope.CLIENT,
     door: Door | None = None,
+    framing: Callable[[], Framing] | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Offer what listens at `host:port`, seen from this machine, to members as `service`, until cancelled.
 
     Each stream becomes one TCP connection, once `door` lets it through. If none can be made within 10 s the opener is
-    refused with `unavailable`. Streams that wait before the door, for their first bytes, end with the call. Raises
-    `ValueError` for a bad or repeated name, and for what is no port.
+    refused with `unavailable`. Streams that wait before the door, for their first bytes, end with the call.
+
+    With `framing`, which is called for each exchange, a stream may carry several, each over a connection of its own and once
+    `door` lets it through. It is accepted at once, and reset where it would be refused, or when it has been idle for
+    `IDLE_LIMIT`. Streams without an exchange end with the call, the others when theirs is over.
+
+    Raises `ValueError` for a bad or repeated name, and for what is no port.
     """
     if not 0 < port <= 65535:
         raise ValueError(f"port {port}: from 1 to 65535")
@@ -270,6 +263,22 @@ async def expose(
         raise TypeError(f"a host is a text, not {host!r}")
     if door is not None and not callable(door):
         raise TypeError(f"a door is a function that takes a peer and returns a context manager, not {door!r}")
+    if framing is not None:
+        exchanges = Exchanges(
+            host,
+            port,
+            door=door,
+            framing=framing,
+            counter=mesh.tunnel_counter,
+            connect_limit=OPEN_LIMIT,
+            idle_limit=IDLE_LIMIT,
+        )
+        with mesh.offer_raw(service, accepting(exchanges.serve, mesh.resumption), scope=scope):
+            task_status.started()
+            try:
+                await trio.sleep_forever()
+            finally:
+                exchanges.withdraw()
     idle: set[trio.CancelScope] = set()
 
     async def serve(stream: Stream, accept: Accept) -> None:
@@ -316,7 +325,7 @@ async def expose(
                 try:
                     await accept(resumable=lifeline is not None)
                 except BaseException:
-                    _abort(sock)
+                    reset_on_close(sock)
                     raise
                 await splice(stream, sock, lifeline, ended, first, rest, count)
 
@@ -374,17 +383,11 @@ async def _carry(mesh: Mesh, peer: PeerId, service: str, sock: trio.SocketStream
             stream, lifeline = await mesh.open_tunnel(peer, service)
         except (MeshError, trio.BrokenResourceError) as exc:
             log.info("tunnel to %r: %s", service, exc)
-            _abort(sock)
+            reset_on_close(sock)
             return
         try:
             with lifeline or nullcontext():
                 await splice(stream, sock, lifeline, count=mesh.tunnel_counter(peer))
         except MeshError as exc:
             log.info("tunnel to %r: %s", service, exc)
-            _abort(sock)
-
-
-def _abort(sock: trio.SocketStream) -> None:
-    """Make the coming close a reset, so that the client does not take it for an end of file."""
-    with suppress(OSError):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            reset_on_close(sock)

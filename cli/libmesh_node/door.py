@@ -1,9 +1,9 @@
 """The way in to a llama-server of this node for the rest of the mesh: nodes take turns at it.
 
-Each stream is one request: nodes ask servers of others on a connection of its own each time (`http/upstream.py`). One that
-has said nothing yet waits before the door and holds no place, so some can be kept in stock (`http/connections.py`); who
-keeps used ones open holds places of its own share with them, and of nobody else's. This node's own requests do not come by
-here; there are never more of them at the server than its slots and a few.
+Each request comes by here, and holds a place until it is answered; a stream carries one after the other (`http_framing.py`).
+While nothing is asked on it a stream holds no place, so some can be kept in stock (`http/connections.py`). Who asks what
+nobody can tell the end of holds a place of its own share with it, and of nobody else's. This node's own requests do not
+come by here; there are never more of them at the server than its slots and a few.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ MAX_REFUSALS = 64
 
 
 class Door:
-    """Lets streams to a server with `slots` slots through (`libmesh.Door`); those of a node with too many get 429.
+    """Lets requests to a server with `slots` slots through (`libmesh.Door`); those of a node with too many get 429.
 
-    `run` must run meanwhile. Cancelling a stream that waits, or the end of one, hands its place on.
+    `run` must run meanwhile. Cancelling a request that waits, or the end of one, hands its place on.
     """
 
     def __init__(self, name: str, slots: int) -> None:

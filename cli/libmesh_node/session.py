@@ -31,6 +31,7 @@ from libmesh_node.announced import SERVICE_PREFIX, AnnouncedModel, NodeStatus, d
 from libmesh_node.asked import Asked
 from libmesh_node.bridge import CommandFailed
 from libmesh_node.door import Door
+from libmesh_node.http_framing import HttpExchange
 from libmesh_node.options import NodeOptions
 from libmesh_node.picture import server
 from libmesh_node.serving import LocalModels
@@ -163,7 +164,10 @@ class Session:
                     try:
                         async with trio.open_nursery() as nursery:
                             await nursery.start(door.run)
-                            await expose(self.mesh, SERVICE_PREFIX + name, "127.0.0.1", port, door=door)
+                            service = SERVICE_PREFIX + name
+                            await expose(
+                                self.mesh, service, "127.0.0.1", port, door=door, framing=HttpExchange
+                            )
                     except* (ValueError, OSError) as group:
                         if told != (told := str(group.exceptions[0])):
                             log.warning("%s is served on this machine only, for now: %s", name, told)

@@ -112,7 +112,7 @@ async def splice(
             pumps.stream.reset()
             # What came whole is not taken from a client that is slow to read it; who sends more hears of the reset.
             if not (pumps.received_all and _unsent(sock)):
-                _reset_on_close(sock)
+                reset_on_close(sock)
         sock.socket.close()
         if count is not None:
             count(pumps.bytes_sent, pumps.bytes_received)
@@ -390,7 +390,8 @@ def _unsent(sock: trio.SocketStream) -> int:
     return count[0]
 
 
-def _reset_on_close(sock: trio.SocketStream) -> None:
+def reset_on_close(sock: trio.SocketStream) -> None:
+    """Make the coming close a reset, so that the other side does not take it for an end of file."""
     # lint: the socket may be closed already, and then there is nobody left to tell
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

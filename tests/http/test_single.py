@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 
 import aiohttp
 import pytest
+from libmesh_node.http import single
 from libmesh_node.http.connections import Loopback
 from libmesh_node.http.single import SingleAnswer, ask, encode_post
 
@@ -16,10 +18,11 @@ assert POST is not None
 
 
 class Port:
-    """Sends each connection the same once it was asked; then closes it, or leaves it to its other end."""
+    """Sends each connection the same, each time it is asked; then closes it, or leaves it to its other end."""
 
-    def __init__(self, said: bytes, *, closes: bool) -> None:
-        self.said, self.closes = said, closes
+    def __init__(self, said: bytes, *, closes: bool, times: int, later: bytes) -> None:
+        self.said, self.closes, self.times, self.later = said, closes, times, later
+        self.go_on = asyncio.Event()  # with what comes later
         self.asked: list[bytes] = []
         self.open = 0
         self.left = asyncio.Event()
@@ -27,8 +30,12 @@ class Port:
     async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open += 1
         with suppress(asyncio.IncompleteReadError, ConnectionError):
-            self.asked.append(await reader.readexactly(len(POST or b"")))
-            writer.write(self.said)
+            for _ in range(self.times):
+                self.asked.append(await reader.readexactly(len(POST or b"")))
+                writer.write(self.said)
+            if self.later:
+                await self.go_on.wait()
+                writer.write(self.later)
             if not self.closes:
                 await reader.read()  # until it is closed
         self.left.set()
@@ -39,12 +46,15 @@ class Port:
 
 
 @asynccontextmanager
-async def connections(said: bytes, *, closes: bool = False) -> AsyncIterator[tuple[Port, Loopback, int]]:
-    port = Port(said, closes=closes)
+async def connections(
+    said: bytes, *, closes: bool = False, times: int = 1, later: bytes = b""
+) -> AsyncIterator[tuple[Port, Loopback, int]]:
+    port = Port(said, closes=closes, times=times, later=later)
     server = await asyncio.start_server(port.take, "127.0.0.1", 0)
     pool = Loopback()
     async with server, asyncio.timeout(60):
         yield port, pool, server.sockets[0].getsockname()[1]
+        pool.forget(())
         await pool.close()
         await asyncio.sleep(0.01)  # transports close in a turn of the loop
         while port.open:  # noqa: ASYNC110 - sockets tell nobody
@@ -56,24 +66,36 @@ async def asked(pool: Loopback, port: int) -> SingleAnswer:
     return await ask(await pool.take("127.0.0.1", port), POST, 1 << 18)
 
 
+async def asked_again_and_again(pool: Loopback, port: int) -> SingleAnswer:
+    """With a connection that another request may have after this."""
+    assert POST is not None
+    connection = await pool.take("127.0.0.1", port)
+    return await ask(connection, POST, 1 << 18, partial(pool.back, "127.0.0.1", port))
+
+
+def url(port: int) -> str:
+    return f"http://127.0.0.1:{port}"
+
+
 HEAD = b"HTTP/1.1 200 Fine\r\nContent-Type: Text/Event-Stream; charset=utf-8\r\nContent-Length: 2\r\n"
 
 
 @pytest.mark.parametrize(
     "before", [b"", b"HTTP/1.1 100 Continue\r\n\r\n", b"HTTP/1.1 103 Early\r\nX: 1\r\n\r\n"]
 )
-def test_answer_is_told_as_it_is_and_its_end_closes_the_connection(before: bytes) -> None:
+def test_answer_is_told_as_it_is_and_who_has_it_whole_closes_the_connection(before: bytes) -> None:
     async def main() -> None:
         async with connections(before + HEAD + b"\r\nok") as (port, pool, number):
             answer = await asked(pool, number)
             assert (answer.status, answer.reason, answer.content_length) == (200, "Fine", 2)
             assert answer.content_type == "text/event-stream"
             assert await answer.read() == b"ok"
+            answer.close()
             await port.left.wait()
             assert port.asked == [
                 b"POST /v1/x HTTP/1.1\r\nHost: host\r\nAccept: */*\r\nContent-Length: 4\r\n\r\nbody"
             ]
-            answer.close()
+            answer.close()  # once more
 
     asyncio.run(main())
 
@@ -84,6 +106,103 @@ def test_who_closes_an_answer_closes_its_connection() -> None:
             answer = await asked(pool, number)
             assert await answer.content.readany() == b"o"
             answer.close()
+            await port.left.wait()
+
+    asyncio.run(main())
+
+
+STREAM = b"HTTP/1.1 200 Fine\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n"
+
+
+def test_connection_of_a_whole_answer_serves_the_next_request() -> None:
+    async def main() -> None:
+        async with connections(STREAM + b"0\r\n\r\n", times=3) as (port, pool, number):
+            for _ in range(3):
+                answer = await asked_again_and_again(pool, number)
+                assert await answer.read() == b"ok"
+                assert pool.ready(url(number)) == 0  # while somebody has the answer
+                answer.close()
+                answer.close()
+                assert pool.ready(url(number)) == 1
+            assert (len(port.asked), port.open) == (3, 1)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        STREAM,
+        HEAD + b"Connection: close\r\n\r\nok",
+        b"HTTP/1.0 200 Fine\r\nContent-Length: 2\r\n\r\nok",
+    ],
+)
+def test_connection_of_an_answer_that_is_not_whole_or_the_last_serves_no_other(said: bytes) -> None:
+    async def main() -> None:
+        async with connections(said) as (port, pool, number):
+            answer = await asked_again_and_again(pool, number)
+            assert await answer.content.readany() == b"ok"
+            answer.close()
+            assert pool.ready(url(number)) == 0
+            await port.left.wait()
+
+    asyncio.run(main())
+
+
+def test_connection_on_which_something_comes_that_nobody_asked_for_serves_no_other() -> None:
+    async def main() -> None:
+        async with connections(HEAD + b"\r\nok", later=HEAD + b"\r\nno") as (port, pool, number):
+            answer = await asked_again_and_again(pool, number)
+            assert await answer.read() == b"ok"
+            answer.close()
+            assert pool.ready(url(number)) == 1
+            port.go_on.set()
+            while pool.ready(url(number)):  # noqa: ASYNC110 - pools tell nobody
+                await asyncio.sleep(0.01)
+            await port.left.wait()
+
+    asyncio.run(main())
+
+
+def test_end_of_an_answer_of_which_nothing_more_is_wanted_is_waited_for() -> None:
+    async def main() -> None:
+        async with connections(STREAM, later=b"0\r\n\r\n") as (port, pool, number):
+            answer = await asked_again_and_again(pool, number)
+            assert await answer.content.readany() == b"ok"
+            answer.finish()
+            answer.close()
+            assert pool.ready(url(number)) == 0
+            port.go_on.set()
+            while not pool.ready(url(number)):  # noqa: ASYNC110 - pools tell nobody
+                await asyncio.sleep(0.01)
+            assert not port.left.is_set()
+
+    asyncio.run(main())
+
+
+def test_end_that_does_not_come_is_not_waited_for_for_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        monkeypatch.setattr(single, "END_LIMIT", 0.05)
+        async with connections(STREAM) as (port, pool, number):
+            answer = await asked_again_and_again(pool, number)
+            assert await answer.content.readany() == b"ok"
+            answer.finish()
+            answer.close()
+            await port.left.wait()
+            assert pool.ready(url(number)) == 0
+
+    asyncio.run(main())
+
+
+def test_connection_to_a_server_that_is_gone_is_not_taken_back() -> None:
+    async def main() -> None:
+        async with connections(HEAD + b"\r\nok") as (port, pool, number):
+            answer = await asked_again_and_again(pool, number)
+            assert await answer.read() == b"ok"
+            pool.forget(())  # and another one may have the port by now
+            (await pool.take("127.0.0.1", number)).close()
+            answer.close()
+            assert pool.ready(url(number)) == 0
             await port.left.wait()
 
     asyncio.run(main())

@@ -1,8 +1,8 @@
-"""TCP connections to servers, all of which are ports of this machine; and some to tunnels, made before they are asked for.
+"""TCP connections to servers, all of which are ports of this machine; and some to tunnels, which wait for requests.
 
 What a tunnel adds to a request's first byte is mostly the making of its parts: a connection, a stream of the mesh, and what
-the other node does about it. A stream that says nothing yet holds no place at the server (`libmesh.Door`), so a request can
-find one ready.
+the other node does about it. A stream on which nothing is asked holds no place at the server (`libmesh.Door`), so a request can
+find one ready: one that was made in advance, or one that has served another request (`http_framing.py`).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import logging
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import partial
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -21,13 +22,25 @@ from yarl import URL
 log = logging.getLogger("libmesh_node.http")
 
 READY = 2
-"""Connections to one tunnel that wait for requests. A request that finds none makes its own."""
+"""Connections to one tunnel that are made in advance. A request that finds none ready makes its own."""
 
 AFTER = 0.005
 """Seconds after which they are made: what has come for a client just then goes first."""
 
 READY_FOR = 60.0
-"""Seconds after which one that nobody needed is closed: half of what the other end allows (`libmesh.tunnel.IDLE_LIMIT`)."""
+"""Seconds after which one that nobody needed is closed: half of what the other end allows (`libmesh.doors.IDLE_LIMIT`)."""
+
+
+class Connection(ResponseHandler):
+    """To a server.
+
+    Attributes:
+        used: it has served a request already, so its other end may have given it up.
+        server: stands for the server that it leads to. Ports are used again.
+    """
+
+    used = False
+    server: object = None
 
 
 class Loopback(aiohttp.BaseConnector):
@@ -45,6 +58,7 @@ class Loopback(aiohttp.BaseConnector):
             super().__init__(limit=0, keepalive_timeout=keep)
         self._ready: dict[tuple[str, int], deque[_Ready]] = {}
         self._making: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._servers: dict[tuple[str, int], object] = {}
 
     def prepare(self, url: str) -> None:
         """Have connections ready for coming requests to the server at `url`. Returns at once, and never fails."""
@@ -62,20 +76,25 @@ class Loopback(aiohttp.BaseConnector):
         there = {_address(URL(url)) for url in present}
         for where in self._making.keys() - there:
             self._making[where].cancel()
-        for where in self._ready.keys() - there:
-            for one in self._ready.pop(where):
-                one.expiry.cancel()
-                one.connection.close()
+        for where in self._servers.keys() - there:
+            del self._servers[where]
+            self.drop(*where)
+
+    def drop(self, host: str, port: int) -> None:
+        """Close what is ready for one server."""
+        for one in self._ready.pop((host, port), ()):
+            one.expiry.cancel()
+            one.connection.close()
 
     async def _create_connection(
         self, req: ClientRequest, traces: list[aiohttp.tracing.Trace], timeout: aiohttp.ClientTimeout
     ) -> ResponseHandler:
         return await self.take(*_address(req.url), timeout.sock_connect)
 
-    async def take(self, host: str, port: int, limit: float | None = None) -> ResponseHandler:
+    async def take(self, host: str, port: int, limit: float | None = None) -> Connection:
         """A connection that is ready, or a new one, which may take `limit` seconds.
 
-        The caller closes it. Raises `aiohttp.ClientConnectorError` or `TimeoutError`.
+        The caller closes it, or gives it `back`. Raises `aiohttp.ClientConnectorError` or `TimeoutError`.
         """
         where = host, port
         if self._living(where):
@@ -91,37 +110,51 @@ class Loopback(aiohttp.BaseConnector):
             key = ConnectionKey(host, port, False, True, None, None, None)
             raise aiohttp.ClientConnectorError(key, exc) from exc
 
-    async def _connect(self, where: tuple[str, int]) -> ResponseHandler:
-        _, connection = await self._loop.create_connection(self._factory, *where)
+    def back(self, host: str, port: int, connection: Connection) -> None:
+        """Take back a connection to a tunnel on which an exchange is over, for the next one."""
+        connection.used = True
+        if connection.server is self._servers.get((host, port)):
+            self._keep((host, port), connection)
+        else:
+            connection.close()
+
+    def _keep(self, where: tuple[str, int], connection: Connection) -> None:
+        expiry = self._loop.call_later(READY_FOR, self._expire, where, connection)
+        self._ready.setdefault(where, deque()).appendleft(_Ready(connection, expiry))
+
+    async def _connect(self, where: tuple[str, int]) -> Connection:
+        _, connection = await self._loop.create_connection(partial(Connection, self._loop), *where)
+        connection.server = self._servers.setdefault(where, object())
         return connection
 
     async def _make(self, where: tuple[str, int]) -> None:
         await asyncio.sleep(AFTER)
         try:
             while self._living(where) < READY:
-                connection = await self._connect(where)
-                expiry = self._loop.call_later(READY_FOR, self._expire, where, connection)
-                self._ready.setdefault(where, deque()).append(_Ready(connection, expiry))
+                self._keep(where, await self._connect(where))
         except OSError as exc:
             log.debug("no connection to port %d was made in advance: %s", where[1], exc)
 
-    def _expire(self, where: tuple[str, int], connection: ResponseHandler) -> None:
+    def _expire(self, where: tuple[str, int], connection: Connection) -> None:
         connection.close()
         if not self._living(where):
             self._ready.pop(where, None)
 
     def _living(self, where: tuple[str, int]) -> int:
-        """How many are ready at `where`. Those that broke are dropped."""
+        """How many are ready at `where`. Those that broke are dropped, and those where something came that nobody asked for."""
         waiting = self._ready.get(where, ())
-        for one in [one for one in waiting if not one.connection.is_connected()]:
+        for one in [
+            one for one in waiting if not one.connection.is_connected() or one.connection.should_close
+        ]:
             one.expiry.cancel()
+            one.connection.close()
             self._ready[where].remove(one)
         return len(waiting)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Ready:
-    connection: ResponseHandler
+    connection: Connection
     expiry: asyncio.TimerHandle
 
 

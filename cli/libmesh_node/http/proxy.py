@@ -29,7 +29,7 @@ from libmesh_node.http.queue import Queues
 from libmesh_node.http.relay import heading, relay
 from libmesh_node.http.routing import RETRY_AFTER, no_server
 from libmesh_node.http.understanding import understand
-from libmesh_node.http.upstream import FAILURES, Answer, Overdue, Upstream, hung_up, in_words
+from libmesh_node.http.upstream import FAILURES, Answer, Overdue, Stale, Upstream, hung_up, in_words
 from libmesh_node.http.waiting import kept, refuse_late
 from libmesh_node.http.wanted import NOTHING, Wanted
 from libmesh_node.snapshot import Model, Server
@@ -231,7 +231,8 @@ class Proxy:
         # A kept connection may have been closed under us. That says nothing of the server: ask the same once more.
         was_asked_again = server.base_url in search.hung_up
         has_own = not server.local or self.upstream.wants_own(search.exchange.body)
-        if hung_up(failure) and not was_asked_again and not has_own:
+        is_stale = isinstance(failure, Stale) or (hung_up(failure) and not has_own)
+        if is_stale and not was_asked_again:
             search.hung_up.add(server.base_url)
             search.again = server
             return
@@ -307,7 +308,8 @@ class Proxy:
                 self.upstream.connections.prepare(server.base_url)
 
         method, body = exchange.request.method, exchange.body
-        return await self.upstream.open(method, url, headers, body, fresh=fresh, headed=headed)
+        tunnel = not server.local
+        return await self.upstream.open(method, url, headers, body, fresh=fresh, tunnel=tunnel, headed=headed)
 
     @contextmanager
     def _occupied(self, server: Server, model: str) -> Iterator[Seat]:

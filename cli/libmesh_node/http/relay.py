@@ -203,6 +203,7 @@ class _Carrier:
                     told = loop.time()
                     await self._response.write(comment(""))
                 if transcript.finished:
+                    listening.finish()
                     return
                 chunk = await listening.next()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
+from functools import partial
 
 import aiohttp
 from yarl import URL
@@ -50,12 +51,16 @@ class Overdue(TimeoutError):
     """A server has said nothing for so long that another one is asked."""
 
 
+class Stale(aiohttp.ServerDisconnectedError):
+    """A connection that had served another request was closed before any answer, which says nothing of the server."""
+
+
 class Upstream:
     """Connections to servers. To be made in a running loop.
 
     Attributes:
         waiting: requests that have had no byte of an answer yet.
-        connections: those that serve one request each, and `fresh` a client that has no others.
+        connections: those of which each request has one to itself, and `fresh` a client that has no others.
         kept: a client whose connections serve one request after the other.
     """
 
@@ -84,6 +89,7 @@ class Upstream:
         body: bytes,
         *,
         fresh: bool,
+        tunnel: bool = False,
         headed: Callable[[Answer], object] = lambda answer: None,
     ) -> tuple[Answer, bytes]:
         """Send a request and wait for the start of the answer: its whole if it is short, else the first bytes.
@@ -91,12 +97,14 @@ class Upstream:
         Of an event stream that is at least one whole event, so that a server which dies before has sent nothing. Comments
         are none: a server that hangs sends them, too.
 
-        With `fresh`, on a connection of its own. `headed` is told of the answer when its head is there: for what can be done
+        With `fresh`, on a connection of its own; through a `tunnel` that may have served others before. `headed` is told of the answer when its head is there: for what can be done
         until the first of its body comes. Raises one of `FAILURES`, and what `headed` does. The caller closes the answer.
         """
         self.waiting += 1
         try:
-            answer = await self._ask(method, url, headers, body, fresh=fresh or self.wants_own(body))
+            answer = await self._ask(
+                method, url, headers, body, fresh=fresh or self.wants_own(body), tunnel=tunnel
+            )
             try:
                 headed(answer)
                 if answer.content_length is not None and answer.content_length <= WHOLE_ANSWER:
@@ -112,14 +120,21 @@ class Upstream:
             self.waiting -= 1
 
     async def _ask(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes, *, fresh: bool
+        self, method: str, url: str, headers: Mapping[str, str], body: bytes, *, fresh: bool, tunnel: bool
     ) -> Answer:
         if fresh and method == "POST" and len(body) <= _SLICE:
             where, _, path = url.removeprefix("http://").partition("/")
             if (request := encode_post(where, f"/{path}", headers, body)) is not None:
                 host, _, port = where.rpartition(":")
                 connection = await self.connections.take(host, int(port), CONNECT_TIMEOUT)
-                return await ask(connection, request, _SLICE)
+                back = partial(self.connections.back, host, int(port)) if tunnel else None
+                try:
+                    return await ask(connection, request, _SLICE, back)
+                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as exc:
+                    if not connection.used:
+                        raise
+                    self.connections.drop(host, int(port))  # they may be no better
+                    raise Stale(str(exc)) from exc
         headers = dict(headers)
         data: bytes | AsyncIterator[bytes] | None = body or None
         if len(body) > _SLICE:
@@ -179,6 +194,11 @@ class Listening:
             self._due = self._loop.call_at(since + STALL, self._look)
         else:
             self._answer.content.set_exception(TimeoutError(f"nothing came for {STALL:g} s"))
+
+    def finish(self) -> None:
+        """Nothing more of the answer is wanted; see `SingleAnswer.finish`."""
+        if isinstance(self._answer, SingleAnswer):
+            self._answer.finish()
 
     def close(self) -> None:
         """Look no more. Harmless to repeat."""

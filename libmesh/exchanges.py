@@ -1,0 +1,237 @@
+"""Services that are asked and answer, several times on one stream.
+
+Where a `Framing` tells when an exchange is over, a stream outlives the connection to the service that it was carried on: the
+next exchange gets one of its own. So an opener keeps a stream as HTTP keeps connections (RFC 9112, 9.3), also with a service
+that does not, and is spared the making of one for each request.
+
+Each stream has two tasks: one takes what the opener says, so that its end is heard at any time; the other carries one exchange
+after the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from typing import Protocol
+
+import trio
+
+from libmesh.doors import Door
+from libmesh.errors import ServiceRefused
+from libmesh.net.base import Stream
+from libmesh.net.parking import Wakeup
+from libmesh.net.pipes import tune_socket
+from libmesh.net.readable import Readable
+from libmesh.net.splice import reset_on_close, write_nowait
+from libmesh.net.tcp import connect
+from libmesh.peers import PeerId
+
+log = logging.getLogger(__name__)
+
+HOLD_BYTES = 64 * 1024
+"""What an opener may say before there is a connection for it. Beyond that it waits."""
+
+TAKE_BYTES = 64 * 1024
+"""What is read at once of an answer."""
+
+
+class Framing(Protocol):
+    """Follows one exchange. It sees the bytes, and changes none. One that loses track never says that it is over."""
+
+    def asked(self, data: bytes | bytearray) -> None:
+        """More of what the opener says, before the service gets it."""
+
+    def answered(self, data: bytes) -> bool:
+        """More of what the service says. Whether the exchange is over with that, and another may follow."""
+
+
+class Exchanges:
+    """Serves streams to what listens at `host:port`.
+
+    Args:
+        door: entered for each exchange, once its first bytes have come; see `Door`.
+        framing: called for each exchange.
+        counter: called with a peer when a stream begins; what it returns is told the bytes sent and received by each exchange.
+        connect_limit: seconds within which the service has to accept a connection.
+        idle_limit: seconds that a stream may stay without an exchange.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        *,
+        door: Door | None,
+        framing: Callable[[], Framing],
+        counter: Callable[[PeerId], Callable[[int, int], None]],
+        connect_limit: float,
+        idle_limit: float,
+    ) -> None:
+        self.address = host, port
+        self.door, self.framing, self.counter = door, framing, counter
+        self.connect_limit, self.idle_limit = connect_limit, idle_limit
+        self.withdrawn = False
+        self.idle: set[trio.CancelScope] = set()
+
+    async def serve(self, stream: Stream) -> None:
+        """Carry exchanges until the opener has no more, or one ended the connection. Resets a stream that fails."""
+        one = _Conversation(self, stream)
+        try:
+            if not await one.run():
+                stream.reset()
+        except BaseException:
+            stream.reset()
+            raise
+
+    def withdraw(self) -> None:
+        """End the streams that are idle, now, and the others after their exchange."""
+        self.withdrawn = True
+        for waiting in self.idle:
+            waiting.cancel()
+
+
+class _Conversation:
+    def __init__(self, service: Exchanges, stream: Stream) -> None:
+        self._service, self._stream = service, stream
+        self._count = service.counter(stream.peer)
+        self._said = b""  # by the opener, for an exchange that has no connection yet
+        self._heard = Wakeup()  # that something was said
+        self._taken = Wakeup()  # what was said
+        self._sock: trio.SocketStream | None = None  # of the exchange under way
+        self._framing: Framing | None = None
+        self._unsent = b""  # of the answer
+        self._sent = self._received = 0
+        self._ended = self._lost = False  # the opener
+
+    async def run(self) -> bool:
+        """Until the end. False if that is to be seen as a failure."""
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(self._listen, nursery.cancel_scope)
+            try:
+                while await self._is_asked():
+                    if not await self._exchange():
+                        break
+            except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
+                log.debug("an exchange with the peer %s broke off: %s", self._stream.peer, exc)
+                self._lost = True
+            nursery.cancel_scope.cancel()
+        return not self._lost
+
+    # ── what the opener says ─────────────────────────────────────────────────────────────────────────────────────
+
+    async def _listen(self, scope: trio.CancelScope) -> None:
+        try:
+            while data := await self._stream.receive_some():
+                await self._pass_on(data)
+        except (trio.BrokenResourceError, trio.ClosedResourceError):
+            self._lost = True
+            scope.cancel()
+            return
+        self._ended = True
+        self._heard.wake()
+        if self._sock is not None:
+            with suppress(OSError):
+                self._sock.socket.shutdown(socket.SHUT_WR)
+
+    async def _pass_on(self, data: bytes | bytearray) -> None:
+        sock, framing = self._sock, self._framing
+        if sock is None or framing is None:
+            self._said += data
+            self._heard.wake()
+            while len(self._said) >= HOLD_BYTES:
+                await self._taken.wait()
+            return
+        self._received += len(data)
+        framing.asked(data)
+        # A service that does not take it has ended, or will: it is heard of where its answer is read.
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await sock.send_all(data)
+
+    async def _is_asked(self) -> bool:
+        """Wait for the first bytes of an exchange. False if there will be none."""
+        if not self._said and not self._ended and not self._service.withdrawn:
+            with trio.move_on_after(self._service.idle_limit) as waiting:
+                self._service.idle.add(waiting)
+                try:
+                    await self._heard.wait()
+                finally:
+                    self._service.idle.discard(waiting)
+            if waiting.cancelled_caught:
+                self._lost = True
+        return bool(self._said)
+
+    # ── one exchange ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _exchange(self) -> bool:
+        """Whether another may follow."""
+        service, door = self._service, self._service.door
+        try:
+            async with nullcontext() if door is None else door(self._stream.peer) as elsewhere:
+                try:
+                    with trio.fail_after(service.connect_limit):
+                        sock = await connect(*(elsewhere or service.address))
+                except (UnicodeError, trio.TooSlowError) as exc:
+                    raise OSError(str(exc)) from exc
+                with sock.socket:
+                    try:
+                        return await self._carry(sock)
+                    except BaseException:
+                        reset_on_close(sock)
+                        raise
+        except ServiceRefused as exc:
+            log.debug("refused the peer %s: %s", self._stream.peer, exc)
+            self._lost = True
+            return False
+
+    async def _carry(self, sock: trio.SocketStream) -> bool:
+        framing = self._service.framing()
+        self._sent = self._received = 0
+        while said := self._said:
+            self._said = b""
+            self._taken.wake()
+            self._received += len(said)
+            framing.asked(said)
+            if rest := write_nowait(sock, said):
+                with suppress(trio.BrokenResourceError):  # as in `_pass_on`
+                    await sock.send_all(rest)
+        self._sock, self._framing = sock, framing
+        tune_socket(sock.socket)
+        if self._ended:
+            sock.socket.shutdown(socket.SHUT_WR)
+        readable = Readable(sock.socket.fileno())
+        over = ended = False
+
+        def take() -> bool:
+            """Send on what the service has said; see `Pull`."""
+            nonlocal over, ended
+            try:
+                data = os.read(sock.socket.fileno(), TAKE_BYTES)
+            except BlockingIOError:
+                return True
+            if not data:
+                ended = True
+                return False
+            if over := framing.answered(data):
+                self._sock = self._framing = (
+                    None  # what is said now, in the same turn, belongs to the next one
+                )
+            sent = self._stream.send_nowait(data)
+            self._sent += len(data)
+            self._unsent = data[sent:]
+            return not self._unsent and not over
+
+        try:
+            while not over and not ended:
+                await readable.wait(take)
+                if not self._unsent and not over and not ended:  # where `wait` does not call it
+                    take()
+                if self._unsent:
+                    unsent, self._unsent = self._unsent, b""
+                    await self._stream.send_all(unsent)
+        finally:
+            self._sock = self._framing = None
+            self._count(self._sent, self._received)
+        return over
