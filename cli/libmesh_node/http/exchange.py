@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,7 +26,7 @@ class Exchange:
         home: peer id of this node, which gives the answers for which no server is needed, and refusals.
         began: when its head had been read, by `time.perf_counter`.
         said: its body, if that is a JSON object, from when it was read until it is understood.
-        wanted: what it says of itself.
+        wants: what it says of itself, or how that is found out: see `wanted`.
         transcript: of its answer, if that could be continued.
         attempts: servers that were asked.
         resumed: servers that went on with its answer.
@@ -44,7 +45,7 @@ class Exchange:
     began: float
     home: str = ""
     said: dict[str, Any] | None = None
-    wanted: Wanted = NOTHING
+    wants: Wanted | Callable[[], Wanted] = NOTHING
     transcript: Transcript | Replay | None = None
     attempts: int = 0
     resumed: int = 0
@@ -58,6 +59,13 @@ class Exchange:
     labelled: dict[str, str] = field(default_factory=dict)
     received: int = 0
     tail: bytes = b""
+
+    @property
+    def wanted(self) -> Wanted:
+        """What it says of itself. Found out when first asked for: where there is one server, it has been asked by then."""
+        if not isinstance(self.wants, Wanted):
+            self.wants = self.wants()
+        return self.wants
 
     def labels(self, node: str = "") -> dict[str, str]:
         """Who answers, as headers: `node`, or this one; how many servers were asked so far, and for which model."""

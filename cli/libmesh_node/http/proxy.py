@@ -30,8 +30,8 @@ from libmesh_node.http.relay import heading, relay
 from libmesh_node.http.routing import RETRY_AFTER, no_server
 from libmesh_node.http.understanding import understand
 from libmesh_node.http.upstream import FAILURES, Answer, Overdue, Stale, Upstream, hung_up, in_words
-from libmesh_node.http.waiting import kept, refuse_late
-from libmesh_node.http.wanted import NOTHING, Wanted
+from libmesh_node.http.waiting import Kept, refuse_late
+from libmesh_node.http.wanted import NOTHING
 from libmesh_node.snapshot import Model, Server
 
 log = logging.getLogger("libmesh_node.http")
@@ -114,88 +114,90 @@ class Proxy:
         Raises `ApiError` 429 if too many wait, 503 if nobody serves it for `PATIENCE` seconds, 502 if servers were tried
         and none could answer; in all cases the client has been sent nothing.
         """
-        with self._noted():
-            try:
-                return await self._forward(exchange, find)
-            except ApiError as error:
-                return await refuse_late(exchange, error)
-
-    @contextmanager
-    def _noted(self) -> Iterator[None]:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
         try:
-            yield
+            return await self._forward(exchange, find)
+        except ApiError as error:
+            return await refuse_late(exchange, error)
         finally:
             self._tasks.discard(task)
 
     async def _forward(self, exchange: Exchange, find: Callable[[], Model]) -> web.StreamResponse:
+        search = _Search(exchange, find)
         if exchange.request.method == "POST":
-            model = find()
+            model = search.model
             self.queues.check(
                 model.name, has_room=lambda: self._has_room(model), slots=lambda: _slots(model.servers)
             )
         await understand(exchange)
-        search = _Search(exchange, find)
-        while True:
-            exchange.seeking = True
-            with kept(exchange, WAITING):
+        with closing(Kept(exchange, WAITING, COMPUTING)) as kept:
+            while True:
+                exchange.seeking = True
                 server = await self._next(search)
-            exchange.seeking = False
-            exchange.attempts += 1
-            exchange.server, exchange.model = server, search.model.name
-            search.asked = time.perf_counter()
-            began = time.monotonic()
-            with self._occupied(server, exchange.model) as seat:
-                try:
-                    with kept(exchange, COMPUTING):
+                exchange.seeking = False
+                exchange.attempts += 1
+                exchange.server, exchange.model = server, search.model.name
+                search.asked = time.perf_counter()
+                began = time.monotonic()
+                with self._occupied(server, exchange.model) as seat:
+                    try:
                         upstream, start = await self._open_in_time(search, server)
-                except FAILURES as exc:
-                    self._note_failure(search, server, exc)
-                    continue
-                with closing(upstream):
-                    search.tried.add(server.base_url)
-                    if self._is_for_another(search, upstream, start):
+                    except FAILURES as exc:
+                        self._note_failure(search, server, exc)
                         continue
-                    path = exchange.request.path
-                    succession = Succession(self.upstream.kept, find, self._successor, server.digest, path)
-                    response = await relay(exchange, upstream, start, succession, self.balance, seat)
-                    if not exchange.broken:
-                        self._learn(exchange, search, response.status)
-                        self.queues.took(exchange.model, time.monotonic() - began)
-                    return response
+                    with closing(upstream):
+                        search.tried.add(server.base_url)
+                        if self._is_for_another(search, upstream, start):
+                            continue
+                        kept.close()
+                        path = exchange.request.path
+                        succession = Succession(
+                            self.upstream.kept, find, self._successor, server.digest, path
+                        )
+                        response = await relay(exchange, upstream, start, succession, self.balance, seat)
+                        if not exchange.broken:
+                            self._learn(exchange, search, response.status)
+                            self.queues.took(exchange.model, time.monotonic() - began)
+                        return response
 
     # ── who is next ──────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _next(self, search: _Search) -> Server:
         """The server for the next try, once there is one with room."""
-        exchange = search.exchange
-        model = search.model
+        exchange, model = search.exchange, search.look()
         if (same := search.again) is not None:
             search.again = None
             return same
-        if exchange.request.method == "POST":
+        if exchange.request.method == "POST" and (
+            self.queues.waiting(model.name) or not self._has_room(model)
+        ):
             await self.queues.turn(
                 model.name,
                 batch=exchange.wanted.batch,
-                has_room=lambda: self._has_room(search.model),
+                has_room=lambda: self._has_room(search.look()),
                 slots=lambda: _slots(search.model.servers),
                 again=exchange.attempts > 0,
             )
+            model = search.look()
         while True:
             search.check_deaths()
-            model, now = search.model, time.monotonic()
-            warm = self._warm(model, exchange.wanted, now) if len(model.servers) > 1 else None
-            server = self.balance.choose(model.servers, search.tried, exchange.wanted, now, warm, BACKLOG)
+            server = self._best(model, search.tried, exchange)
             if server is not None:
                 return server
             search.check_time()
             search.tried.clear()
             await asyncio.sleep(PAUSE)
+            model = search.look()
 
-    def _warm(self, model: Model, wanted: Wanted, now: float) -> str | None:
-        return self._affinity.warm(model.digest or model.name, wanted.prefixes, wanted.session, now)
+    def _best(self, model: Model, tried: Collection[str], exchange: Exchange) -> Server | None:
+        """The server to try next, if there is one. Only where there are several it matters what is wanted of it."""
+        if len(model.servers) == 1:
+            return None if model.servers[0].base_url in tried else model.servers[0]
+        wanted, now = exchange.wanted, time.monotonic()
+        warm = self._affinity.warm(model.digest or model.name, wanted.prefixes, wanted.session, now)
+        return self.balance.choose(model.servers, tried, wanted, now, warm, BACKLOG)
 
     def _has_room(self, model: Model) -> bool:
         return not model.servers or self.balance.has_room(model.servers, BACKLOG, time.monotonic())
@@ -209,7 +211,7 @@ class Proxy:
         if upstream.status == 503:
             return True
         if upstream.status == 429:  # this node has more than its share there
-            return any(other.base_url not in search.tried for other in search.model.servers)
+            return any(other.base_url not in search.tried for other in search.look().servers)
         exchange, server = search.exchange, search.exchange.server
         assert server is not None
         if (
@@ -218,9 +220,11 @@ class Proxy:
         ):
             again = server.base_url in search.erred  # and nobody else could be asked in the meantime
             search.erred[server.base_url] = server
-            return not again and any(other.base_url not in search.tried for other in search.model.servers)
+            return not again and any(other.base_url not in search.tried for other in search.look().servers)
         if upstream.status == 400 and b"exceed_context_size_error" in start:
-            larger = [other for other in search.model.servers if other.context_length > server.context_length]
+            larger = [
+                other for other in search.look().servers if other.context_length > server.context_length
+            ]
             return any(other.base_url not in search.tried for other in larger)
         return False
 
@@ -265,24 +269,27 @@ class Proxy:
 
     async def _open_in_time(self, search: _Search, server: Server) -> tuple[Answer, bytes]:
         """As `_open`. Raises `Overdue` if nothing comes for longer than its line explains while another could be asked."""
-        exchange, loop = search.exchange, asyncio.get_running_loop()
+        exchange, loop, task = search.exchange, asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
         fresh = not server.local or server.base_url in search.hung_up
+        overdue = False
+        due: asyncio.Handle = loop.call_soon(lambda: begin())  # by then, the server was asked
 
-        limit = self.balance.first_byte_limit(server, exchange.wanted)
-        due = loop.call_later(limit, lambda: look())
+        def begin() -> None:
+            nonlocal due
+            due = loop.call_later(self.balance.first_byte_limit(server, exchange.wanted), look)
 
         def look() -> None:
-            nonlocal due
+            nonlocal due, overdue
             if exchange.request.method == "POST" and self._has_other(search, server):
-                patience.reschedule(loop.time())
+                overdue = task.cancel()
             else:
                 due = loop.call_later(LOOK, look)
 
         try:
-            async with asyncio.timeout(None) as patience:
-                return await self._open(exchange, server, fresh=fresh)
-        except TimeoutError:
-            if patience.expired():
+            return await self._open(exchange, server, fresh=fresh)
+        except asyncio.CancelledError:
+            if overdue and not task.uncancel():  # by nobody else
                 raise Overdue(f"nothing came for {time.perf_counter() - search.asked:.0f} s") from None
             raise
         finally:
@@ -291,7 +298,7 @@ class Proxy:
     def _has_other(self, search: _Search, server: Server) -> bool:
         """Whether a server has room that was not asked yet."""
         try:
-            present = search.model.servers
+            present = search.look().servers
         except ApiError:
             return False
         others = [other for other in present if other.base_url not in search.tried | {server.base_url}]
@@ -334,6 +341,7 @@ class _Search:
         again: the server to ask once more before any other.
         deaths: servers that broke off on this request.
         failed: whether any server was asked in vain.
+        model: as it was served when last looked for.
         asked: when the last server was asked, by `time.perf_counter`.
     """
 
@@ -346,17 +354,18 @@ class _Search:
         self.deaths = 0
         self.failed = False
         self.asked = time.perf_counter()
+        self.model = find()
         self._began = time.monotonic()
         self._died: dict[str, float] = {}
 
-    @property
-    def model(self) -> Model:
-        """As it is served now. Raises `ApiError` when it is no more."""
-        return self._find()
+    def look(self) -> Model:
+        """The model as it is served now. Raises `ApiError` when it is no more."""
+        self.model = self._find()
+        return self.model
 
     def check_time(self) -> None:
         """Raise `ApiError` if this has gone on for long enough."""
-        model = self.model
+        model = self.look()
         patience = PATIENCE if not model.coming or model.servers else LOADING_PATIENCE
         if time.monotonic() >= self._began + (patience if self.exchange.request.method == "POST" else 0.0):
             raise self._in_vain() if self.failed else no_server(model)

@@ -7,8 +7,7 @@ goes wrong is an event of it. Its headers name who was asked by then; if another
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 
 from aiohttp import web
 
@@ -24,25 +23,32 @@ SAY_EVERY = 10.0
 """Seconds between two comments."""
 
 
-@contextmanager
-def kept(exchange: Exchange, why: str) -> Iterator[None]:
-    """Keep the client during the block, if it asked for a stream, and tell it `why` it waits.
+class Kept:
+    """Keeps the client of a request that asked for a stream until it is closed, and tells it why it waits.
 
-    What is said is written by another task, and not said any more once the block has ended.
+    What is said is written by another task, and not said any more once this is closed.
     """
-    if not exchange.wanted.streams or exchange.request.method != "POST":
-        yield
-        return
-    talking: list[asyncio.Task[None]] = []
-    loop = asyncio.get_running_loop()
-    pause = SILENCE if exchange.response is None else SAY_EVERY
-    due = loop.call_later(pause, lambda: talking.append(loop.create_task(_talk(exchange, why))))
-    try:
-        yield
-    finally:
-        due.cancel()
-        for task in talking:
-            task.cancel()
+
+    def __init__(self, exchange: Exchange, seeking: str, asked: str) -> None:
+        """The reasons: that no server has room, and that one was asked."""
+        self._exchange, self._seeking, self._asked = exchange, seeking, asked
+        self._task: asyncio.Task[None] | None = None
+        self._due: asyncio.Handle = asyncio.get_running_loop().call_soon(self._begin)
+
+    def close(self) -> None:
+        """Harmless to repeat."""
+        self._due.cancel()
+        if self._task is not None:
+            self._task.cancel()
+
+    def _begin(self) -> None:
+        # Not at once: first of all, a server that is there is asked.
+        if self._exchange.wanted.streams and self._exchange.request.method == "POST":
+            self._due = asyncio.get_running_loop().call_later(SILENCE, self._talk)
+
+    def _talk(self) -> None:
+        why = self._seeking if self._exchange.seeking else self._asked
+        self._task = asyncio.create_task(_talk(self._exchange, why))
 
 
 async def _talk(exchange: Exchange, why: str) -> None:
