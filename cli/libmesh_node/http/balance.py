@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from libmesh_node.http.wanted import Wanted
@@ -71,12 +70,18 @@ class _Known:
 
 
 class Seat:
-    """One request's place at a server, so that it is counted once and where it is."""
+    """One request's place at a server until the end of a `with` block, so that it is counted once and where it is."""
 
     def __init__(self, balance: Balance, server: Server) -> None:
         self._balance = balance
         self._server: Server | None = None
         self.move(server)
+
+    def __enter__(self) -> Seat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.move(None)
 
     def move(self, server: Server | None) -> None:
         """Go on at another server, or at none for the moment."""
@@ -187,14 +192,9 @@ class Balance:
 
     # ── what happened ────────────────────────────────────────────────────────────────────────────────────────────
 
-    @contextmanager
-    def seat(self, server: Server) -> Iterator[Seat]:
-        """Count one request at `server`, or wherever its seat moves, until the end of the block."""
-        seat = Seat(self, server)
-        try:
-            yield seat
-        finally:
-            seat.move(None)
+    def seat(self, server: Server) -> Seat:
+        """Count one request at `server`, or wherever its seat moves, until the end of a `with` block."""
+        return Seat(self, server)
 
     def begins(self, server: Server) -> None:
         """A request is sent to `server`; to be followed by one `ends`."""

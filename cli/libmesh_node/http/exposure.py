@@ -64,6 +64,8 @@ _HOP_BY_HOP = frozenset(
 )
 """RFC 9110, 7.6.1, and what `Connection` itself names."""
 
+_KEPT_BACK = _HOP_BY_HOP | {"server"}
+
 
 @lru_cache(maxsize=64)  # nearly all requests call the same
 def check_endpoint(method: str, path: str) -> None:
@@ -87,16 +89,15 @@ def forwarded_headers(headers: Mapping[str, str]) -> dict[str, str]:
 
 
 def returned_headers(headers: Iterable[tuple[str, str]]) -> CIMultiDict[str]:
-    """The response headers that travel to the client: all but those of the connection, of CORS, and the length."""
-    result = CIMultiDict(headers)
-    named = {name.strip().lower() for value in result.getall("Connection", ()) for name in value.split(",")}
-    for name in set(result):
+    """The response headers that travel to the client: all but those of the connection, of CORS, and what server it is."""
+    returned: CIMultiDict[str] = CIMultiDict()
+    named: set[str] = set()
+    for name, value in headers:
         lower = name.lower()
-        if (
-            lower in _HOP_BY_HOP
-            or lower in named
-            or lower.startswith("access-control-")
-            or lower in ("server",)
-        ):
-            del result[name]
-    return result
+        if lower == "connection":
+            named.update(each.strip() for each in value.split(","))
+        if lower not in _KEPT_BACK and not lower.startswith("access-control-"):
+            returned.add(name, value)
+    for name in named:
+        returned.popall(name, None)
+    return returned

@@ -7,8 +7,6 @@ asked. So bodies are bounded each and all together, and a sender may be slow, bu
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from aiohttp import web
 
@@ -35,22 +33,23 @@ class Intake:
         self.total = total
         self.held = 0
 
-    @contextmanager
-    def hold(self) -> Iterator[Hold]:
-        """Room for one body, given back at the end."""
-        hold = Hold(self)
-        try:
-            yield hold
-        finally:
-            self.held -= hold.size
+    def hold(self) -> Hold:
+        """Room for one body."""
+        return Hold(self)
 
 
 class Hold:
-    """One body's share of an `Intake`."""
+    """One body's share of an `Intake`, given back at the end of a `with` block."""
 
     def __init__(self, intake: Intake) -> None:
         self._intake = intake
         self.size = 0
+
+    def __enter__(self) -> Hold:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._intake.held -= self.size
 
     async def read(self, request: web.BaseRequest) -> bytes:
         """The whole body. Raises `ApiError`: 413 too large, 503 no room, 408 too slow, 400 broken, 415, 417."""
@@ -63,17 +62,15 @@ class Hold:
                 415, "unsupported_encoding", f"Content-Encoding {encoding[:40]} is not supported; use gzip."
             )
         await _agree_to_continue(request)
-        if not request.can_read_body:
-            return b""
+        content = request.content
         chunks: list[bytes] = []
         try:
-            if request.content.is_eof() and (whole := request.content.read_nowait()):
+            if content.is_eof():  # it came with its head, as short ones do
+                whole = content.read_nowait()
                 self._take(len(whole))
-                chunks.append(whole)
-            if request.content.at_eof():  # it came with its head, as short ones do
-                return b"".join(chunks)
+                return whole
             async with asyncio.timeout(SILENCE) as patience:
-                while chunk := await request.content.readany():
+                while chunk := await content.readany():
                     self._take(len(chunk))
                     chunks.append(chunk)
                     patience.reschedule(asyncio.get_running_loop().time() + SILENCE)
