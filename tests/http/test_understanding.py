@@ -36,4 +36,3 @@ async def test_what_a_request_wants_is_found_out_when_first_asked_for() -> None:
     await understand(exchange)
     assert not isinstance(exchange.wants, Wanted)
     assert (exchange.wanted.session, exchange.wanted.max_tokens) == ("somebody", 0)
-    assert exchange.wants is exchange.wanted
