@@ -7,13 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
 import trio
 
 from libmesh_node.llama.engine import EngineError
+
+_MUCH = 16 * 1024
+"""Bytes of output at once, from which on nobody pauses before the next look: the pipe holds 64 KiB."""
 
 _GUARD = Path(__file__).with_name("guard.py")
 _ORDERS = {signal.SIGTERM: b"T", signal.SIGKILL: b"K", signal.SIGINT: b"I"}
@@ -48,6 +51,15 @@ class GuardedProcess:
             if self._status is None:
                 self._status = self._verdict(await self._control.receive_line())
             return self._status
+
+    def lines(self, every: float) -> Lines:
+        """Its output, looked at once in so many seconds at most; at the end at once."""
+
+        async def pause() -> None:
+            with trio.move_on_after(every):
+                await self.wait()
+
+        return Lines(self.output, pause)
 
     async def send_signal(self, signum: signal.Signals) -> None:
         """Send SIGTERM, SIGINT or SIGKILL to the program's process group. No error if it is gone."""
@@ -124,19 +136,26 @@ class Lines:
     """A program's output, line by line.
 
     Lines end with a newline, and are cut at 4096 bytes: one longer than that comes in pieces. What is no UTF-8 is
-    replaced. Cancelling loses nothing.
+    replaced. Cancelling loses nothing. `pause` is awaited before each look at what else there
+    is, unless there was much.
     """
 
     _LIMIT = 4096
 
-    def __init__(self, stream: trio.abc.ReceiveStream) -> None:
-        self._stream = stream
+    def __init__(
+        self, stream: trio.abc.ReceiveStream, pause: Callable[[], Awaitable[None]] | None = None
+    ) -> None:
+        self._stream, self._pause = stream, pause
+        self._last = 0  # bytes that came at once
         self._buffer = bytearray()
 
     async def receive(self) -> str | None:
         """The next line without its end, or `None` after the last. Does not always reach a checkpoint."""
         while (end := self._buffer.find(b"\n", 0, self._LIMIT)) < 0 and len(self._buffer) < self._LIMIT:
+            if self._pause is not None and self._last < _MUCH:
+                await self._pause()
             data = await self._stream.receive_some(65536)
+            self._last = len(data)
             if not data:
                 return self._take(len(self._buffer), 0) if self._buffer else None
             self._buffer += data

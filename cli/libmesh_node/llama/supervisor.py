@@ -41,7 +41,7 @@ from libmesh_node.llama.load import (
     read_work,
 )
 from libmesh_node.llama.logfile import BoundedLog
-from libmesh_node.llama.process import GuardedProcess, Lines, ProgramNotStarted, open_guarded
+from libmesh_node.llama.process import GuardedProcess, ProgramNotStarted, open_guarded
 from libmesh_node.llama.restart import Effect, Ended, GiveUp, Launch, Ready, RestartPolicy, Wake
 from libmesh_node.llama.server import ServerPlan, child_environment, server_args
 from libmesh_node.llama.stall import Progress, cpu_seconds
@@ -73,11 +73,12 @@ KILL_AFTER = 1.6
 LAST_WORDS_LIMIT = 0.5
 """Seconds to read on after the end, in case a stray grandchild holds the output open."""
 
+LOG_PAUSE = 0.1
+"""Seconds between two looks at what a server logs: a dozen lines for each request, most of them just before its first token."""
+
 _ANSWER_LIMIT = 256 * 1024
 _PORT_TAKEN = "couldn't bind"
-_PREFIX = re.compile(
-    r"^[\d.]+ [A-Z] "
-)  # llama.cpp's log: time since the start, then the level's first letter
+_PREFIX = re.compile(r"^[\d.]+ [A-Z] ")  # of llama.cpp's log: time since the start, then the level
 _ERROR = re.compile(r"^[\d.]+ E |.*(error|failed|assert)", re.IGNORECASE)
 
 
@@ -194,7 +195,7 @@ class LlamaServer:
             async with open_guarded(argv, environment=self._environment) as process:
                 self._change("starting", pid=process.pid)
                 status = await self._attend(process, port, log)
-        except (ProgramNotStarted, OSError) as exc:  # without a port, it is an OSError
+        except (ProgramNotStarted, OSError) as exc:  # without a port
             return self._ended(str(exc).rstrip("."), False)
         said = [line for line in log.tail if line.strip()]
         return self._ended(self._cause or _in_words(status, said), any(_PORT_TAKEN in line for line in said))
@@ -218,8 +219,8 @@ class LlamaServer:
                 nursery.cancel_scope.cancel()
 
     async def _copy_output(self, process: GuardedProcess, log: BoundedLog, scope: trio.CancelScope) -> None:
-        lines = Lines(process.output)
         with scope:
+            lines = process.lines(LOG_PAUSE)
             while (line := await lines.receive()) is not None:
                 self._lines += 1
                 self._first.saw(line)
