@@ -31,8 +31,8 @@ from libmesh.peers import PeerId
 
 log = logging.getLogger(__name__)
 
-HOLD_BYTES = 64 * 1024
-"""What an opener may say before there is a connection for it. Beyond that it waits."""
+HOLD_BYTES = 512 * 1024
+"""What an opener may say before there is a connection for it. Beyond that it waits, and is not heard to reset the stream."""
 
 TAKE_BYTES = 64 * 1024
 """What is read at once of an answer."""
@@ -97,7 +97,7 @@ class _Conversation:
     def __init__(self, service: Exchanges, stream: Stream) -> None:
         self._service, self._stream = service, stream
         self._count = service.counter(stream.peer)
-        self._said = b""  # by the opener, for an exchange that has no connection yet
+        self._said = bytearray()  # by the opener, for an exchange that has no connection yet
         self._heard = Wakeup()  # that something was said
         self._taken = Wakeup()  # what was said
         self._sock: trio.SocketStream | None = None  # of the exchange under way
@@ -111,9 +111,9 @@ class _Conversation:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._listen, nursery.cancel_scope)
             try:
-                while await self._is_asked():
-                    if not await self._exchange():
-                        break
+                while await self._is_asked() and await self._exchange():
+                    pass
+                await self._part()
             except (OSError, trio.BrokenResourceError, trio.ClosedResourceError) as exc:
                 log.debug("an exchange with the peer %s broke off: %s", self._stream.peer, exc)
                 self._lost = True
@@ -163,6 +163,17 @@ class _Conversation:
                 self._lost = True
         return bool(self._said)
 
+    async def _part(self) -> None:
+        """End the stream, and wait for the opener to, who may go on with it as long. What it says still goes nowhere."""
+        if self._lost:
+            return
+        await self._stream.send_eof()
+        with trio.move_on_after(self._service.idle_limit):
+            while not self._ended:
+                self._said.clear()
+                self._taken.wake()
+                await self._heard.wait()
+
     # ── one exchange ─────────────────────────────────────────────────────────────────────────────────────────────
 
     async def _exchange(self) -> bool:
@@ -190,7 +201,7 @@ class _Conversation:
         framing = self._service.framing()
         self._sent = self._received = 0
         while said := self._said:
-            self._said = b""
+            self._said = bytearray()
             self._taken.wake()
             self._received += len(said)
             framing.asked(said)

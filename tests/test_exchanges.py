@@ -14,6 +14,7 @@ from libmesh import Door, Mesh, ServiceRefused, expose, serve_tunnel, tunnel
 from libmesh.exchanges import HOLD_BYTES
 from libmesh.net.splice import reset_on_close
 from tests.test_tunnel import reset_is_seen, serve, two_meshes
+from tests.town import client_invite, settled, town
 
 
 class Lines:
@@ -71,6 +72,23 @@ async def exposed(
             port: int = await nursery.start(serve_tunnel, far, near.peer, "tcp")
             async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
                 yield stream, near, scope
+
+
+@asynccontextmanager
+async def tunnelled_far(
+    handler: Callable[[trio.SocketStream], object],
+) -> AsyncIterator[tuple[Mesh, Mesh, int, Callable[[], None]]]:
+    """Two members on machines of their own, the port of a tunnel to `handler`, and what cuts their connection."""
+    async with town() as place:
+        relay = await place.found(1)
+        near, far = [await place.join(number, client_invite(relay)) for number in (2, 3)]
+        await settled([relay, near, far])
+        async with trio.open_nursery() as nursery:
+            behind = await serve(nursery, handler)
+            await nursery.start(partial(expose, far, "tcp", "127.0.0.1", behind, framing=Lines))
+            port: int = await nursery.start(serve_tunnel, near, far.peer, "tcp")
+            yield near, far, port, partial(place.hub.cut, near.peer, far.peer)
+            nursery.cancel_scope.cancel()
 
 
 async def line(stream: trio.SocketStream) -> bytes:
@@ -134,7 +152,7 @@ async def test_what_is_long_crosses_whole_in_both_directions() -> None:
         yield None
 
     async with exposed(service.take, door=door) as (stream, *_), trio.open_nursery() as nursery:
-        for long in (b"a" * (40 * HOLD_BYTES) + b"\n", b"b" * (2 * HOLD_BYTES) + b"\n"):
+        for long in (b"a" * (5 * HOLD_BYTES) + b"\n", b"b" * (2 * HOLD_BYTES) + b"\n"):
             nursery.start_soon(stream.send_all, long)
             await trio.testing.wait_all_tasks_blocked(0.05)
             opened.set()
@@ -171,7 +189,8 @@ async def test_opener_that_is_gone_takes_its_exchange_with_it() -> None:
         await ended.wait()
 
 
-async def test_opener_that_is_gone_before_its_turn_is_never_served() -> None:
+@pytest.mark.parametrize("asked", [b"let me in\n", b"a" * (HOLD_BYTES // 2)])
+async def test_opener_that_is_gone_before_its_turn_is_never_served(asked: bytes) -> None:
     service, waiting = Service(), 0
 
     @asynccontextmanager
@@ -185,8 +204,9 @@ async def test_opener_that_is_gone_before_its_turn_is_never_served() -> None:
             waiting -= 1
 
     async with exposed(service.take, door=door) as (stream, *_):
-        await stream.send_all(b"let me in\n")
+        await stream.send_all(asked)
         await until(lambda: waiting == 1)
+        await trio.testing.wait_all_tasks_blocked(0.05)
         reset_on_close(stream)
         await stream.aclose()
         await until(lambda: not waiting)
@@ -208,6 +228,36 @@ async def test_service_that_ends_in_the_middle_ends_the_stream_alike(resets: boo
             await reset_is_seen(stream)
         else:
             assert b"".join([data async for data in stream]) == b"ha"
+
+
+async def test_service_that_ends_leaves_no_tunnel_that_might_go_on() -> None:
+    async def half(stream: trio.SocketStream) -> None:
+        await line(stream)
+        await stream.send_all(b"ha")
+
+    with trio.fail_after(5):
+        async with tunnelled_far(half) as (near, far, port, _):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                await stream.send_all(b"?\n")
+                assert b"".join([data async for data in stream]) == b"ha"
+            await until(lambda: not near.resumption.tunnels and not far.resumption.tunnels)
+
+
+async def test_stream_goes_on_when_its_connection_is_lost_in_an_exchange_and_between_two() -> None:
+    service = Service()
+    with trio.fail_after(30):
+        async with tunnelled_far(service.take) as (near, far, port, cut):
+            async with await trio.open_tcp_stream("127.0.0.1", port) as stream:
+                for number in range(3):
+                    service.go_on = trio.Event()
+                    await stream.send_all(b"%d\n" % number)
+                    await until(lambda: len(service.asked) > number)  # noqa: B023 - it is not called later
+                    cut()
+                    service.go_on.set()
+                    assert await line(stream) == b"re %d\n" % number
+                    assert len(far.resumption.tunnels) == 1
+                    cut()
+            await until(lambda: not near.resumption.tunnels and not far.resumption.tunnels)
 
 
 async def test_nothing_behind_the_service_is_a_reset() -> None:

@@ -26,6 +26,7 @@ class Port:
         self.asked: list[bytes] = []
         self.open = 0
         self.left = asyncio.Event()
+        self.was_reset = False
 
     async def take(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.open += 1
@@ -37,7 +38,10 @@ class Port:
                 await self.go_on.wait()
                 writer.write(self.later)
             if not self.closes:
-                await reader.read()  # until it is closed
+                try:
+                    await reader.read()  # until it is closed
+                except ConnectionResetError:
+                    self.was_reset = True
         self.left.set()
         writer.close()
         with suppress(ConnectionError):
@@ -107,6 +111,32 @@ def test_who_closes_an_answer_closes_its_connection() -> None:
             assert await answer.content.readany() == b"o"
             answer.close()
             await port.left.wait()
+
+    asyncio.run(main())
+
+
+def test_who_gives_up_before_the_answer_resets_the_connection() -> None:
+    async def main() -> None:
+        async with connections(b"") as (port, pool, number):
+            asking = asyncio.create_task(asked_again_and_again(pool, number))
+            while not port.asked:  # noqa: ASYNC110 - sockets tell nobody
+                await asyncio.sleep(0.01)
+            asking.cancel()
+            await port.left.wait()
+            assert port.was_reset
+
+    asyncio.run(main())
+
+
+def test_client_that_cannot_ask_again_takes_no_used_connection() -> None:
+    async def main() -> None:
+        async with connections(STREAM + b"0\r\n\r\n", times=2) as (_, pool, number):
+            answer = await asked_again_and_again(pool, number)
+            assert await answer.read() == b"ok"
+            answer.close()
+            other = await pool.take("127.0.0.1", number, used=False)
+            assert (other.used, pool.ready(url(number))) == (False, 1)
+            other.close()
 
     asyncio.run(main())
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
+import struct
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -41,6 +43,13 @@ class Connection(ResponseHandler):
 
     used = False
     server: object = None
+
+    def cut(self) -> None:
+        """Close it as one that failed, so that nobody serves what was asked on it: a mere end may follow any request."""
+        if self.transport is not None:
+            linger = struct.pack("ii", 1, 0)
+            self.transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            self.abort()
 
 
 class Loopback(aiohttp.BaseConnector):
@@ -89,18 +98,22 @@ class Loopback(aiohttp.BaseConnector):
     async def _create_connection(
         self, req: ClientRequest, traces: list[aiohttp.tracing.Trace], timeout: aiohttp.ClientTimeout
     ) -> ResponseHandler:
-        return await self.take(*_address(req.url), timeout.sock_connect)
+        return await self.take(*_address(req.url), timeout.sock_connect, used=False)
 
-    async def take(self, host: str, port: int, limit: float | None = None) -> Connection:
-        """A connection that is ready, or a new one, which may take `limit` seconds.
+    async def take(
+        self, host: str, port: int, limit: float | None = None, *, used: bool = True
+    ) -> Connection:
+        """A connection that is ready, or a new one, which may take `limit` seconds. With `used` it may have served others.
 
         The caller closes it, or gives it `back`. Raises `aiohttp.ClientConnectorError` or `TimeoutError`.
         """
         where = host, port
         if self._living(where):
-            ready = self._ready[where].popleft()
-            ready.expiry.cancel()
-            return ready.connection
+            for ready in self._ready[where]:
+                if used or not ready.connection.used:
+                    ready.expiry.cancel()
+                    self._ready[where].remove(ready)
+                    return ready.connection
         try:
             async with asyncio.timeout(limit):
                 return await self._connect(where)

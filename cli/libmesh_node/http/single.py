@@ -112,5 +112,5 @@ async def ask(connection: Connection, request: bytes, buffer: int, back: Back | 
             if not 100 <= message.code <= 199 or message.code == 101:
                 return SingleAnswer(connection, message.code, message.reason, message.headers, content, back)
     except BaseException:
-        connection.close()
+        connection.cut()
         raise
