@@ -271,7 +271,6 @@ class Proxy:
         """As `_open`. Raises `Overdue` if nothing comes for longer than its line explains while another could be asked."""
         exchange, loop, task = search.exchange, asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
-        fresh = not server.local or server.base_url in search.hung_up
         overdue = False
         due: asyncio.Handle = loop.call_soon(lambda: begin())  # by then, the server was asked
 
@@ -287,7 +286,7 @@ class Proxy:
                 due = loop.call_later(LOOK, look)
 
         try:
-            return await self._open(exchange, server, fresh=fresh)
+            return await self._open(search, server)
         except asyncio.CancelledError:
             if overdue and not task.uncancel():  # by nobody else
                 raise Overdue(f"nothing came for {time.perf_counter() - search.asked:.0f} s") from None
@@ -304,7 +303,8 @@ class Proxy:
         others = [other for other in present if other.base_url not in search.tried | {server.base_url}]
         return bool(others) and self.balance.has_room(others, BACKLOG, time.monotonic())
 
-    async def _open(self, exchange: Exchange, server: Server, *, fresh: bool) -> tuple[Answer, bytes]:
+    async def _open(self, search: _Search, server: Server) -> tuple[Answer, bytes]:
+        exchange = search.exchange
         headers = forwarded_headers(exchange.request.headers) | {"X-Request-Id": exchange.id}
         endpoint = exchange.transcript.endpoint if exchange.transcript is not None else None
         url = server.base_url + (endpoint or exchange.request.rel_url.raw_path_qs)
@@ -312,10 +312,11 @@ class Proxy:
         def headed(answer: Answer) -> None:
             exchange.heading = heading(exchange, answer)
             if not server.local:
-                self.upstream.connections.prepare(server.base_url)
+                loop.call_soon(self.upstream.connections.prepare, server.base_url)
 
-        method, body = exchange.request.method, exchange.body
-        tunnel = not server.local
+        method, body, loop = exchange.request.method, exchange.body, asyncio.get_running_loop()
+        again = server.base_url in search.hung_up  # over a kept connection it was in vain
+        fresh, tunnel = again or not server.local, not again and not server.local
         return await self.upstream.open(method, url, headers, body, fresh=fresh, tunnel=tunnel, headed=headed)
 
     @contextmanager

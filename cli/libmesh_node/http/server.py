@@ -147,7 +147,9 @@ class _Connection(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        if status >= 500:
+        if isinstance(exc, ConnectionError):
+            log.debug("the client of a request for %s has gone: %s", request.path, exc)
+        elif status >= 500:
             log.error("a request for %s failed", request.path, exc_info=exc)
         else:
             log.debug("no HTTP from %s: %s", request.remote, message)

@@ -126,7 +126,7 @@ class Upstream:
             where, _, path = url.removeprefix("http://").partition("/")
             if (request := encode_post(where, f"/{path}", headers, body)) is not None:
                 host, _, port = where.rpartition(":")
-                connection = await self.connections.take(host, int(port), CONNECT_TIMEOUT)
+                connection = await self.connections.take(host, int(port), CONNECT_TIMEOUT, used=tunnel)
                 back = partial(self.connections.back, host, int(port)) if tunnel else None
                 try:
                     return await ask(connection, request, _SLICE, back)
