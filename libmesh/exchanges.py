@@ -226,9 +226,8 @@ class _Conversation:
                 ended = True
                 return False
             if over := framing.answered(data):
-                self._sock = self._framing = (
-                    None  # what is said now, in the same turn, belongs to the next one
-                )
+                # What is said from now on, in the same turn even, belongs to the next one.
+                self._sock = self._framing = None
             sent = self._stream.send_nowait(data)
             self._sent += len(data)
             self._unsent = data[sent:]
