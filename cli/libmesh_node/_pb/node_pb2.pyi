@@ -4,7 +4,8 @@ isort:skip_file
 What libmesh-node adds to libmesh's wire: the attributes of its announcements.
 
 A node offers each model that it serves as the service "api/<model name>", scope CLIENT: an HTTP/1.1 server with
-llama-server's API. Unknown fields are ignored.
+llama-server's API. A stream carries one request after the other (RFC 9112, 9.3), after streamed answers, too, which
+llama-server itself closes the connection after. Unknown fields are ignored.
 """
 
 from collections import abc as _abc

@@ -33,7 +33,7 @@ class Kept:
         """The reasons: that no server has room, and that one was asked."""
         self._exchange, self._seeking, self._asked = exchange, seeking, asked
         self._task: asyncio.Task[None] | None = None
-        self._due: asyncio.Handle = asyncio.get_running_loop().call_soon(self._begin)
+        self._due: asyncio.Handle = asyncio.get_running_loop().call_later(SILENCE, self._talk)
 
     def close(self) -> None:
         """Harmless to repeat."""
@@ -41,12 +41,9 @@ class Kept:
         if self._task is not None:
             self._task.cancel()
 
-    def _begin(self) -> None:
-        # Not at once: first of all, a server that is there is asked.
-        if self._exchange.wanted.streams and self._exchange.request.method == "POST":
-            self._due = asyncio.get_running_loop().call_later(SILENCE, self._talk)
-
     def _talk(self) -> None:
+        if not self._exchange.wanted.streams or self._exchange.request.method != "POST":
+            return
         why = self._seeking if self._exchange.seeking else self._asked
         self._task = asyncio.create_task(_talk(self._exchange, why))
 
