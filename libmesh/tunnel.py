@@ -263,6 +263,8 @@ async def expose(
         raise TypeError(f"a host is a text, not {host!r}")
     if door is not None and not callable(door):
         raise TypeError(f"a door is a function that takes a peer and returns a context manager, not {door!r}")
+    if framing is not None and not callable(framing):
+        raise TypeError(f"a framing is a function that returns one, or its class, not {framing!r}")
     if framing is not None:
         exchanges = Exchanges(
             host,

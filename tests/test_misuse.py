@@ -86,6 +86,8 @@ async def test_a_wrong_argument_is_refused_and_the_mesh_lives_on(autojump_clock:
                 await expose(founder, "a", NONE, 80)
             with pytest.raises(TypeError, match="a door is a function"):
                 await expose(founder, "a", "127.0.0.1", 80, door=WRONG)
+            with pytest.raises(TypeError, match="a framing is a function"):
+                await expose(founder, "a", "127.0.0.1", 80, framing=WRONG)
             with pytest.raises(ValueError, match="'' is no service name"):
                 await serve_tunnel(founder, GUEST.peer, "")
             with pytest.raises(ValueError, match="None is no service name"):

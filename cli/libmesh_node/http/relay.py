@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-import struct
 import time
 from contextlib import closing, suppress
 
@@ -20,6 +18,7 @@ from multidict import CIMultiDict
 
 from libmesh_node.http.answers import refined_error
 from libmesh_node.http.balance import Balance, Seat
+from libmesh_node.http.connections import cut
 from libmesh_node.http.continuing import PATIENCE, SAY_EVERY, NobodyGoesOn, Succession
 from libmesh_node.http.errors import ApiError, encode_stream_error
 from libmesh_node.http.exchange import Exchange
@@ -247,9 +246,6 @@ async def _break_off(exchange: Exchange, response: web.StreamResponse, broken: E
     if transport is None:
         return
     if request.version < aiohttp.HttpVersion11:
-        # Its answers end with the connection, so only a reset is not an end; without the linger abort() sends none.
-        linger = struct.pack("ii", 1, 0)
-        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-        transport.abort()
+        cut(transport)  # its answers end with the connection, so only a reset is not an end
     else:
         transport.close()  # after what was written, and without the last chunk
