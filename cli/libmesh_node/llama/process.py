@@ -80,9 +80,9 @@ async def open_guarded(
     """Run the program `argv[0]`, an absolute path, for as long as the block lasts and not a moment longer.
 
     Leaving the block, also by cancellation, kills what still runs with SIGKILL and waits for its end. The program is in
-    a process group of its own, so a Ctrl-C in the terminal does not reach it. It stays in the node's session: Linux gives each
-    session its share of the processors (sched(7), "autogroup"), and the node, which runs briefly and often, then waits behind
-    a llama-server that computes on all of them.
+    a session of its own, so a Ctrl-C in the terminal does not reach it, and programs that compute on the same cores share
+    them in turns where Linux shares them out by session (sched(7), "autogroup"): in one session, three llama-servers on two
+    cores gave a fifth of the answers (`bench/failover.py`).
 
     Raises `ProgramNotStarted`.
     """
@@ -97,7 +97,7 @@ async def open_guarded(
                 stderr=subprocess.STDOUT,
                 env=dict(environment),
                 cwd=directory,
-                process_group=0,
+                start_new_session=True,
             )
         output = guard.stdout
         assert output is not None
