@@ -5,7 +5,8 @@ next exchange gets one of its own. So an opener keeps a stream as HTTP keeps con
 that does not, and is spared the making of one for each request.
 
 Each stream has two tasks: one takes what the opener says, so that its end is heard at any time; the other carries one exchange
-after the other.
+after the other. What begins an exchange goes to the latter at once, and on to the service without another turn of the scheduler
+if neither the door nor the service keeps it waiting: whoever asked waits for just that.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import trio
 
 from libmesh.doors import Door
 from libmesh.errors import ServiceRefused
-from libmesh.net.base import Stream
+from libmesh.net.base import Pieces, Stream
 from libmesh.net.parking import Wakeup
 from libmesh.net.pipes import tune_socket
 from libmesh.net.readable import Readable
@@ -74,7 +75,38 @@ class Exchanges:
         self.door, self.framing, self.counter = door, framing, counter
         self.connect_limit, self.idle_limit = connect_limit, idle_limit
         self.withdrawn = False
-        self.idle: set[trio.CancelScope] = set()
+        self._idle: dict[_Conversation, float] = {}  # since when, the longest first
+        self._some_idle = trio.Event()
+
+    async def run(self) -> None:
+        """Reset streams that stay without an exchange for too long. To be run meanwhile; never returns.
+
+        When this is cancelled, the streams that are idle end, and the others after their exchange.
+        """
+        try:
+            while True:
+                while not self._idle:
+                    self._some_idle = trio.Event()
+                    await self._some_idle.wait()
+                oldest, since = next(iter(self._idle.items()))
+                if since + self.idle_limit <= trio.current_time():
+                    del self._idle[oldest]
+                    oldest.expire()
+                else:
+                    await trio.sleep_until(since + self.idle_limit)
+        finally:
+            self.withdrawn = True
+            for one in self._idle:
+                one.expire()
+
+    def idles(self, one: _Conversation) -> None:
+        """It waits for an exchange, until it is `busy`."""
+        self._idle[one] = trio.current_time()
+        self._some_idle.set()
+
+    def busy(self, one: _Conversation) -> None:
+        """It waits no more. Harmless to repeat."""
+        self._idle.pop(one, None)
 
     async def serve(self, stream: Stream) -> None:
         """Carry exchanges until the opener has no more, or one ended the connection. Resets a stream that fails."""
@@ -86,12 +118,6 @@ class Exchanges:
             stream.reset()
             raise
 
-    def withdraw(self) -> None:
-        """End the streams that are idle, now, and the others after their exchange."""
-        self.withdrawn = True
-        for waiting in self.idle:
-            waiting.cancel()
-
 
 class _Conversation:
     def __init__(self, service: Exchanges, stream: Stream) -> None:
@@ -100,7 +126,7 @@ class _Conversation:
         self._said = bytearray()  # by the opener, for an exchange that has no connection yet
         self._heard = Wakeup()  # that something was said
         self._taken = Wakeup()  # what was said
-        self._sock: trio.SocketStream | None = None  # of the exchange under way
+        self._sock: trio.socket.SocketType | None = None  # of the exchange under way
         self._framing: Framing | None = None
         self._unsent = b""  # of the answer
         self._sent = self._received = 0
@@ -124,7 +150,7 @@ class _Conversation:
 
     async def _listen(self, scope: trio.CancelScope) -> None:
         try:
-            while data := await self._stream.receive_some():
+            while data := await self._stream.receive_past(self._hold):
                 await self._pass_on(data)
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             self._lost = True
@@ -134,7 +160,17 @@ class _Conversation:
         self._heard.wake()
         if self._sock is not None:
             with suppress(OSError):
-                self._sock.socket.shutdown(socket.SHUT_WR)
+                self._sock.shutdown(socket.SHUT_WR)
+
+    def _hold(self, pieces: Pieces) -> int:
+        """Keep what was said for the exchange that has no connection yet; see `Sink`."""
+        size = sum(map(len, pieces))
+        if self._sock is not None or len(self._said) + size >= HOLD_BYTES:
+            return 0
+        for piece in pieces:
+            self._said += piece
+        self._heard.wake()
+        return size
 
     async def _pass_on(self, data: bytes | bytearray) -> None:
         sock, framing = self._sock, self._framing
@@ -146,22 +182,22 @@ class _Conversation:
             return
         self._received += len(data)
         framing.asked(data)
-        # A service that does not take it has ended, or will: it is heard of where its answer is read.
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            await sock.send_all(data)
+        await _write(sock, data)
 
     async def _is_asked(self) -> bool:
         """Wait for the first bytes of an exchange. False if there will be none."""
         if not self._said and not self._ended and not self._service.withdrawn:
-            with trio.move_on_after(self._service.idle_limit) as waiting:
-                self._service.idle.add(waiting)
-                try:
-                    await self._heard.wait()
-                finally:
-                    self._service.idle.discard(waiting)
-            if waiting.cancelled_caught:
-                self._lost = True
+            self._service.idles(self)
+            try:
+                await self._heard.wait()
+            finally:
+                self._service.busy(self)
+            self._lost = not self._said and not self._ended
         return bool(self._said)
+
+    def expire(self) -> None:
+        """It has waited for long enough."""
+        self._heard.wake()
 
     async def _part(self) -> None:
         """End the stream, and wait for the opener to, who may go on with it as long. What it says still goes nowhere."""
@@ -181,12 +217,7 @@ class _Conversation:
         service, door = self._service, self._service.door
         try:
             async with nullcontext() if door is None else door(self._stream.peer) as elsewhere:
-                try:
-                    with trio.fail_after(service.connect_limit):
-                        sock = await connect(*(elsewhere or service.address))
-                except (UnicodeError, trio.TooSlowError) as exc:
-                    raise OSError(str(exc)) from exc
-                with sock.socket:
+                with await connect(*(elsewhere or service.address), service.connect_limit) as sock:
                     try:
                         return await self._carry(sock)
                     except BaseException:
@@ -197,7 +228,7 @@ class _Conversation:
             self._lost = True
             return False
 
-    async def _carry(self, sock: trio.SocketStream) -> bool:
+    async def _carry(self, sock: trio.socket.SocketType) -> bool:
         framing = self._service.framing()
         self._sent = self._received = 0
         while said := self._said:
@@ -205,21 +236,19 @@ class _Conversation:
             self._taken.wake()
             self._received += len(said)
             framing.asked(said)
-            if rest := write_nowait(sock, said):
-                with suppress(trio.BrokenResourceError):  # as in `_pass_on`
-                    await sock.send_all(rest)
+            await _write(sock, said)
         self._sock, self._framing = sock, framing
-        tune_socket(sock.socket)
+        tune_socket(sock)
         if self._ended:
-            sock.socket.shutdown(socket.SHUT_WR)
-        readable = Readable(sock.socket.fileno())
+            sock.shutdown(socket.SHUT_WR)
+        readable = Readable(sock.fileno())
         over = ended = False
 
         def take() -> bool:
             """Send on what the service has said; see `Pull`."""
             nonlocal over, ended
             try:
-                data = os.read(sock.socket.fileno(), TAKE_BYTES)
+                data = os.read(sock.fileno(), TAKE_BYTES)
             except BlockingIOError:
                 return True
             if not data:
@@ -245,3 +274,10 @@ class _Conversation:
             self._sock = self._framing = None
             self._count(self._sent, self._received)
         return over
+
+
+async def _write(sock: trio.socket.SocketType, data: bytes | bytearray) -> None:
+    """Write all. A service that does not take it has ended, or will: it is heard of where its answer is read."""
+    if rest := write_nowait(sock, data):
+        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
+            await trio.SocketStream(sock).send_all(rest)

@@ -15,13 +15,14 @@ stream's business: they stay where they are.
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from enum import Enum, auto
 
 import trio
 
 from libmesh.errors import MeshError
-from libmesh.net.base import Stream, StreamReset
+from libmesh.net.base import Pieces, Sink, Stream, StreamReset
 from libmesh.net.journal import Lifeline
 
 PIECE_BYTES = 256 * 1024
@@ -76,6 +77,19 @@ class LastingStream(Stream):
 
     async def receive_some(self, max_bytes: int | None = None) -> bytes | bytearray:
         """See `trio.abc.ReceiveStream.receive_some`."""
+        return await self._receive(lambda stream: stream.receive_some(max_bytes))
+
+    async def receive_past(self, sink: Sink) -> bytes | bytearray:
+        """See `Stream`."""
+
+        def take(pieces: Pieces) -> int:
+            if taken := sink(pieces):
+                self._lifeline.took(taken)
+            return taken
+
+        return await self._receive(lambda stream: stream.receive_past(take))
+
+    async def _receive(self, receive: Callable[[Stream], Awaitable[bytes | bytearray]]) -> bytes | bytearray:
         with self._alone("receiving"):
             while True:
                 if self._lifeline.journal.received_end and not self._closed:
@@ -83,7 +97,7 @@ class LastingStream(Stream):
                     return b""
                 stream = self._stream
                 try:
-                    data = await stream.receive_some(max_bytes)
+                    data = await receive(stream)
                 except _BROKEN as exc:
                     if not await self._may_go_on(stream, _Phase.REPEATING):
                         raise self._error(exc) from None

@@ -277,10 +277,7 @@ async def expose(
         )
         with mesh.offer_raw(service, accepting(exchanges.serve, mesh.resumption), scope=scope):
             task_status.started()
-            try:
-                await trio.sleep_forever()
-            finally:
-                exchanges.withdraw()
+            await exchanges.run()
     idle: set[trio.CancelScope] = set()
 
     async def serve(stream: Stream, accept: Accept) -> None:
@@ -313,11 +310,10 @@ async def expose(
         first: bytes | bytearray = b"",
     ) -> None:
         try:
-            with trio.fail_after(OPEN_LIMIT):
-                sock = await connect(host, port)
-        except (OSError, UnicodeError, trio.TooSlowError) as exc:  # Unicode: what cannot be a host's name
+            sock = await connect(host, port, OPEN_LIMIT)
+        except OSError as exc:
             raise ServiceRefused(f"{host}:{port} does not answer: {exc}", reason="unavailable") from exc
-        with sock.socket:
+        with sock:
             rest = write_nowait(sock, first)  # before all else: whoever reads it begins to work
             lifeline = mesh.resumption.far(stream.peer, accept.session)
             count = mesh.tunnel_counter(stream.peer)
@@ -329,7 +325,7 @@ async def expose(
                 except BaseException:
                     reset_on_close(sock)
                     raise
-                await splice(stream, sock, lifeline, ended, first, rest, count)
+                await splice(stream, trio.SocketStream(sock), lifeline, ended, first, rest, count)
 
     try:
         with mesh.offer_raw(service, serve, scope=scope):
@@ -385,11 +381,11 @@ async def _carry(mesh: Mesh, peer: PeerId, service: str, sock: trio.SocketStream
             stream, lifeline = await mesh.open_tunnel(peer, service)
         except (MeshError, trio.BrokenResourceError) as exc:
             log.info("tunnel to %r: %s", service, exc)
-            reset_on_close(sock)
+            reset_on_close(sock.socket)
             return
         try:
             with lifeline or nullcontext():
                 await splice(stream, sock, lifeline, count=mesh.tunnel_counter(peer))
         except MeshError as exc:
             log.info("tunnel to %r: %s", service, exc)
-            reset_on_close(sock)
+            reset_on_close(sock.socket)

@@ -207,7 +207,7 @@ async def test_opener_that_is_gone_before_its_turn_is_never_served(asked: bytes)
         await stream.send_all(asked)
         await until(lambda: waiting == 1)
         await trio.testing.wait_all_tasks_blocked(0.05)
-        reset_on_close(stream)
+        reset_on_close(stream.socket)
         await stream.aclose()
         await until(lambda: not waiting)
         assert not service.asked
@@ -220,7 +220,7 @@ async def test_service_that_ends_in_the_middle_ends_the_stream_alike(resets: boo
         await stream.send_all(b"ha")
         if resets:
             await trio.sleep(0.05)  # a reset overtakes what was sent
-            reset_on_close(stream)
+            reset_on_close(stream.socket)
 
     async with exposed(half) as (stream, *_):
         await stream.send_all(b"?\n")

@@ -9,8 +9,7 @@ come by here; there are never more of them at the server than its slots and a fe
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager, suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from functools import partial
 
 import h11
@@ -57,40 +56,22 @@ class Door:
             self._refusals = listeners[0].socket.getsockname()[:2]
             task_status.started()
 
-    @asynccontextmanager
-    async def __call__(self, peer: PeerId) -> AsyncIterator[tuple[str, int] | None]:
+    def __call__(self, peer: PeerId) -> AbstractAsyncContextManager[tuple[str, int] | None]:
         """Wait for a turn of `peer`, and hold it until the end of the block."""
-        ticket = trio.Event()
-        try:
-            admitted = self.turns.ask(peer, ticket)
-        except LineFull as full:
-            log.debug("the peer %s asks %s for too much: %s", peer, self._name, full)
-            with self._refused(full.wait) as where:
-                yield where
-            return
-        _wake(admitted)
-        if not ticket.is_set():  # whose turn it is already does not lose one of the scheduler's
-            try:
-                await ticket.wait()
-            except BaseException:
-                _wake(self.turns.done(peer) if ticket.is_set() else self.turns.leave(peer, ticket))
-                raise
-        began = trio.current_time()
-        try:
-            yield None
-        finally:
-            _wake(self.turns.done(peer, trio.current_time() - began))
+        return _Place(self, peer)
 
-    @contextmanager
-    def _refused(self, wait: int) -> Iterator[tuple[str, int]]:
+    def refusing(self, peer: PeerId, full: LineFull) -> tuple[str, int]:
+        """Where a request of `peer` is refused with words. Raises `ServiceRefused`; else to be followed by `refused`."""
+        log.debug("the peer %s asks %s for too much: %s", peer, self._name, full)
         if self._refusals is None or self._refusing >= MAX_REFUSALS:
             raise ServiceRefused(f"too many requests for {self._name}", reason="busy")
-        self._wait = wait
+        self._wait = full.wait
         self._refusing += 1
-        try:
-            yield self._refusals
-        finally:
-            self._refusing -= 1
+        return self._refusals
+
+    def refused(self) -> None:
+        """One that was refused has ended."""
+        self._refusing -= 1
 
     async def _refuse(self, stream: trio.SocketStream) -> None:
         """Answer one request with 429, and take the rest of it, so that its sender reads the answer before the end."""
@@ -123,6 +104,36 @@ class Door:
             connection.send(h11.EndOfMessage()),
         )
         return b"".join(piece or b"" for piece in pieces)
+
+
+class _Place:
+    """What one request enters. No generator: it is on the way of each request, to which that adds a dozen calls."""
+
+    def __init__(self, door: Door, peer: PeerId) -> None:
+        self._door, self._peer = door, peer
+        self._began: float | None = None  # a place is held since then; without one, it was refused
+
+    async def __aenter__(self) -> tuple[str, int] | None:
+        turns, peer, ticket = self._door.turns, self._peer, trio.Event()
+        try:
+            admitted = turns.ask(peer, ticket)
+        except LineFull as full:
+            return self._door.refusing(peer, full)
+        _wake(admitted)
+        if not ticket.is_set():  # whose turn it is already does not lose one of the scheduler's
+            try:
+                await ticket.wait()
+            except BaseException:
+                _wake(turns.done(peer) if ticket.is_set() else turns.leave(peer, ticket))
+                raise
+        self._began = trio.current_time()
+        return None
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._began is None:
+            self._door.refused()
+        else:
+            _wake(self._door.turns.done(self._peer, trio.current_time() - self._began))
 
 
 def _wake(tickets: list[trio.Event]) -> None:

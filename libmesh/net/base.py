@@ -19,6 +19,11 @@ import trio
 from libmesh.errors import NetworkError
 from libmesh.peers import Path, PeerId, Reaching
 
+Pieces = list[bytes | memoryview]
+
+Sink = Callable[[Pieces], int]
+"""Takes bytes at once and says how many. Must not block, raise, call the stream, or keep a view."""
+
 
 class StreamReset(NetworkError, trio.BrokenResourceError):
     """A stream ended abruptly: the peer reset it, or its connection died. Never an end of file."""
@@ -56,6 +61,14 @@ class Stream(trio.abc.HalfCloseableStream):
         No checkpoint, so a loop over it must make its own now and then. An implementation may always say `None`.
         """
         return None
+
+    async def receive_past(self, sink: Sink) -> bytes | bytearray:
+        """Like `receive_some`, for what `sink` does not take.
+
+        What arrives while this waits is offered to it in the very call that received it, which spares a turn of the scheduler.
+        An implementation may never do so.
+        """
+        return await self.receive_some()
 
     def send_nowait(self, data: bytes | bytearray | memoryview) -> int:
         """Send what can be sent without waiting, and return how many bytes that was, possibly 0.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import trio
 
-from libmesh.net.base import StreamReset
+from libmesh.net.base import Pieces, Sink, StreamReset
 from libmesh.net.parking import Wakeup
 from libmesh.net.stock_face import StockFace
 
@@ -19,11 +18,6 @@ if TYPE_CHECKING:
 _JOIN_BELOW = 16 * 1024  # a chunk smaller than this is returned together with those behind it
 _JOIN_UP_TO = 64 * 1024
 _CRUMB_BYTES = 1024  # what waits is joined up to this: by itself, a byte takes fifty
-
-Pieces = list[bytes | memoryview]
-
-Sink = Callable[[Pieces], int]
-"""Takes bytes at once and says how many. Must not block, raise, call the stream, or keep a view."""
 
 
 class YamuxStream(StockFace):

@@ -31,8 +31,8 @@ from libmesh.core.yamux_frames import (
     Reset,
     Writable,
 )
-from libmesh.net.base import StreamReset
-from libmesh.net.muxed_stream import Pieces, YamuxStream
+from libmesh.net.base import Pieces, StreamReset
+from libmesh.net.muxed_stream import YamuxStream
 from libmesh.net.outbound import COMPANY_TIME, SYN_TIME, Outbound
 from libmesh.net.records import Channel, PlainChannel
 from libmesh.net.session import Session

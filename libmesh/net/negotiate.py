@@ -19,7 +19,7 @@ from libp2p.connection_types import ConnectionType
 from libp2p.stream_muxer.exceptions import MuxedConnUnavailable, MuxedStreamError
 
 from libmesh.errors import PeerUnreachable, ServiceRefused
-from libmesh.net.base import Stream, StreamReset
+from libmesh.net.base import Sink, Stream, StreamReset
 from libmesh.net.lines import (
     HEADER,
     HEADER_LINE,
@@ -29,7 +29,7 @@ from libmesh.net.lines import (
     encode_line,
     opening_of,
 )
-from libmesh.net.muxed_stream import Sink, YamuxStream
+from libmesh.net.muxed_stream import YamuxStream
 from libmesh.net.muxer import YamuxConnection
 from libmesh.net.stock import StockStream
 from libmesh.peers import PeerId
@@ -89,6 +89,16 @@ class Libp2pStream(Stream):
         if self._answers is not None and not self._check_answer(self._answers):
             return None
         return self._inner.receive_nowait(max_bytes)
+
+    async def receive_past(self, sink: Sink) -> bytes:
+        """See `Stream`."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if (data := self.receive_nowait()) is not None:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+        while data is None:
+            await self.wait_receivable(sink)
+            data = self.receive_nowait()
+        return data
 
     async def wait_receivable(self, sink: Sink | None = None) -> None:
         """Wait until `receive_nowait` may have something. To be called only right after it answered `None`.

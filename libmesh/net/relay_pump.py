@@ -15,7 +15,7 @@ import trio
 from libmesh.core.relay_desk import RelayLimits
 from libmesh.core.shares import Shares
 from libmesh.errors import ServiceRefused
-from libmesh.net.muxed_stream import Pieces
+from libmesh.net.base import Pieces
 from libmesh.net.negotiate import Libp2pStream
 from libmesh.net.parking import Wakeup
 from libmesh.peers import PeerId

@@ -21,9 +21,8 @@ from dataclasses import dataclass
 import trio
 
 from libmesh.errors import MeshError, ServiceRefused
-from libmesh.net.base import Stream, StreamReset
+from libmesh.net.base import Pieces, Stream, StreamReset
 from libmesh.net.journal import Journal, Lifeline
-from libmesh.net.muxed_stream import Pieces
 from libmesh.net.negotiate import Libp2pStream
 from libmesh.net.parking import Wakeup
 from libmesh.net.pipes import RECORDS_AT_ONCE, TAKE_BYTES, BufferPool, tune_socket
@@ -112,7 +111,7 @@ async def splice(
             pumps.stream.reset()
             # What came whole is not taken from a client that is slow to read it; who sends more hears of the reset.
             if not (pumps.received_all and _unsent(sock)):
-                reset_on_close(sock)
+                reset_on_close(sock.socket)
         sock.socket.close()
         if count is not None:
             count(pumps.bytes_sent, pumps.bytes_received)
@@ -368,12 +367,12 @@ class _Pumps:
                 self._unwritten = bytes(view[written:]) if written < len(data) else b""
 
 
-def write_nowait(sock: trio.SocketStream, data: bytes | bytearray) -> bytes | bytearray:
+def write_nowait(sock: trio.socket.SocketType, data: bytes | bytearray) -> bytes | bytearray:
     """Write what the socket takes at once; return the rest. An error is left to `splice`, which meets it next."""
     if not data:
         return data
     try:
-        return data[os.write(sock.socket.fileno(), data) :]
+        return data[os.write(sock.fileno(), data) :]
     except OSError:
         return data
 
@@ -390,7 +389,7 @@ def _unsent(sock: trio.SocketStream) -> int:
     return count[0]
 
 
-def reset_on_close(sock: trio.SocketStream) -> None:
+def reset_on_close(sock: trio.socket.SocketType) -> None:
     """Make the coming close a reset, so that the other side does not take it for an end of file."""
     # lint: the socket may be closed already, and then there is nobody left to tell
     try:

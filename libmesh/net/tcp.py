@@ -14,6 +14,7 @@ import os
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from functools import lru_cache
 
 import psutil
 import trio
@@ -200,32 +201,49 @@ async def dial_from(port: int, address: str) -> trio.SocketStream:
     return stream
 
 
-async def connect(host: str, port: int) -> trio.SocketStream:
-    """Connect to what listens at an address nearby. Raises `OSError`; for names also what resolving them raises.
+async def connect(host: str, port: int, limit: float) -> trio.socket.SocketType:
+    """Connect to what listens at an address nearby. Raises `OSError`, also if nobody accepts within `limit` seconds.
 
     For an IP address this makes one attempt, in the calling task: `trio.open_tcp_stream` takes two tasks and four turns
     of the scheduler even where there is nothing to choose, a tenth of what carrying a short connection costs. On loopback it
-    has connected when the first call returns, so there may be no checkpoint.
+    has connected when the first call returns, so there may be no checkpoint. The caller closes the socket, of which no
+    option is set.
     """
+    family = _family(host)
     try:
-        family = socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
-    except ValueError:
-        return await trio.open_tcp_stream(host, port)
-    sock = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        sock.setblocking(False)
-        error = sock.connect_ex((host, port))
-        if error in _CONNECTING:
-            error = sock.connect_ex((host, port))  # says whether it is done already
-        while error in _CONNECTING:
-            await trio.lowlevel.wait_writable(sock)
+        if family is None:
+            with trio.fail_after(limit):
+                return (await trio.open_tcp_stream(host, port)).socket
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
             error = sock.connect_ex((host, port))
-        if error not in (0, errno.EISCONN):
-            raise OSError(error, os.strerror(error))
-        return trio.SocketStream(trio.socket.from_stdlib_socket(sock))
-    except BaseException:
-        sock.close()
-        raise
+            if error in _CONNECTING:
+                error = sock.connect_ex((host, port))  # says whether it is done already
+            if error in _CONNECTING:
+                with trio.fail_after(limit):
+                    while error in _CONNECTING:
+                        await trio.lowlevel.wait_writable(sock)
+                        error = sock.connect_ex((host, port))
+            if error not in (0, errno.EISCONN):
+                raise OSError(error, os.strerror(error))
+            return trio.socket.from_stdlib_socket(sock)
+        except BaseException:
+            sock.close()
+            raise
+    except trio.TooSlowError:
+        raise TimeoutError(f"it accepts no connection within {limit:g} s") from None
+    except UnicodeError as exc:
+        raise OSError(f"{host!r} cannot be the name of a host: {exc}") from exc
+
+
+@lru_cache(maxsize=64)
+def _family(host: str) -> socket.AddressFamily | None:
+    """Of an IP address; `None` for a name. Remembered, as there are few: what is behind the services of this process."""
+    try:
+        return socket.AF_INET6 if ipaddress.ip_address(host).version == 6 else socket.AF_INET
+    except ValueError:
+        return None
 
 
 def remote_address(stream: trio.SocketStream) -> str:

@@ -250,7 +250,7 @@ async def test_a_pump_that_waits_with_little_holds_no_more_than_that(monkeypatch
 async def test_what_was_written_in_advance_is_counted_and_not_written_again() -> None:
     async with muxed_pair() as (a, _b):
         server, exit_ = await socket_pair()
-        rest = write_nowait(exit_, b"question")
+        rest = write_nowait(exit_.socket, b"question")
         assert not rest
         scope, counted = trio.CancelScope(), list[tuple[int, int]]()
         async with server, trio.open_nursery() as nursery:
@@ -275,11 +275,11 @@ async def test_what_cannot_be_written_in_advance_is_left(end: str) -> None:
     data = b"x" * 1_000_000
     async with exit_, server:
         if end == "full":
-            while (rest := write_nowait(exit_, data)) != data:
+            while (rest := write_nowait(exit_.socket, data)) != data:
                 assert data.endswith(rest)
         else:
             await exit_.send_eof()
-        assert write_nowait(exit_, data) == data
+        assert write_nowait(exit_.socket, data) == data
 
 
 async def test_a_refused_service_resets_the_socket_and_is_told() -> None:

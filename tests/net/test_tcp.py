@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from contextlib import AsyncExitStack
+from contextlib import ExitStack
 
 import pytest
 import trio
@@ -268,12 +268,12 @@ async def test_a_process_out_of_files_accepts_again_when_it_can(
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost"])
 async def test_what_listens_nearby_is_connected_to(host: str) -> None:
     family = socket.AF_INET6 if host == "::1" else socket.AF_INET
-    with socket.create_server((host, 0), family=family) as server:
-        async with await tcp.connect(host, server.getsockname()[1]) as stream:
-            accepted, _ = server.accept()
-            with accepted:
-                await stream.send_all(b"x")
-                assert accepted.recv(10) == b"x"
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server((host, 0), family=family))
+        connected = stack.enter_context(await tcp.connect(host, server.getsockname()[1], 5))
+        accepted = stack.enter_context(server.accept()[0])
+        await connected.send(b"x")
+        assert accepted.recv(10) == b"x"
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
@@ -281,13 +281,29 @@ async def test_a_port_that_nobody_listens_on_is_an_error(host: str) -> None:
     with socket.create_server((host, 0)) as server:
         port = server.getsockname()[1]
     with pytest.raises(OSError, match=r"[Rr]efused|failed"):
-        await tcp.connect(host, port)
+        await tcp.connect(host, port, 5)
 
 
 async def test_a_connection_that_nobody_accepts_can_be_cancelled_and_leaves_no_socket() -> None:
-    async with AsyncExitStack() as stack:
+    with ExitStack() as stack:
         server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
         with trio.move_on_after(0.2) as scope:
             for _ in range(16):  # more than wait to be accepted
-                await stack.enter_async_context(await tcp.connect("127.0.0.1", server.getsockname()[1]))
+                stack.enter_context(await tcp.connect("127.0.0.1", server.getsockname()[1], 60))
         assert scope.cancelled_caught
+
+
+async def test_a_connection_that_nobody_accepts_in_time_is_an_error() -> None:
+    async def connect_often(port: int) -> None:
+        for _ in range(16):  # more than wait to be accepted
+            stack.enter_context(await tcp.connect("127.0.0.1", port, 0.2))
+
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0))
+        with pytest.raises(TimeoutError, match=r"no connection within 0\.2 s"):
+            await connect_often(server.getsockname()[1])
+
+
+async def test_what_cannot_be_the_name_of_a_host_is_an_error() -> None:
+    with pytest.raises(OSError, match="cannot be the name of a host"):
+        await tcp.connect("a" * 64 + ".example", 9, 5)
