@@ -96,11 +96,15 @@ class Turns(Generic[T]):
     def _next(self) -> list[T]:
         found: list[T] = []
         while self._lines:
-            share, is_full = self._share(), self.held >= self.places
-            able = [peer for peer in self._lines if not is_full or self._held[peer] < share]
+            able = list(self._lines)
+            if self.held >= self.places:
+                share = self._share()
+                able = [peer for peer in able if self._held[peer] < share]
             if not able:
                 break
-            peer = min(able, key=lambda peer: (self._held[peer], self._served.get(peer, 0)))
+            peer = able[0]
+            if len(able) > 1:
+                peer = min(able, key=lambda peer: (self._held[peer], self._served.get(peer, 0)))
             found.append(self._lines[peer].popleft())
             if not self._lines[peer]:
                 del self._lines[peer]

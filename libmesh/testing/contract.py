@@ -26,6 +26,7 @@ from libmesh.net.base import (
     PathChanged,
     PeerConnected,
     PeerDisconnected,
+    Pieces,
     Stream,
     StreamReset,
 )
@@ -142,6 +143,30 @@ async def what_arrived_before_a_reset_is_delivered(bench: Bench) -> None:
             got += data
     assert got == b"x" * 999
     await expect_reset(far)
+
+
+@_rule
+async def what_a_sink_leaves_is_received(bench: Bench) -> None:
+    """With `receive_past` nothing is lost, doubled or moved, however much the sink takes, nor by a cancelled call."""
+    near, far = await bench.open()
+    lots = random.Random(bench.seed)
+    data, got = lots.randbytes(2_000_000), bytearray()
+
+    def take_some(pieces: Pieces) -> int:
+        whole = b"".join(pieces)
+        count = lots.choice((0, len(whole) // 2, len(whole)))
+        got.extend(whole[:count])
+        return count
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send_and_finish, near, data)
+        received: bytes | bytearray | None = None
+        while received != b"":
+            received = None
+            with trio.move_on_after(lots.choice((0, 0.001, 1))):
+                received = await far.receive_past(take_some)
+            got += received or b""
+    assert got == data
 
 
 @_rule

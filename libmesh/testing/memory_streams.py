@@ -7,7 +7,7 @@ from collections import deque
 import trio
 
 from libmesh.errors import ServiceRefused
-from libmesh.net.base import Stream, StreamReset
+from libmesh.net.base import Sink, Stream, StreamReset
 from libmesh.peers import PeerId
 
 WINDOW = 64 * 1024
@@ -129,6 +129,14 @@ class MemoryStream(Stream):
                 await pipe.changed.wait()
         finally:
             self._receiving = False
+
+    async def receive_past(self, sink: Sink) -> bytes:
+        """See `Stream.receive_past`."""
+        while data := await self.receive_some():
+            taken = sink([data])
+            if taken < len(data):
+                return data[taken:]
+        return b""
 
     def _take(self, max_bytes: int | None) -> bytes:
         pipe = self._incoming

@@ -9,7 +9,10 @@ from contextlib import asynccontextmanager
 import aiohttp
 import pytest
 from libmesh_node.http import connections
-from libmesh_node.http.connections import READY, Loopback
+from libmesh_node.http.connections import READY, Pool
+from libmesh_node.http.single import ask as ask_once
+from libmesh_node.http.single import encode_post
+from yarl import URL
 
 
 class Port:
@@ -33,18 +36,24 @@ class Port:
 
 
 @asynccontextmanager
-async def port_and_connections() -> AsyncIterator[tuple[Port, Loopback, Callable[[], Awaitable[str]]]]:
+async def port_and_connections() -> AsyncIterator[tuple[Port, Pool, Callable[[], Awaitable[str]]]]:
     """A port, connections to it, and a request over them."""
     port = Port()
     server = await asyncio.start_server(port.take, "127.0.0.1", 0)
     number = server.sockets[0].getsockname()[1]
     port.url = f"http://127.0.0.1:{number}"
-    pool = Loopback()
-    async with server, aiohttp.ClientSession(connector=pool) as session:
+    pool = Pool()
+    async with server:
 
         async def ask() -> str:
-            async with asyncio.timeout(60), session.get(port.url + "/x") as answer:
-                return await answer.text()
+            url, request = URL(port.url), encode_post("host", "/x", {}, b"")
+            assert request is not None
+            async with asyncio.timeout(60):
+                answer = await ask_once(await pool.take("127.0.0.1", url.port or 0), request, 1 << 18)
+                try:
+                    return (await answer.read()).decode()
+                finally:
+                    answer.close()
 
         yield port, pool, ask
         pool.forget(())

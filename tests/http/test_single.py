@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
@@ -10,7 +11,7 @@ from functools import partial
 import aiohttp
 import pytest
 from libmesh_node.http import single
-from libmesh_node.http.connections import Loopback
+from libmesh_node.http.connections import Connection, Pool
 from libmesh_node.http.single import SingleAnswer, ask, encode_post
 
 POST = encode_post("host", "/v1/x", {"Accept": "*/*"}, b"body")
@@ -52,25 +53,24 @@ class Port:
 @asynccontextmanager
 async def connections(
     said: bytes, *, closes: bool = False, times: int = 1, later: bytes = b""
-) -> AsyncIterator[tuple[Port, Loopback, int]]:
+) -> AsyncIterator[tuple[Port, Pool, int]]:
     port = Port(said, closes=closes, times=times, later=later)
     server = await asyncio.start_server(port.take, "127.0.0.1", 0)
-    pool = Loopback()
+    pool = Pool()
     async with server, asyncio.timeout(60):
         yield port, pool, server.sockets[0].getsockname()[1]
         pool.forget(())
-        await pool.close()
         await asyncio.sleep(0.01)  # transports close in a turn of the loop
         while port.open:  # noqa: ASYNC110 - sockets tell nobody
             await asyncio.sleep(0.01)
 
 
-async def asked(pool: Loopback, port: int) -> SingleAnswer:
+async def asked(pool: Pool, port: int) -> SingleAnswer:
     assert POST is not None
     return await ask(await pool.take("127.0.0.1", port), POST, 1 << 18)
 
 
-async def asked_again_and_again(pool: Loopback, port: int) -> SingleAnswer:
+async def asked_again_and_again(pool: Pool, port: int) -> SingleAnswer:
     """With a connection that another request may have after this."""
     assert POST is not None
     connection = await pool.take("127.0.0.1", port)
@@ -302,3 +302,194 @@ def test_header_that_would_be_more_than_one_is_not_sent(value: str) -> None:
 def test_bytes_that_are_no_text_travel_in_headers_as_they_came() -> None:
     told = b"caf\xe9 \xc3\xa9".decode(errors="surrogateescape")
     assert b"User-Agent: caf\xe9 \xc3\xa9\r\n" in (encode_post("host", "/", {"User-Agent": told}, b"") or b"")
+
+
+# ── what comes ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Raw(asyncio.Transport):
+    """Keeps what is done to it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.closing, self.done = False, list[str]()
+
+    def write(self, data: bytes | bytearray | memoryview) -> None:
+        self.done.append("write")
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def close(self) -> None:
+        self.closing = True
+
+    def abort(self) -> None:
+        self.closing = True
+        self.done.append("abort")
+
+    def get_extra_info(self, name: str, default: object = None) -> socket.socket:
+        with socket.socket() as closed:
+            return closed
+
+    def pause_reading(self) -> None:
+        self.done.append("pause")
+
+    def resume_reading(self) -> None:
+        self.done.append("resume")
+
+
+@asynccontextmanager
+async def fed(
+    *pieces: bytes, buffer: int = 1 << 18, back: list[Connection] | None = None
+) -> AsyncIterator[tuple[SingleAnswer, Connection, Raw]]:
+    """The answer that `pieces` are, one after the other."""
+    connection, transport = Connection(), Raw()
+    connection.connection_made(transport)
+    assert POST is not None
+    asking = asyncio.create_task(
+        ask(connection, POST, buffer, None if back is None else back.append, lambda answer: answer.status)
+    )
+    await asyncio.sleep(0)
+    for piece in pieces:
+        connection.data_received(piece)
+    async with asyncio.timeout(5):
+        answer = await asking
+        try:
+            yield answer, connection, transport
+        finally:
+            answer.close()
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_answer_is_the_same_however_its_bytes_arrive(size: int) -> None:
+    said = (
+        b"HTTP/1.1 103 Hm\r\nX: 0\r\n\r\n"
+        + STREAM.replace(b"Fine", b"Fi ne")
+        + b"3\r\n!!!\r\n0\r\nX: 1\r\n\r\n"
+    )
+
+    async def main() -> None:
+        back: list[Connection] = []
+        pieces = [said[start : start + size] for start in range(0, len(said), size)]
+        async with fed(*pieces, back=back) as (answer, connection, _):
+            assert (answer.status, answer.reason) == (200, "Fi ne")
+            assert list(answer.headers.items()) == [("Transfer-Encoding", "chunked")]
+            assert await answer.read() == b"ok!!!"
+            assert answer.at_eof()
+            assert await answer.readany() == b""
+        assert back == [connection]
+
+    asyncio.run(main())
+
+
+def test_answer_without_a_length_ends_with_its_connection() -> None:
+    async def main() -> None:
+        back: list[Connection] = []
+        async with fed(b"HTTP/1.1 200 OK\r\n\r\nhalf", back=back) as (answer, connection, _):
+            assert await answer.readany() == b"half"
+            assert not answer.at_eof()
+            connection.data_received(b" and whole")
+            connection.connection_lost(None)
+            assert await answer.read() == b" and whole"
+        assert not back
+
+    asyncio.run(main())
+
+
+def test_answer_without_a_length_whose_connection_breaks_is_not_whole() -> None:
+    async def main() -> None:
+        async with fed(b"HTTP/1.1 200 OK\r\n\r\nhalf") as (answer, connection, _):
+            connection.connection_lost(ConnectionResetError(104, "reset"))
+            assert await answer.readany() == b"half"  # what came before is not lost
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await answer.readany()
+
+    asyncio.run(main())
+
+
+def test_answer_that_is_not_read_stops_its_server_and_reading_lets_it_go_on() -> None:
+    async def main() -> None:
+        long = b"HTTP/1.1 200 OK\r\nContent-Length: 30\r\n\r\n" + b"a" * 11
+        async with fed(long, buffer=10) as (answer, connection, transport):
+            connection.data_received(b"a" * 5)
+            assert transport.done == ["write", "pause"]
+            assert await answer.readany() == b"a" * 16
+            assert transport.done == ["write", "pause", "resume"]
+
+    asyncio.run(main())
+
+
+def test_second_answer_that_nobody_asked_for_is_no_part_of_the_first_and_spoils_the_connection() -> None:
+    async def main() -> None:
+        back: list[Connection] = []
+        async with fed(HEAD + b"\r\nok" + HEAD + b"\r\nno", back=back) as (answer, connection, _):
+            assert (await answer.read(), answer.reason) == (b"ok", "Fine")
+            assert connection.spoiled
+        assert not back
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"HTTP/1.1 200 OK\r\n" + b"X: 1\r\n" * 20_000,
+        b"HTTP/1.1 200 OK\r\nX: " + b"1" * 100_000,
+        b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\nhello",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nabc",
+    ],
+)
+def test_head_that_is_none_fails_the_request_and_resets_the_connection(said: bytes) -> None:
+    async def main() -> None:
+        pieces = [said[start : start + 4096] for start in range(0, len(said), 4096)]
+        with pytest.raises(aiohttp.ClientPayloadError):
+            async with fed(*pieces):
+                pass
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("endless", [b"0\r\n" + b"X: 1\r\n" * 20_000, b"2;" + b"x" * 100_000])
+def test_framing_without_end_breaks_the_answer(endless: bytes) -> None:
+    async def main() -> None:
+        async with fed(STREAM) as (answer, connection, _):
+            for start in range(0, len(endless), 4096):
+                connection.data_received(endless[start : start + 4096])
+            assert await answer.readany() == b"ok"
+            with pytest.raises(aiohttp.ClientPayloadError):
+                await answer.readany()
+
+    asyncio.run(main())
+
+
+def test_failure_of_who_hears_of_the_head_fails_the_request() -> None:
+    async def main() -> None:
+        connection, transport = Connection(), Raw()
+        connection.connection_made(transport)
+        assert POST is not None
+        asking = asyncio.create_task(ask(connection, POST, 10, None, lambda _: 1 // 0))
+        await asyncio.sleep(0)
+        connection.data_received(HEAD + b"\r\n")
+        with pytest.raises(ZeroDivisionError):
+            await asking
+        assert transport.done == ["write", "abort"]
+
+    asyncio.run(main())
+
+
+def test_who_waits_for_more_hears_of_a_failure_and_may_give_up() -> None:
+    async def main() -> None:
+        async with fed(STREAM) as (answer, _, _):
+            assert await answer.readany() == b"ok"
+            waiting = asyncio.create_task(answer.readany())
+            await asyncio.sleep(0)
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+            waiting = asyncio.create_task(answer.readany())
+            await asyncio.sleep(0)
+            answer.set_exception(TimeoutError("nothing came"))
+            with pytest.raises(TimeoutError, match="nothing came"):
+                await waiting
+
+    asyncio.run(main())

@@ -12,10 +12,11 @@ import logging
 import socket
 import struct
 from collections import deque
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import AsyncIterator, Collection
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -42,28 +43,78 @@ def cut(transport: asyncio.Transport) -> None:
     transport.abort()
 
 
-class Connection(ResponseHandler):
+class Reader(Protocol):
+    """Takes what a connection brings after a request."""
+
+    def feed(self, data: bytes) -> None:
+        """More bytes came."""
+
+    def lost(self, exc: Exception | None) -> None:
+        """The connection is over; `exc` as `asyncio` tells it."""
+
+
+class Connection(asyncio.Protocol):
     """To a server.
 
     Attributes:
+        transport: while it stands.
+        answer: of the request under way.
         used: it has served a request already, so its other end may have given it up.
+        spoiled: something came that nobody asked for, or that nobody understands.
         server: stands for the server that it leads to. Ports are used again.
     """
 
-    used = False
-    server: object = None
+    def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
+        self.answer: Reader | None = None
+        self.used = self.spoiled = False
+        self.server: object = None
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether a request can be sent."""
+        return self.transport is not None and not self.transport.is_closing() and not self.spoiled
+
+    def send(self, request: bytes, answer: Reader) -> None:
+        """Send all of `request`, of which there is no more than fits into memory. Raises `aiohttp.ServerDisconnectedError`."""
+        if self.transport is None or not self.is_usable:
+            raise aiohttp.ServerDisconnectedError
+        self.answer = answer
+        self.transport.write(request)
+
+    def close(self) -> None:
+        """Once what was sent has left. Harmless to repeat."""
+        if self.transport is not None:
+            self.transport.close()
 
     def cut(self) -> None:
         """Close it as one that failed, so that nobody serves what was asked on it: a mere end may follow any request."""
         if self.transport is not None:
             cut(self.transport)
 
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """See `asyncio.Protocol`."""
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        """See `asyncio.Protocol`."""
+        if self.answer is None:
+            self.spoiled = True
+        else:
+            self.answer.feed(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """See `asyncio.Protocol`."""
+        self.transport = None
+        if self.answer is not None:
+            self.answer.lost(exc)
+
 
 class Loopback(aiohttp.BaseConnector):
-    """Connections to `http://127.0.0.1:PORT`. To be made in a running loop.
+    """Connections of aiohttp's client to `http://127.0.0.1:PORT`, where there is no name to resolve. To be made in a running loop.
 
-    A connection that broke while it was ready is not given out; one that breaks in the very moment fails its request as
-    any does. As aiohttp's own connectors are, it is an override of `_create_connection`.
+    As aiohttp's own connectors are, it is an override of `_create_connection`.
     """
 
     def __init__(self, *, keep: float | None = None) -> None:
@@ -72,6 +123,24 @@ class Loopback(aiohttp.BaseConnector):
             super().__init__(limit=0, force_close=True)
         else:
             super().__init__(limit=0, keepalive_timeout=keep)
+
+    async def _create_connection(
+        self, req: ClientRequest, traces: list[aiohttp.tracing.Trace], timeout: aiohttp.ClientTimeout
+    ) -> ResponseHandler:
+        where = _address(req.url)
+        async with _in_time(where, timeout.sock_connect):
+            return (await self._loop.create_connection(partial(ResponseHandler, self._loop), *where))[1]
+
+
+class Pool:
+    """Connections to tunnels at `http://127.0.0.1:PORT`. To be made in a running loop.
+
+    A connection that broke while it was ready is not given out; one that breaks in the very moment fails its request as
+    any does.
+    """
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
         self._ready: dict[tuple[str, int], deque[_Ready]] = {}
         self._making: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._servers: dict[tuple[str, int], object] = {}
@@ -102,11 +171,6 @@ class Loopback(aiohttp.BaseConnector):
             one.expiry.cancel()
             one.connection.close()
 
-    async def _create_connection(
-        self, req: ClientRequest, traces: list[aiohttp.tracing.Trace], timeout: aiohttp.ClientTimeout
-    ) -> ResponseHandler:
-        return await self.take(*_address(req.url), timeout.sock_connect, used=False)
-
     async def take(
         self, host: str, port: int, limit: float | None = None, *, used: bool = True
     ) -> Connection:
@@ -121,14 +185,8 @@ class Loopback(aiohttp.BaseConnector):
                     ready.expiry.cancel()
                     self._ready[where].remove(ready)
                     return ready.connection
-        try:
-            async with asyncio.timeout(limit):
-                return await self._connect(where)
-        except TimeoutError:
-            raise
-        except OSError as exc:
-            key = ConnectionKey(host, port, False, True, None, None, None)
-            raise aiohttp.ClientConnectorError(key, exc) from exc
+        async with _in_time(where, limit):
+            return await self._connect(where)
 
     def back(self, host: str, port: int, connection: Connection) -> None:
         """Take back a connection to a tunnel on which an exchange is over, for the next one."""
@@ -143,7 +201,7 @@ class Loopback(aiohttp.BaseConnector):
         self._ready.setdefault(where, deque()).appendleft(_Ready(connection, expiry))
 
     async def _connect(self, where: tuple[str, int]) -> Connection:
-        _, connection = await self._loop.create_connection(partial(Connection, self._loop), *where)
+        _, connection = await self._loop.create_connection(Connection, *where)
         connection.server = self._servers.setdefault(where, object())
         return connection
 
@@ -163,9 +221,7 @@ class Loopback(aiohttp.BaseConnector):
     def _living(self, where: tuple[str, int]) -> int:
         """How many are ready at `where`. Those that broke are dropped, and those where something came that nobody asked for."""
         waiting = self._ready.get(where, ())
-        for one in [
-            one for one in waiting if not one.connection.is_connected() or one.connection.should_close
-        ]:
+        for one in [one for one in waiting if not one.connection.is_usable]:
             one.expiry.cancel()
             one.connection.close()
             self._ready[where].remove(one)
@@ -176,6 +232,18 @@ class Loopback(aiohttp.BaseConnector):
 class _Ready:
     connection: Connection
     expiry: asyncio.TimerHandle
+
+
+@asynccontextmanager
+async def _in_time(where: tuple[str, int], limit: float | None) -> AsyncIterator[None]:
+    """Connect to `where` within `limit` seconds. Raises aiohttp's errors."""
+    try:
+        async with asyncio.timeout(limit):
+            yield
+    except TimeoutError:
+        raise
+    except OSError as exc:
+        raise aiohttp.ClientConnectorError(ConnectionKey(*where, False, True, None, None, None), exc) from exc
 
 
 def _address(url: URL) -> tuple[str, int]:

@@ -17,7 +17,7 @@ from typing import Any
 
 from libmesh_node.http.plain import track
 from libmesh_node.http.retelling import Diverged
-from libmesh_node.http.sse import data_event, event_data
+from libmesh_node.http.sse import data_event, decode_json, event_data
 from libmesh_node.http.transcript import BrokenOff, KeptAnswer, Transcript
 
 Json = dict[str, Any]
@@ -93,7 +93,7 @@ class Replay(KeptAnswer):
             self.finished = True
             return event
         try:
-            value = json.loads(data)
+            value = decode_json(data)
             if not isinstance(value, dict):
                 raise TypeError
             if event.startswith(b"event: error") or ("error" in value and "choices" not in value):

@@ -1,18 +1,19 @@
-"""One request on a connection that it has to itself.
+"""One request on a connection that it has to itself, or has for the moment.
 
-What goes through the mesh goes this way (`connections.py`), and aiohttp's client, made for cookies, redirects, proxies and
-connections that are shared, takes longer for one request than all else that a node does about it. Of its parts these are here
-the connection, the parser and the reader; so what fails, fails with the same errors.
+What goes through the mesh goes this way (`connections.py`). aiohttp's client is made for cookies, redirects, proxies and
+connections that are shared, and takes longer for one request than all else that a node does about it. Its parser here is
+llhttp alone, which calls what is needed and nothing else; what fails, fails with aiohttp's errors.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable, Mapping
 
 import aiohttp
-from aiohttp.http_exceptions import HttpProcessingError
-from multidict import CIMultiDictProxy
+import httptools
+from multidict import CIMultiDict
 
 from libmesh_node.http.connections import Connection
 
@@ -21,26 +22,43 @@ Back = Callable[[Connection], None]
 END_LIMIT = 1.0
 """Seconds for the end of an answer of which nothing more is wanted."""
 
+MOST_FRAMING = 64 * 1024
+"""Bytes in a row that are no part of an answer's body: of its head, or of what HTTP puts around the pieces of a body."""
+
 
 class SingleAnswer:
     """The head of an answer, and its body as it comes: what `aiohttp.ClientResponse` has of the same names.
 
     Whoever has it must `close` it. If it has come whole, or what is left is only its end (`finish`), `back` is called, so that the
-    connection may serve another request; otherwise it is closed.
+    connection may serve another request; otherwise it is closed. `headed` is called with it once its head is there.
+
+    About `buffer` bytes of the body are read ahead.
     """
 
     def __init__(
         self,
         connection: Connection,
-        status: int,
-        reason: str | None,
-        headers: CIMultiDictProxy[str],
-        content: aiohttp.StreamReader,
+        buffer: int,
         back: Back | None,
+        headed: Callable[[SingleAnswer], object] | None,
     ) -> None:
-        self._connection, self._back = connection, back
-        self.status, self.reason, self.headers, self.content = status, reason, headers, content
-        self._finished = self._closed = False
+        self._connection, self._buffer, self._back, self._headed = connection, buffer, back, headed
+        self._parser = httptools.HttpResponseParser(self)
+        self._reason, self._head = b"", list[tuple[str, str]]()
+        self._pieces, self._size = deque[bytes](), 0
+        self._framing = 0  # bytes since the last of the body
+        self._until_end = False  # of the connection
+        self._paused = self._finished = self._closed = False
+        self._whole = False
+        self._may_follow = False  # another answer on the connection
+        self._failure: BaseException | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._limit: asyncio.TimerHandle | None = None
+        self.status = 0  # until its head is there
+        self.reason = ""
+        self.headers: CIMultiDict[str] = CIMultiDict()
+
+    # ── for whoever asked ────────────────────────────────────────────────────────────────────────────────────────
 
     @property
     def content_type(self) -> str:
@@ -53,9 +71,51 @@ class SingleAnswer:
         length = self.headers.get("Content-Length")
         return None if length is None else int(length)
 
+    @property
+    def content(self) -> SingleAnswer:
+        """What has `readany`, `at_eof` and `set_exception`."""
+        return self
+
     async def read(self) -> bytes:
-        """The whole body. Raises what `content` does."""
-        return await self.content.read()
+        """The whole body. Raises what `readany` does."""
+        pieces = []
+        while piece := await self.readany():
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    async def readany(self) -> bytes:
+        """More of the body; empty at its end. Raises `aiohttp.ClientError`. If cancelled, nothing is lost."""
+        await self.begun()
+        if not self._pieces:
+            return b""
+        data = self._pieces.popleft() if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        self._size = 0
+        if self._paused and self._connection.transport is not None:
+            self._paused = False
+            self._connection.transport.resume_reading()
+        return data
+
+    async def begun(self) -> None:
+        """Wait for its head, and then for more of its body, or its end. Raises what `readany` does."""
+        while not self._pieces and not self._whole:
+            if self._failure is not None:
+                raise self._failure
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+
+    def at_eof(self) -> bool:
+        """Whether all of it was read."""
+        return self._whole and not self._pieces
+
+    def set_exception(self, failure: BaseException) -> None:
+        """Have `readany` raise it."""
+        if self._failure is None and not self._whole:
+            self._failure = failure
+        self._wake()
 
     def finish(self) -> None:
         """Nothing more of it is wanted. Its end may still have to come, as it does of an event stream after the last event."""
@@ -66,15 +126,112 @@ class SingleAnswer:
         if self._closed:
             return
         self._closed = True
-        if self._back is not None and (self._finished or self.content.at_eof()):
-            limit = asyncio.get_running_loop().call_later(END_LIMIT, self._connection.close)
-            self.content.on_eof(lambda: self._give_back(limit))
-        else:
+        if self._back is None or not (self._finished or self.at_eof()):
             self._connection.close()
+        elif self._whole:
+            self._give_back()
+        else:
+            self._limit = asyncio.get_running_loop().call_later(END_LIMIT, self._connection.close)
 
-    def _give_back(self, limit: asyncio.TimerHandle) -> None:
-        limit.cancel()
-        if self._back is None or self._connection.should_close:
+    # ── for the connection ───────────────────────────────────────────────────────────────────────────────────────
+
+    def feed(self, data: bytes) -> None:
+        """More bytes came."""
+        self._framing += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._fail("it goes on with another protocol than HTTP")
+        except httptools.HttpParserError as exc:
+            self._fail(f"it does not speak HTTP: {exc}")
+        else:
+            if self._framing > MOST_FRAMING:
+                self._fail("it sends more around its answer than an answer needs")
+        if self.status and self._headed is not None:
+            headed, self._headed = self._headed, None
+            try:
+                headed(self)
+            except Exception as exc:  # noqa: BLE001 - it is raised where somebody waits for the answer
+                self.set_exception(exc)
+        if self._pieces or self._whole:
+            self._wake()
+        if self._whole and self._limit is not None:
+            self._give_back()
+
+    def lost(self, exc: Exception | None) -> None:
+        """The connection is over."""
+        if self._limit is not None:
+            self._limit.cancel()
+        if self.status and self._until_end and exc is None:
+            self._whole = True
+        elif self.status:
+            self.set_exception(aiohttp.ClientPayloadError("Response payload is not completed"))
+        elif isinstance(exc, OSError):
+            self.set_exception(aiohttp.ClientOSError(exc.errno, exc.strerror))
+        else:
+            self.set_exception(aiohttp.ServerDisconnectedError())
+        self._wake()
+
+    # ── for the parser ───────────────────────────────────────────────────────────────────────────────────────────
+
+    def on_message_begin(self) -> None:
+        """Of a second answer, nobody asked for it."""
+        if self._whole:
+            self._connection.spoiled = True
+
+    def on_status(self, reason: bytes) -> None:
+        """May come in pieces."""
+        self._reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """One at the end of the body is of no use."""
+        if not self.status:
+            self._head.append(
+                (name.decode("utf-8", "surrogateescape"), value.decode("utf-8", "surrogateescape"))
+            )
+
+    def on_headers_complete(self) -> None:
+        """After them comes the body, or the end, of an answer that is only a provisional one, too (RFC 9110, 15.2)."""
+        status = self._parser.get_status_code()
+        if self.status or 100 <= status <= 199:
+            self._reason, self._head = b"", []
+            return
+        self.status, self.reason = status, self._reason.decode("utf-8", "replace")
+        self.headers.extend(self._head)
+        self._until_end = "Content-Length" not in self.headers and "Transfer-Encoding" not in self.headers
+
+    def on_body(self, data: bytes) -> None:
+        """A piece of it."""
+        if self._whole or self._closed:
+            return
+        self._framing = 0
+        self._pieces.append(data)
+        self._size += len(data)
+        if self._size > self._buffer and not self._paused and self._connection.transport is not None:
+            self._paused = True
+            self._connection.transport.pause_reading()
+
+    def on_message_complete(self) -> None:
+        """The end of the answer, or of a provisional one."""
+        if self.status and not self._whole:
+            self._whole, self._may_follow = True, self._parser.should_keep_alive()
+
+    # ── inside ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _fail(self, why: str) -> None:
+        self._connection.spoiled = True
+        self.set_exception(aiohttp.ClientPayloadError(why))
+
+    def _give_back(self) -> None:
+        if self._limit is not None:
+            self._limit.cancel()
+            self._limit = None
+        self._connection.answer = None
+        if self._back is None or not self._connection.is_usable or not self._may_follow:
             self._connection.close()
         else:
             self._back(self._connection)
@@ -94,23 +251,23 @@ def encode_post(host: str, path: str, headers: Mapping[str, str], body: bytes) -
     return head.replace("\n", "\r\n").encode(errors="surrogateescape") + b"\r\n\r\n" + body
 
 
-async def ask(connection: Connection, request: bytes, buffer: int, back: Back | None = None) -> SingleAnswer:
-    """Send `request`, and wait for the head of the answer, of whose body about `buffer` bytes are read ahead.
+async def ask(
+    connection: Connection,
+    request: bytes,
+    buffer: int,
+    back: Back | None = None,
+    headed: Callable[[SingleAnswer], object] | None = None,
+) -> SingleAnswer:
+    """Send `request`, and wait for the first bytes of the answer's body, or for its end; `headed` is told of its head before.
 
-    `back` takes the connection when the exchange is over, for another one; without, it is closed. Takes over `connection` and closes it on error and if cancelled. Raises `aiohttp.ClientError` or `OSError`.
+    `back` takes the connection when the exchange is over, for another one; without, it is closed. Takes over `connection`, and
+    resets it on error and if cancelled. Raises `aiohttp.ClientError`, and what `headed` does.
     """
     try:
-        if connection.transport is None:
-            raise aiohttp.ServerDisconnectedError
-        connection.set_response_params(read_until_eof=True, auto_decompress=False, read_bufsize=buffer)
-        connection.transport.write(request)
-        while True:
-            try:
-                message, content = await connection.read()
-            except HttpProcessingError as exc:
-                raise aiohttp.ClientPayloadError(f"it does not speak HTTP: {exc.message}") from exc
-            if not 100 <= message.code <= 199 or message.code == 101:
-                return SingleAnswer(connection, message.code, message.reason, message.headers, content, back)
+        answer = SingleAnswer(connection, buffer, back, headed)
+        connection.send(request, answer)
+        await answer.begun()
     except BaseException:
         connection.cut()
         raise
+    return answer

@@ -15,14 +15,13 @@ answers with reasoning, whose marks' tokens are not told. Some of these can be g
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from libmesh_node.http.retelling import Diverged, Retelling
-from libmesh_node.http.sse import EventReader, encode_json, event_data
+from libmesh_node.http.sse import EventReader, decode_json, encode_json, event_data
 from libmesh_node.http.voices import Chunks, Voice
 
 Json = dict[str, Any]
@@ -236,7 +235,7 @@ class Transcript(KeptAnswer):
             self.finished = True
             return self._voice.end()
         try:
-            value = json.loads(data)
+            value = decode_json(data)
         except (ValueError, RecursionError):
             raise BrokenOff("it sent an event that is no JSON") from None
         if not isinstance(value, dict):

@@ -9,7 +9,7 @@ from functools import partial
 import aiohttp
 from yarl import URL
 
-from libmesh_node.http.connections import Loopback
+from libmesh_node.http.connections import Loopback, Pool
 from libmesh_node.http.single import SingleAnswer, ask, encode_post
 from libmesh_node.http.sse import MAX_EVENT, holds_event, skip_comments
 
@@ -60,14 +60,15 @@ class Upstream:
 
     Attributes:
         waiting: requests that have had no byte of an answer yet.
-        connections: those of which each request has one to itself, and `fresh` a client that has no others.
+        connections: to tunnels.
+        fresh: a client each of whose requests has a connection to itself.
         kept: a client whose connections serve one request after the other.
     """
 
     def __init__(self) -> None:
         self.kept = _new_session(Loopback(keep=IDLE_CONNECTION))
-        self.connections = Loopback()
-        self.fresh = _new_session(self.connections)
+        self.fresh = _new_session(Loopback())
+        self.connections = Pool()
         self.waiting = 0
 
     async def aclose(self) -> None:
@@ -102,11 +103,9 @@ class Upstream:
         """
         self.waiting += 1
         try:
-            answer = await self._ask(
-                method, url, headers, body, fresh=fresh or self.wants_own(body), tunnel=tunnel
-            )
+            own = fresh or self.wants_own(body)
+            answer = await self._ask(method, url, headers, body, fresh=own, tunnel=tunnel, headed=headed)
             try:
-                headed(answer)
                 if answer.content_length is not None and answer.content_length <= WHOLE_ANSWER:
                     return answer, await answer.read()
                 start = await answer.content.readany()
@@ -120,7 +119,15 @@ class Upstream:
             self.waiting -= 1
 
     async def _ask(
-        self, method: str, url: str, headers: Mapping[str, str], body: bytes, *, fresh: bool, tunnel: bool
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        *,
+        fresh: bool,
+        tunnel: bool,
+        headed: Callable[[Answer], object],
     ) -> Answer:
         if fresh and method == "POST" and len(body) <= _SLICE:
             where, _, path = url.removeprefix("http://").partition("/")
@@ -129,7 +136,7 @@ class Upstream:
                 connection = await self.connections.take(host, int(port), CONNECT_TIMEOUT, used=tunnel)
                 back = partial(self.connections.back, host, int(port)) if tunnel else None
                 try:
-                    return await ask(connection, request, _SLICE, back)
+                    return await ask(connection, request, _SLICE, back, headed)
                 except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as exc:
                     if not connection.used:
                         raise
@@ -141,9 +148,15 @@ class Upstream:
             headers["Content-Length"] = str(len(body))
             data = _slices(body)
         session = self.fresh if fresh else self.kept
-        return await session.request(
+        answer = await session.request(
             method, URL(url, encoded=True), data=data, headers=headers, allow_redirects=False
         )
+        try:
+            headed(answer)
+        except BaseException:
+            answer.close()
+            raise
+        return answer
 
 
 async def _first_event(answer: Answer, start: bytes) -> bytes:
