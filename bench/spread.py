@@ -3,7 +3,8 @@
     python bench/spread.py                64 parallel requests over two equal servers, then with one 4 times slower
 
 The servers are real, with one thread each. The slow one is stopped (SIGSTOP) three quarters of the time. What is ideal is
-what both answer when each is asked directly, at the same time. The peer program is nginx, over the same servers.
+what both answer when each is asked directly, at the same time. The peer program is nginx, over the same servers. All take turns
+several times, so that what else the machine does meets each of them alike.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ STEP = 0.02
 def main() -> None:
     """Measure with equal servers, and with one of them slower."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=15, help="of each measurement (default 15)")
+    parser.add_argument("--rounds", type=int, default=4, help="turns of each way (default 4)")
+    parser.add_argument("--seconds", type=float, default=10, help="of each turn (default 10)")
     parser.add_argument("--tokens", type=int, default=32, help="tokens per answer (default 32)")
     options = parser.parse_args()
     with ExitStack() as stack:
@@ -50,17 +52,22 @@ def main() -> None:
 
 async def measure(what: str, urls: list[str], fronts: dict[str, str], options: argparse.Namespace) -> None:
     """Print each front's rate against that of its servers, and the share of the first one."""
-    ideal, _ = await rate(urls, options)
-    for way, url in fronts.items():
-        got, nodes = await rate([url], options)
-        share = f"; the larger share {max(nodes.values()) / nodes.total():.0%}" if nodes else ""
+    done = {way: Counter[str]() for way in ("direct", *fronts)}
+    for _ in range(options.rounds):
+        for way in done:
+            done[way] += await answered(urls if way == "direct" else [fronts[way]], options)
+    seconds = options.rounds * options.seconds
+    ideal = done.pop("direct").total() / seconds
+    for way, nodes in done.items():
+        got = nodes.total() / seconds
+        share = f"; the larger share {max(nodes.values()) / nodes.total():.0%}" if "" not in nodes else ""
         print(
             f"{what}: {way} {got:.2f} requests/s of {ideal:.2f}, ratio {got / ideal:.2f}{share}", flush=True
         )
 
 
-async def rate(urls: list[str], options: argparse.Namespace) -> tuple[float, Counter[str]]:
-    """Answers per second with 64 requests under way, spread evenly over `urls`; and who gave them, if that is told."""
+async def answered(urls: list[str], options: argparse.Namespace) -> Counter[str]:
+    """Answers with 64 requests under way, spread evenly over `urls`, by who gave them; empty if that is not told."""
     done: Counter[str] = Counter()
     began = time.perf_counter()
 
@@ -77,9 +84,7 @@ async def rate(urls: list[str], options: argparse.Namespace) -> tuple[float, Cou
         async with asyncio.TaskGroup() as group:
             for number in range(LANES):
                 group.create_task(lane(clients[number % len(clients)], number))
-    total = done.total() / options.seconds
-    done.pop("", None)
-    return total, done
+    return done
 
 
 @contextmanager

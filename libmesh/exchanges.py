@@ -192,8 +192,9 @@ class _Conversation:
                 await self._heard.wait()
             finally:
                 self._service.busy(self)
-            self._lost = not self._said and not self._ended
-        return bool(self._said)
+            if not self._said and not self._ended:
+                self._lost = True
+        return bool(self._said) and not self._lost
 
     def expire(self) -> None:
         """It has waited for long enough."""
@@ -278,6 +279,7 @@ class _Conversation:
 
 async def _write(sock: trio.socket.SocketType, data: bytes | bytearray) -> None:
     """Write all. A service that does not take it has ended, or will: it is heard of where its answer is read."""
-    if rest := write_nowait(sock, data):
-        with suppress(trio.BrokenResourceError, trio.ClosedResourceError):
-            await trio.SocketStream(sock).send_all(rest)
+    with memoryview(write_nowait(sock, data)) as rest, suppress(OSError, trio.ClosedResourceError):
+        sent = 0
+        while sent < len(rest):
+            sent += await sock.send(rest[sent:])

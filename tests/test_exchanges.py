@@ -10,9 +10,11 @@ import pytest
 import trio
 import trio.testing
 
-from libmesh import Door, Mesh, ServiceRefused, expose, serve_tunnel, tunnel
-from libmesh.exchanges import HOLD_BYTES
+from libmesh import Door, Mesh, ServiceRefused, StreamReset, expose, serve_tunnel, tunnel
+from libmesh.exchanges import HOLD_BYTES, Exchanges
+from libmesh.net.base import Sink
 from libmesh.net.splice import reset_on_close
+from libmesh.testing.memory_streams import MemoryStream, Pipe
 from tests.test_tunnel import reset_is_seen, serve, two_meshes
 from tests.town import client_invite, settled, town
 
@@ -326,3 +328,36 @@ async def test_end_of_the_service_ends_idle_streams() -> None:
         await trio.testing.wait_all_tasks_blocked(0.05)
         scope.cancel()
         await reset_is_seen(stream)
+
+
+class LostAtOnce(MemoryStream):
+    """Is reset in the turn in which it was asked something."""
+
+    async def receive_past(self, sink: Sink) -> bytes:
+        await trio.testing.wait_all_tasks_blocked()
+        sink([b"?\n"])
+        raise StreamReset("the peer reset it")
+
+
+async def test_what_is_asked_on_a_stream_that_is_lost_in_the_same_turn_is_not_served() -> None:
+    service = Service()
+    with trio.fail_after(30):
+        async with trio.open_nursery() as nursery:
+            port = await serve(nursery, service.take)
+            exchanges = Exchanges(
+                "127.0.0.1",
+                port,
+                door=None,
+                framing=Lines,
+                counter=lambda _: lambda *_: None,
+                connect_limit=10,
+                idle_limit=10,
+            )
+            for _ in range(20):  # the order of tasks is drawn by lot
+                there, back = Pipe(), Pipe()
+                near = MemoryStream("far", "/lines", there, back)
+                await exchanges.serve(LostAtOnce("near", "/lines", back, there))
+                with pytest.raises(StreamReset):
+                    await near.receive_some()
+            assert not service.asked
+            nursery.cancel_scope.cancel()

@@ -105,6 +105,13 @@ class YamuxStream(StockFace):
                 raise TypeError(f"max_bytes must be an int, not {type(max_bytes).__name__}")
             if max_bytes < 1:
                 raise ValueError(f"max_bytes={max_bytes}: at least 1")
+        return await self._receive(max_bytes, None)
+
+    async def receive_past(self, sink: Sink) -> bytes:
+        """See `net.base.Stream.receive_past`."""
+        return await self._receive(None, sink)
+
+    async def _receive(self, max_bytes: int | None, sink: Sink | None) -> bytes:
         if self._receiving:
             raise trio.BusyResourceError("another task is receiving on this stream")
         await trio.lowlevel.checkpoint_if_cancelled()
@@ -113,7 +120,7 @@ class YamuxStream(StockFace):
             await trio.lowlevel.cancel_shielded_checkpoint()
             return data
         while data is None:
-            await self.wait_receivable()
+            await self.wait_receivable(sink)
             data = self.receive_nowait(max_bytes)
         return data
 

@@ -92,13 +92,11 @@ class Libp2pStream(Stream):
 
     async def receive_past(self, sink: Sink) -> bytes:
         """See `Stream`."""
-        await trio.lowlevel.checkpoint_if_cancelled()
-        if (data := self.receive_nowait()) is not None:
-            await trio.lowlevel.cancel_shielded_checkpoint()
-        while data is None:
-            await self.wait_receivable(sink)
-            data = self.receive_nowait()
-        return data
+        if self._answers is not None:
+            await self._await_answer(self._answers)
+        if isinstance(self._inner, YamuxStream):
+            return await self._inner.receive_past(sink)
+        return await self._inner.receive_some()
 
     async def wait_receivable(self, sink: Sink | None = None) -> None:
         """Wait until `receive_nowait` may have something. To be called only right after it answered `None`.

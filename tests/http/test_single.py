@@ -382,10 +382,11 @@ def test_answer_is_the_same_however_its_bytes_arrive(size: int) -> None:
     asyncio.run(main())
 
 
-def test_answer_without_a_length_ends_with_its_connection() -> None:
+@pytest.mark.parametrize("coding", [b"", b"Transfer-Encoding: chunked, gzip\r\n"])
+def test_answer_without_a_length_ends_with_its_connection(coding: bytes) -> None:
     async def main() -> None:
         back: list[Connection] = []
-        async with fed(b"HTTP/1.1 200 OK\r\n\r\nhalf", back=back) as (answer, connection, _):
+        async with fed(b"HTTP/1.1 200 OK\r\n" + coding + b"\r\nhalf", back=back) as (answer, connection, _):
             assert await answer.readany() == b"half"
             assert not answer.at_eof()
             connection.data_received(b" and whole")
@@ -424,7 +425,7 @@ def test_second_answer_that_nobody_asked_for_is_no_part_of_the_first_and_spoils_
         back: list[Connection] = []
         async with fed(HEAD + b"\r\nok" + HEAD + b"\r\nno", back=back) as (answer, connection, _):
             assert (await answer.read(), answer.reason) == (b"ok", "Fine")
-            assert connection.spoiled
+            assert not connection.is_usable
         assert not back
 
     asyncio.run(main())
@@ -437,6 +438,7 @@ def test_second_answer_that_nobody_asked_for_is_no_part_of_the_first_and_spoils_
         b"HTTP/1.1 200 OK\r\nX: " + b"1" * 100_000,
         b"HTTP/1.1 101 Switching Protocols\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\nhello",
         b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 3\r\n\r\nabc",
+        b"HTTP/1.1 000 Nothing\r\nContent-Length: 2\r\n\r\nok",
     ],
 )
 def test_head_that_is_none_fails_the_request_and_resets_the_connection(said: bytes) -> None:
@@ -462,14 +464,15 @@ def test_framing_without_end_breaks_the_answer(endless: bytes) -> None:
     asyncio.run(main())
 
 
-def test_failure_of_who_hears_of_the_head_fails_the_request() -> None:
+@pytest.mark.parametrize("body", [b"", b"o", b"ok"])
+def test_failure_of_who_hears_of_the_head_fails_the_request(body: bytes) -> None:
     async def main() -> None:
         connection, transport = Connection(), Raw()
         connection.connection_made(transport)
         assert POST is not None
         asking = asyncio.create_task(ask(connection, POST, 10, None, lambda _: 1 // 0))
         await asyncio.sleep(0)
-        connection.data_received(HEAD + b"\r\n")
+        connection.data_received(HEAD + b"\r\n" + body)
         with pytest.raises(ZeroDivisionError):
             await asking
         assert transport.done == ["write", "abort"]
@@ -491,5 +494,42 @@ def test_who_waits_for_more_hears_of_a_failure_and_may_give_up() -> None:
             answer.set_exception(TimeoutError("nothing came"))
             with pytest.raises(TimeoutError, match="nothing came"):
                 await waiting
+
+    asyncio.run(main())
+
+
+def test_connection_that_is_not_read_any_more_serves_no_other_request() -> None:
+    async def main() -> None:
+        back: list[Connection] = []
+        async with fed(STREAM, buffer=1, back=back) as (answer, connection, transport):
+            assert transport.done == ["write", "pause"]
+            answer.finish()
+            connection.data_received(b"0\r\n\r\n")
+        assert not back
+        assert transport.closing
+
+    asyncio.run(main())
+
+
+def test_body_of_which_nothing_more_is_wanted_is_not_kept() -> None:
+    async def main() -> None:
+        back: list[Connection] = []
+        async with fed(STREAM, buffer=10, back=back) as (answer, connection, transport):
+            assert await answer.readany() == b"ok"
+            answer.finish()
+            connection.data_received(b"40\r\n" + b"a" * 64 + b"\r\n0\r\n\r\n")
+            assert transport.done == ["write"]
+        assert back == [connection]
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("said", [STREAM + b"no length\r\n", STREAM + b"0\r\n\r\nmore"])
+def test_connection_that_brings_nonsense_is_read_no_more(said: bytes) -> None:
+    async def main() -> None:
+        async with fed(said) as (answer, connection, transport):
+            assert transport.closing
+            assert await answer.readany() == b"ok"
+            connection.connection_lost(None)
 
     asyncio.run(main())

@@ -12,11 +12,11 @@ import logging
 import socket
 import struct
 from collections import deque
-from collections.abc import AsyncIterator, Collection
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import aiohttp
 from aiohttp.client_proto import ResponseHandler
@@ -24,6 +24,8 @@ from aiohttp.client_reqrep import ClientRequest, ConnectionKey
 from yarl import URL
 
 log = logging.getLogger("libmesh_node.http")
+
+P = TypeVar("P", bound=asyncio.Protocol)
 
 READY = 2
 """Connections to one tunnel that are made in advance. A request that finds none ready makes its own."""
@@ -60,20 +62,19 @@ class Connection(asyncio.Protocol):
         transport: while it stands.
         answer: of the request under way.
         used: it has served a request already, so its other end may have given it up.
-        spoiled: something came that nobody asked for, or that nobody understands.
         server: stands for the server that it leads to. Ports are used again.
     """
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self.answer: Reader | None = None
-        self.used = self.spoiled = False
+        self.used = False
         self.server: object = None
 
     @property
     def is_usable(self) -> bool:
         """Whether a request can be sent."""
-        return self.transport is not None and not self.transport.is_closing() and not self.spoiled
+        return self.transport is not None and not self.transport.is_closing()
 
     def send(self, request: bytes, answer: Reader) -> None:
         """Send all of `request`, of which there is no more than fits into memory. Raises `aiohttp.ServerDisconnectedError`."""
@@ -100,7 +101,7 @@ class Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         if self.answer is None:
-            self.spoiled = True
+            self.close()  # nobody asked for it
         else:
             self.answer.feed(data)
 
@@ -127,13 +128,11 @@ class Loopback(aiohttp.BaseConnector):
     async def _create_connection(
         self, req: ClientRequest, traces: list[aiohttp.tracing.Trace], timeout: aiohttp.ClientTimeout
     ) -> ResponseHandler:
-        where = _address(req.url)
-        async with _in_time(where, timeout.sock_connect):
-            return (await self._loop.create_connection(partial(ResponseHandler, self._loop), *where))[1]
+        return await _connect(partial(ResponseHandler, self._loop), _address(req.url), timeout.sock_connect)
 
 
 class Pool:
-    """Connections to tunnels at `http://127.0.0.1:PORT`. To be made in a running loop.
+    """Connections to tunnels at `http://127.0.0.1:PORT`, for requests that are sent at once (`single.py`), not in slices.
 
     A connection that broke while it was ready is not given out; one that breaks in the very moment fails its request as
     any does.
@@ -185,8 +184,7 @@ class Pool:
                     ready.expiry.cancel()
                     self._ready[where].remove(ready)
                     return ready.connection
-        async with _in_time(where, limit):
-            return await self._connect(where)
+        return await self._connect(where, limit)
 
     def back(self, host: str, port: int, connection: Connection) -> None:
         """Take back a connection to a tunnel on which an exchange is over, for the next one."""
@@ -200,8 +198,8 @@ class Pool:
         expiry = self._loop.call_later(READY_FOR, self._expire, where, connection)
         self._ready.setdefault(where, deque()).appendleft(_Ready(connection, expiry))
 
-    async def _connect(self, where: tuple[str, int]) -> Connection:
-        _, connection = await self._loop.create_connection(Connection, *where)
+    async def _connect(self, where: tuple[str, int], limit: float | None = None) -> Connection:
+        connection = await _connect(Connection, where, limit)
         connection.server = self._servers.setdefault(where, object())
         return connection
 
@@ -210,7 +208,7 @@ class Pool:
         try:
             while self._living(where) < READY:
                 self._keep(where, await self._connect(where))
-        except OSError as exc:
+        except aiohttp.ClientError as exc:
             log.debug("no connection to port %d was made in advance: %s", where[1], exc)
 
     def _expire(self, where: tuple[str, int], connection: Connection) -> None:
@@ -234,12 +232,11 @@ class _Ready:
     expiry: asyncio.TimerHandle
 
 
-@asynccontextmanager
-async def _in_time(where: tuple[str, int], limit: float | None) -> AsyncIterator[None]:
-    """Connect to `where` within `limit` seconds. Raises aiohttp's errors."""
+async def _connect(factory: Callable[[], P], where: tuple[str, int], limit: float | None) -> P:
+    """A connection within `limit` seconds. Raises `aiohttp.ClientConnectorError` or `TimeoutError`."""
     try:
         async with asyncio.timeout(limit):
-            yield
+            return (await asyncio.get_running_loop().create_connection(factory, *where))[1]
     except TimeoutError:
         raise
     except OSError as exc:
