@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import trio
 import trio.testing
 
-from libmesh.net.base import Network, Stream, StreamReset
+from libmesh.net.base import Network, Pieces, Stream, StreamReset
 
 PROTOCOL = "/libmesh/contract/1.0.0"
 
@@ -161,6 +161,28 @@ async def transfer_until(sender: Stream, receiver: Stream, seed: int, stop: trio
         while data := await receiver.receive_some():
             got.update(data)
     assert sent.digest() == got.digest(), "bytes were lost, added or moved"
+
+
+async def transfer_past_a_sink(sender: Stream, receiver: Stream, seed: int) -> None:
+    """Send random bytes to a receiver with a sink that takes now much, now nothing, and whose calls are cancelled now and then."""
+    lots = random.Random(seed)
+    data, got = lots.randbytes(2_000_000), bytearray()
+
+    def take_some(pieces: Pieces) -> int:
+        whole = b"".join(pieces)
+        count = lots.choice((0, len(whole) // 2, len(whole)))
+        got.extend(whole[:count])
+        return count
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(send_and_finish, sender, data)
+        received: bytes | bytearray | None = None
+        while received != b"":
+            received = None
+            with trio.move_on_after(lots.choice((0, 0.001, 1))):
+                received = await receiver.receive_past(take_some)
+            got += received or b""
+    assert got == data, "bytes were lost, added or moved"
 
 
 async def still_works(bench: Bench) -> None:

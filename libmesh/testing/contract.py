@@ -26,7 +26,6 @@ from libmesh.net.base import (
     PathChanged,
     PeerConnected,
     PeerDisconnected,
-    Pieces,
     Stream,
     StreamReset,
 )
@@ -40,6 +39,7 @@ from libmesh.testing.bench import (
     send_and_finish,
     still_works,
     transfer,
+    transfer_past_a_sink,
     transfer_until,
     turns,
 )
@@ -148,25 +148,7 @@ async def what_arrived_before_a_reset_is_delivered(bench: Bench) -> None:
 @_rule
 async def what_a_sink_leaves_is_received(bench: Bench) -> None:
     """With `receive_past` nothing is lost, doubled or moved, however much the sink takes, nor by a cancelled call."""
-    near, far = await bench.open()
-    lots = random.Random(bench.seed)
-    data, got = lots.randbytes(2_000_000), bytearray()
-
-    def take_some(pieces: Pieces) -> int:
-        whole = b"".join(pieces)
-        count = lots.choice((0, len(whole) // 2, len(whole)))
-        got.extend(whole[:count])
-        return count
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(send_and_finish, near, data)
-        received: bytes | bytearray | None = None
-        while received != b"":
-            received = None
-            with trio.move_on_after(lots.choice((0, 0.001, 1))):
-                received = await far.receive_past(take_some)
-            got += received or b""
-    assert got == data
+    await transfer_past_a_sink(*await bench.open(), bench.seed)
 
 
 @_rule
