@@ -296,6 +296,7 @@ SOMETIMES = {
     "full_duplex_bulk_does_not_deadlock",
     "streams_do_not_mix",
     "closing_tells_a_blocked_writer",
+    "what_a_sink_leaves_is_received",
 }
 """What they keep in some runs and not in others: they deadlock, for ever if shielded, or a write gives up after five
 seconds."""
