@@ -67,7 +67,7 @@ async def measure(what: str, urls: list[str], fronts: dict[str, str], options: a
 
 
 async def answered(urls: list[str], options: argparse.Namespace) -> Counter[str]:
-    """Answers with 64 requests under way, spread evenly over `urls`, by who gave them; empty if that is not told."""
+    """Answers with 64 requests under way, spread evenly over `urls`, by the name of who gave them, which is empty if it is not told."""
     done: Counter[str] = Counter()
     began = time.perf_counter()
 

@@ -63,7 +63,7 @@ class Stream(trio.abc.HalfCloseableStream):
         return None
 
     async def receive_past(self, sink: Sink) -> bytes | bytearray:
-        """Like `receive_some`, for what `sink` does not take.
+        """Like `receive_some`, for what `sink` does not take, which is called with pieces of bytes and says how many it takes.
 
         What arrives while this waits is offered to it in the very call that received it, which spares a turn of the scheduler.
         An implementation may never do so.

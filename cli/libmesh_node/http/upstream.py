@@ -98,14 +98,20 @@ class Upstream:
         Of an event stream that is at least one whole event, so that a server which dies before has sent nothing. Comments
         are none: a server that hangs sends them, too.
 
-        With `fresh`, on a connection of its own; through a `tunnel` that may have served others before. `headed` is told of the answer when its head is there: for what can be done
-        until the first of its body comes. Raises one of `FAILURES`, and what `headed` does. The caller closes the answer.
+        With `fresh`, on a connection of its own; through a `tunnel` that may have served others before. `headed` is told of the
+        answer when its head is there: for what can be done until the first of its body comes. Raises one of `FAILURES`, and what `headed` does. The caller closes the answer.
         """
         self.waiting += 1
         try:
             own = fresh or self.wants_own(body)
-            answer = await self._ask(method, url, headers, body, fresh=own, tunnel=tunnel, headed=headed)
+            answer: Answer | None = None
+            if own and method == "POST" and len(body) <= _SLICE:
+                answer = await self._ask_alone(url, headers, body, tunnel, headed)
+            if answer is None:
+                answer = await self._ask(self.fresh if own else self.kept, method, url, headers, body)
             try:
+                if isinstance(answer, aiohttp.ClientResponse):
+                    headed(answer)
                 if answer.content_length is not None and answer.content_length <= WHOLE_ANSWER:
                     return answer, await answer.read()
                 start = await answer.content.readany()
@@ -118,45 +124,41 @@ class Upstream:
         finally:
             self.waiting -= 1
 
-    async def _ask(
+    async def _ask_alone(
         self,
-        method: str,
         url: str,
         headers: Mapping[str, str],
         body: bytes,
-        *,
-        fresh: bool,
         tunnel: bool,
         headed: Callable[[Answer], object],
-    ) -> Answer:
-        if fresh and method == "POST" and len(body) <= _SLICE:
-            where, _, path = url.removeprefix("http://").partition("/")
-            if (request := encode_post(where, f"/{path}", headers, body)) is not None:
-                host, _, port = where.rpartition(":")
-                connection = await self.connections.take(host, int(port), CONNECT_TIMEOUT, used=tunnel)
-                back = partial(self.connections.back, host, int(port)) if tunnel else None
-                try:
-                    return await ask(connection, request, _SLICE, back, headed)
-                except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as exc:
-                    if not connection.used:
-                        raise
-                    self.connections.drop(host, int(port))  # they may be no better
-                    raise Stale(str(exc)) from exc
+    ) -> SingleAnswer | None:
+        """`None`, and nothing was asked, for headers that would be more than that."""
+        where, _, path = url.removeprefix("http://").partition("/")
+        host, _, port = where.rpartition(":")
+        if (request := encode_post(where, f"/{path}", headers, body)) is None:
+            return None
+        connection = await self.connections.take(host, int(port), CONNECT_TIMEOUT, used=tunnel)
+        back = partial(self.connections.back, host, int(port)) if tunnel else None
+        try:
+            return await ask(connection, request, _SLICE, back, headed)
+        except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError) as exc:
+            if not connection.used:
+                raise
+            self.connections.drop(host, int(port))  # they may be no better
+            raise Stale(str(exc)) from exc
+
+    @staticmethod
+    async def _ask(
+        session: aiohttp.ClientSession, method: str, url: str, headers: Mapping[str, str], body: bytes
+    ) -> aiohttp.ClientResponse:
         headers = dict(headers)
         data: bytes | AsyncIterator[bytes] | None = body or None
         if len(body) > _SLICE:
             headers["Content-Length"] = str(len(body))
             data = _slices(body)
-        session = self.fresh if fresh else self.kept
-        answer = await session.request(
+        return await session.request(
             method, URL(url, encoded=True), data=data, headers=headers, allow_redirects=False
         )
-        try:
-            headed(answer)
-        except BaseException:
-            answer.close()
-            raise
-        return answer
 
 
 async def _first_event(answer: Answer, start: bytes) -> bytes:
