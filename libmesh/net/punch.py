@@ -19,10 +19,11 @@ import errno
 import ipaddress
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
+from math import inf
 
 import trio
 
@@ -70,12 +71,13 @@ _REPEATED = {errno.ECONNREFUSED, errno.ECONNRESET, errno.EADDRNOTAVAIL, errno.EA
 
 @dataclass(slots=True)
 class _Attempt:
-    """One attempt under way: where its connections come from, and where accepted ones are put."""
+    """One attempt under way: where its connections come from, and where accepted ones are put, and taken."""
 
     peer: PeerId
     initiator: bool
-    addresses: frozenset[str]
+    addresses: Sequence[str]
     accepted: trio.MemorySendChannel[trio.SocketStream]
+    taken: trio.MemoryReceiveChannel[trio.SocketStream]
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     left: int = 0  # dials that have not ended
     failures: dict[str, str] = field(default_factory=dict)
@@ -199,7 +201,8 @@ class Puncher:
                 await stream.send_all(wire.encode_punch(PunchNow()))
             await trio.sleep(min(round_trip / 2, DIAL_TIME / 2))
 
-        return await self._meet(peer, answer.addresses, initiator=False, begin=give_the_sign)
+        with self._attempt(peer, answer.addresses, initiator=False) as attempt:
+            return await self._meet(attempt, begin=give_the_sign)
 
     # ── the side that is asked ───────────────────────────────────────────────────────────────────────────────────
 
@@ -212,18 +215,23 @@ class Puncher:
             return
         answering = self._answering[peer] = _Answer()
         try:
-            with trio.fail_after(SYNC_LIMIT):
+            with trio.fail_after(SYNC_LIMIT) as syncing:
                 request = wire.decode_punch(await receive_frame(stream, wire.MAX_MESSAGE))
                 if not isinstance(request, PunchAddresses):
                     raise WireError("no addresses")
-                await stream.send_all(wire.encode_punch(PunchAddresses(self._own_addresses())))
-                if not isinstance(wire.decode_punch(await receive_frame(stream, wire.MAX_MESSAGE)), PunchNow):
-                    raise WireError("no sign to start")
-            try:
-                await self._meet(peer, request.addresses, initiator=True)
-            except NetworkError as exc:
-                answering.failure = str(exc)
-                raise
+                # The other side's dial may be here before its sign, which comes by another way.
+                with self._attempt(peer, request.addresses, initiator=True) as attempt:
+                    await stream.send_all(wire.encode_punch(PunchAddresses(self._own_addresses())))
+                    if not isinstance(
+                        wire.decode_punch(await receive_frame(stream, wire.MAX_MESSAGE)), PunchNow
+                    ):
+                        raise WireError("no sign to start")
+                    syncing.deadline = inf
+                    try:
+                        await self._meet(attempt)
+                    except NetworkError as exc:
+                        answering.failure = str(exc)
+                        raise
         except (WireError, NetworkError, trio.BrokenResourceError, trio.TooSlowError) as exc:
             log.debug("hole punch of %s: %s", peer, str(exc) or "too slow")
             stream.reset()
@@ -245,46 +253,46 @@ class Puncher:
     def _give_up(reason: str) -> Path:
         raise NetworkError(reason or "no address to punch to")
 
-    async def _meet(
-        self,
-        peer: PeerId,
-        addresses: Sequence[str],
-        *,
-        initiator: bool,
-        begin: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint,
-    ) -> Path:
-        """Dial all of `addresses` at once from our own port after `begin`, and take what our listener accepts from them."""
+    @contextmanager
+    def _attempt(self, peer: PeerId, addresses: Sequence[str], *, initiator: bool) -> Iterator[_Attempt]:
+        """What the listener accepts from `addresses` belongs to the attempt, until the end of the block."""
         targets = _dialable(addresses, self._underlay.addresses())
         if self._private_only:
             targets = tuple(address for address in targets if is_private(address))
-        if not targets:
-            raise NetworkError("the peer names no address that could be dialled")
         send, receive = trio.open_memory_channel[trio.SocketStream](len(targets))
-        attempt = _Attempt(peer, initiator, frozenset(targets), send)
+        attempt = _Attempt(peer, initiator, targets, send, receive)
         self._attempts.append(attempt)
         try:
-            with trio.move_on_after(DIAL_TIME):
-                async with trio.open_nursery() as nursery:
-                    attempt.scope = nursery.cancel_scope
-                    nursery.start_soon(self._take_accepted, attempt, receive, nursery)
-                    await begin()
-                    attempt.left = len(targets)
-                    for address in targets:
-                        nursery.start_soon(self._dial, attempt, address)
+            yield attempt
         finally:
             self._attempts.remove(attempt)
             send.close()
             for stream in _rest(receive):
                 stream.socket.close()
-        if (path := attempt.path or self._direct(peer)) is not None:
+
+    async def _meet(
+        self, attempt: _Attempt, begin: Callable[[], Awaitable[None]] = trio.lowlevel.checkpoint
+    ) -> Path:
+        """Dial all addresses at once from our own port after `begin`, and take what our listener accepts from them."""
+        if not attempt.addresses:
+            raise NetworkError("the peer names no address that could be dialled")
+        with trio.move_on_after(DIAL_TIME):
+            async with trio.open_nursery() as nursery:
+                attempt.scope = nursery.cancel_scope
+                nursery.start_soon(self._take_accepted, attempt, nursery)
+                await begin()
+                attempt.left = len(attempt.addresses)
+                for address in attempt.addresses:
+                    nursery.start_soon(self._dial, attempt, address)
+        if (path := attempt.path or self._direct(attempt.peer)) is not None:
             return path
-        reasons = (f"{address}: {attempt.failures.get(address, 'no answer')}" for address in targets)
+        reasons = (
+            f"{address}: {attempt.failures.get(address, 'no answer')}" for address in attempt.addresses
+        )
         raise NetworkError("; ".join(reasons))
 
-    async def _take_accepted(
-        self, attempt: _Attempt, accepted: trio.MemoryReceiveChannel[trio.SocketStream], nursery: trio.Nursery
-    ) -> None:
-        async for stream in accepted:
+    async def _take_accepted(self, attempt: _Attempt, nursery: trio.Nursery) -> None:
+        async for stream in attempt.taken:
             finish = partial(self._finish, starts=attempt.initiator)
             nursery.start_soon(finish, attempt, stream, tcp.remote_address(stream))
 

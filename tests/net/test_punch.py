@@ -47,6 +47,30 @@ async def test_either_side_may_ask_and_both_come_to_a_punched_path(asker: str) -
         await answers(nodes.source, nodes.target)
 
 
+async def test_a_dial_that_overtakes_the_sign_to_start_belongs_to_the_attempt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The sign takes another way, over the relay. Taken for any connection, the path would be direct here, punched there."""
+    async with relayed() as nodes:
+        dialled = trio.Event()
+        take, meet = nodes.source.puncher.take, nodes.source.puncher._meet
+
+        def tell(stream: trio.SocketStream) -> bool:
+            dialled.set()
+            return take(stream)
+
+        async def hear_the_sign_late(attempt: punch._Attempt) -> Path:
+            await dialled.wait()
+            return await meet(attempt)
+
+        await nodes.connect()
+        monkeypatch.setattr(nodes.source.puncher, "take", tell)
+        monkeypatch.setattr(nodes.source.puncher, "_meet", hear_the_sign_late)
+        assert (await nodes.target.punch(nodes.source.peer)).kind is PathKind.PUNCHED
+        await until(lambda: kind(nodes.source, nodes.target) is PathKind.PUNCHED)
+        await answers(nodes.source, nodes.target)
+
+
 async def test_holes_are_punched_over_ipv6_too() -> None:
     async with relayed(hosts=("::1",)) as nodes:
         await nodes.connect()
