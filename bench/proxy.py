@@ -1,6 +1,7 @@
 """What the API costs: through a node's API against the same llama-server asked directly, interleaved in one run.
 
     python bench/proxy.py                 through two real nodes: the API of a client node, the models on the other
+    python bench/proxy.py --apart         the same, with half of the cores for the host and its llama-servers, as on two machines
     python bench/proxy.py --direct-proxy  through the HTTP side of one node only, without a mesh
 
 Beside it, over the same llama-servers: nginx, and LiteLLM's proxy, which is installed into the cache for that. Prints
@@ -14,6 +15,7 @@ every process.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import tempfile
 from collections import defaultdict
@@ -52,11 +54,21 @@ def main() -> None:
     parser.add_argument(
         "--direct-proxy", action="store_true", help="only the proxy of one node, without a mesh"
     )
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="half of the cores for the host and its llama-servers, half for all else",
+    )
     parser.add_argument("--rounds", type=int, default=6, help="rounds per figure (default 6)")
     parser.add_argument("--tokens", type=int, default=16, help="tokens per answer (default 16)")
     parser.add_argument("--without", action="append", default=[], choices=["nginx", "LiteLLM"])
     parser.add_argument("--only", action="append", choices=list(MODELS), help="only these models")
     options = parser.parse_args()
+    cores = sorted(os.sched_getaffinity(0))
+    if options.apart and options.direct_proxy:
+        parser.error("--apart is for two nodes, --direct-proxy for one")
+    if options.apart and len(cores) < 2:
+        parser.error("--apart needs two cores")
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="libmesh-bench-")))
         files = {name: folder / f"{name}.gguf" for name in MODELS}
@@ -69,7 +81,11 @@ def main() -> None:
             api = Way(url, {"node": serving(url)})
         else:
             machine = Machine(folder, stack)
+            if options.apart:  # what is started from now on inherits it
+                os.sched_setaffinity(0, cores[: len(cores) // 2])
             machine.start("host", *(word for file in files.values() for word in ("--model", str(file))))
+            if options.apart:
+                os.sched_setaffinity(0, cores[len(cores) // 2 :])
             url = machine.start("client", "--client")
             for name in files:
                 machine.wait_for_servers("client", name, 1)
