@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -25,6 +24,7 @@ from libmesh import (
     open_mesh,
 )
 from libmesh_node.datadir import DataDir, held_data_dir
+from libmesh_node.ending import open_ending_signals
 from libmesh_node.errors import NodeError, UsageError, sentence
 from libmesh_node.logs import logging_to
 from libmesh_node.membership import Membership, load_membership, save_membership, secret_key
@@ -70,9 +70,9 @@ class RelayOptions:
 
 
 async def run_relay(options: RelayOptions) -> None:
-    """Relay until SIGINT or SIGTERM. Raises `NodeError` or `MeshError` for what keeps it from starting."""
+    """Relay until SIGINT, SIGTERM or SIGHUP. Raises `NodeError` or `MeshError` for what keeps it from starting."""
     with (
-        trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals,
+        open_ending_signals() as signals,
         held_data_dir(options.data_dir) as folder,
         logging_to(json_logs=options.json_logs, verbose=options.verbose),
     ):

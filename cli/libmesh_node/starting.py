@@ -10,7 +10,7 @@ import trio
 
 from libmesh import MeshError
 from libmesh_node.datadir import DataDir, ephemeral_data_dir, held_data_dir
-from libmesh_node.ending import end_on_signal
+from libmesh_node.ending import end_on_signal, open_ending_signals
 from libmesh_node.errors import NodeError, sentence, words
 from libmesh_node.logs import logging_to
 from libmesh_node.node import Node
@@ -18,14 +18,13 @@ from libmesh_node.options import NodeOptions
 
 
 async def run_node(options: NodeOptions) -> int:
-    """Run a node until SIGINT, SIGTERM or a `stop` command; the exit code.
+    """Run a node until SIGINT, SIGTERM, SIGHUP or a `stop` command; the exit code.
 
     Raises `NodeError` for whatever keeps it from starting, with what to do about it. A second signal ends the process
     at once.
     """
     # Signals first: one that comes while the keys are being made must not be a KeyboardInterrupt somewhere in there.
-    receiver = trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM)
-    with receiver as signals, _folder(options) as folder, _log(options, folder):
+    with open_ending_signals() as signals, _folder(options) as folder, _log(options, folder):
         outcome: list[NodeError] = []
         try:
             async with trio.open_nursery() as nursery:

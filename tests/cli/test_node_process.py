@@ -29,7 +29,7 @@ def run(*argv: str, expect: int = 0) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def wait_for_info(folder: Path, node: subprocess.Popen[str]) -> NodeInfo:
+def wait_for_info(folder: Path, node: subprocess.Popen[Any]) -> NodeInfo:
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
         if (info := DataDir(folder).read_info()) is not None:
@@ -136,12 +136,43 @@ def test_stop_ends_the_node_with_0_and_leaves_no_trace_of_running(tmp_path: Path
     assert "No node runs" in run("stop", "--data-dir", str(tmp_path), expect=1).stderr
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_node_with_0(tmp_path: Path, number: signal.Signals) -> None:
     with node(tmp_path) as (process, _):
         process.send_signal(number)
         assert process.wait(PATIENCE) == 0
         assert "Traceback" not in process.communicate()[1]
+
+
+def test_a_terminal_that_is_closed_ends_the_node_as_it_should(tmp_path: Path) -> None:
+    """It says goodbye, though nobody can read what it says of it, and though it is told more than once."""
+    master, terminal = os.openpty()
+    argv = ["setsid", "--ctty", *BARE, "--data-dir", str(tmp_path), "--port", "0", "--console", "0"]
+    with subprocess.Popen(argv, stdin=terminal, stdout=terminal, stderr=terminal) as process:
+        os.close(terminal)
+        try:
+            wait_for_info(tmp_path, process)
+            os.close(master)
+            process.send_signal(signal.SIGHUP)  # as its shell does
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+    assert not DataDir(tmp_path).node_json.exists()
+    assert "Traceback" not in DataDir(tmp_path).node_log.read_text()
+
+
+def test_under_nohup_a_terminal_that_is_closed_ends_nothing(tmp_path: Path) -> None:
+    argv = ["nohup", *BARE, "--data-dir", str(tmp_path), "--port", "0", "--console", "0"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for_info(tmp_path, process)
+            process.send_signal(signal.SIGHUP)
+            assert identity(tmp_path)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(PATIENCE) == 0
+        finally:
+            process.kill()
+            process.communicate()
 
 
 def test_identity_survives_a_restart_until_the_key_is_rotated(tmp_path: Path) -> None:

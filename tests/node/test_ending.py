@@ -19,7 +19,7 @@ from tests.node.nodes import PATIENCE, Machine, Node, command, peer, wait_for
 pytestmark = pytest.mark.llama
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, "stop"])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, "stop"])
 def test_serving_node_ends(machine: Machine, how: int | str) -> None:
     node = machine.serving()
     assert len(node.note_family()) >= 2  # the guard and the llama-server

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import socket
 import subprocess
 import sys
@@ -61,8 +60,10 @@ def run(args: argparse.Namespace) -> int:
 async def _until_signal(folder: Path, *, once: bool) -> None:
     import trio
 
+    from libmesh_node.ending import open_ending_signals
+
     failures: list[BaseException] = []
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP) as signals:
+    with open_ending_signals() as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(_end_on_signal, signals, nursery.cancel_scope)
             try:

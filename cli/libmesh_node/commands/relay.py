@@ -73,7 +73,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Relay until SIGINT or SIGTERM; 0. Raises `UsageError`, and `NodeError` for what keeps it from starting."""
+    """Relay until SIGINT, SIGTERM or SIGHUP; 0. Raises `UsageError`, and `NodeError` for what keeps it from starting."""
     if args.open and args.join is not None:
         raise UsageError(
             "--open and --join exclude each other: the one is for everybody, the other for members."

@@ -183,7 +183,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run a node until Ctrl-C, SIGTERM or `libmesh-node stop`; its exit status.
+    """Run a node until Ctrl-C, SIGTERM, SIGHUP or `libmesh-node stop`; its exit status.
 
     Raises `UsageError` for options that contradict each other.
     """
