@@ -28,11 +28,20 @@ _CLIENTS_FAULT = re.compile(
 _NO_ENDPOINT = "File Not Found"
 """What llama-server says of any path or method that it does not know."""
 
-_NUMBER = rb'"\s*:\s*(\d{1,12}(?:\.\d{1,9})?)'
-_COMPLETION = re.compile(rb'"(?:predicted_n|completion_tokens|output_tokens)' + _NUMBER)
-_PROMPT = re.compile(rb'"(?:prompt_tokens|input_tokens)' + _NUMBER)
-_CACHED = re.compile(rb'"(?:cache_n|cached_tokens|cache_read_input_tokens)' + _NUMBER)
-_SPEED = re.compile(rb'"predicted_per_second' + _NUMBER)
+_NAMES = {
+    b"predicted_n": "completion",
+    b"completion_tokens": "completion",
+    b"output_tokens": "completion",
+    b"prompt_tokens": "prompt",
+    b"input_tokens": "prompt",
+    b"cache_n": "cached",
+    b"cached_tokens": "cached",
+    b"cache_read_input_tokens": "cached",
+    b"predicted_per_second": "speed",
+}
+"""By its name in an answer, what a number is to `Told`."""
+
+_NUMBER = re.compile(rb'"(' + b"|".join(_NAMES) + rb')"\s*:\s*(\d{1,12}(?:\.\d{1,9})?)')
 
 
 def refined_error(status: int, body: bytes, path: str) -> tuple[int, bytes]:
@@ -82,15 +91,14 @@ class Told:
 @lru_cache(maxsize=1)  # asked twice of each answer, at its end
 def told(tail: bytes) -> Told:
     """What stands in the last `TAIL` bytes of an answer, if it has OpenAI's, Anthropic's or llama-server's names."""
-
-    def last(pattern: re.Pattern[bytes]) -> float | None:
-        found = pattern.findall(tail)
-        return float(found[-1]) if found else None
-
-    completion, prompt, cached = last(_COMPLETION), last(_PROMPT), last(_CACHED)
+    last = {_NAMES[name]: float(number) for name, number in _NUMBER.findall(tail)}
     return Told(
-        completion=None if completion is None else int(completion),
-        prompt=None if prompt is None else int(prompt),
-        cached=None if cached is None else int(cached),
-        speed=last(_SPEED),
+        completion=_count(last.get("completion")),
+        prompt=_count(last.get("prompt")),
+        cached=_count(last.get("cached")),
+        speed=last.get("speed"),
     )
+
+
+def _count(number: float | None) -> int | None:
+    return None if number is None else int(number)

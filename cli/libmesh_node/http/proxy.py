@@ -57,6 +57,10 @@ COMPUTING = "the server computes the prompt, or others go before"
 PAUSE = 0.1
 """Seconds between two looks at who serves a model."""
 
+BEGIN = 0.001
+"""Seconds after which it is worked out when a server that was asked is overdue: until then, its request is on its way, and there
+are other things to do for it. What a short request wants may never have to be understood."""
+
 LOOK = 1.0
 """Seconds between two looks for another server, while one says nothing for too long."""
 
@@ -272,7 +276,7 @@ class Proxy:
         exchange, loop, task = search.exchange, asyncio.get_running_loop(), asyncio.current_task()
         assert task is not None
         overdue = False
-        due: asyncio.Handle = loop.call_soon(lambda: begin())  # by then, the server was asked
+        due = loop.call_later(BEGIN, lambda: begin())
 
         def begin() -> None:
             nonlocal due
