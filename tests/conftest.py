@@ -19,6 +19,9 @@ hypothesis.settings.load_profile("patient")
 # A shell that runs the suite in the background has it ignore Ctrl-C, and all that it starts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# Under nohup, the same goes for SIGHUP. The suite itself still goes on when its terminal is closed.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 
 @pytest.fixture(scope="session")
